@@ -1,0 +1,1 @@
+"""Vocabulary shared by every kernel tree; nothing here asks which architecture it runs on."""

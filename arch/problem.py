@@ -1,0 +1,215 @@
+"""What is asked, of which device, and what a kernel answers: the words that host and trees share.
+
+    Problem   what a call asks that changes compiled code           (frozen, hashable, printable)
+    Device    what the answer depends on besides                    (frozen)
+    Config    how a kernel chose to do it: each tree's tuning.py    (frozen, defined there)
+    Operands  the tensors and run-time numbers of one call
+    Spec      what one operand is: dtype, dimensions, meaning
+    Support   what a kernel declares; `reasons` compares it with a Problem
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .rule import RuleType
+
+# Every feature a call may need, in the order of the README's table, with its words there.
+FEATURES = {
+    "dense": "dense batches",
+    "varlen": "packed sequences (`cu_seqlens`)",
+    "seqused": "used lengths (`seqused_q`, `seqused_k`)",
+    "gqa": "MQA / GQA",
+    "split_dims": "different QK and V head dims",
+    "mask": "masks: causal, window, prefix, document, your own",
+    "score": "scores: softcap, ALiBi, your own",
+    "dropout": "dropout (Philox)",
+    "sink": "learnable sinks",
+    "lse": "log-sum-exp out",
+    "paged_kv": "paged KV (`block_table`)",
+    "kvcache": "KV cache append and decode",
+    "backward": "backward",
+    "fp8": "FP8",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as kernels see it: capability (major, minor) and opt-in shared memory per block in bytes."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+
+    @property
+    def target(self) -> str:
+        """What the compiler calls it: "sm_80", "sm_90a", "sm_100a", ..."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a call asks that changes compiled code; sizes are not part of it.
+
+    dtype: "float16" or "bfloat16". head_dim, head_dim_v: multiples of 8.
+    mask, score: the compile-time part of the rules, or None.
+    varlen: q, k, v are packed as (total, heads, dim) with cu_seqlens_q and cu_seqlens_k.
+    seqused_q, seqused_k: the used length of every sequence is given.
+    gqa: there are fewer KV heads than query heads.
+    """
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: RuleType | None = None
+    score: RuleType | None = None
+    varlen: bool = False
+    seqused_q: bool = False
+    seqused_k: bool = False
+    gqa: bool = False
+    dropout: bool = False
+    sink: bool = False
+    lse: bool = True
+
+    def features(self) -> tuple[str, ...]:
+        """The features that this problem needs, keys of FEATURES."""
+        needed = {
+            "dense": not self.varlen,
+            "varlen": self.varlen,
+            "seqused": self.seqused_q or self.seqused_k,
+            "gqa": self.gqa,
+            "split_dims": self.head_dim != self.head_dim_v,
+            "mask": self.mask is not None,
+            "score": self.score is not None,
+            "dropout": self.dropout,
+            "sink": self.sink,
+            "lse": self.lse,
+        }
+        return tuple(name for name, needs in needed.items() if needs)
+
+
+class Operands(NamedTuple):
+    """Everything a forward kernel is launched with, in launch order; None where a problem has none."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    seqused_q: Any
+    seqused_k: Any
+    sink: Any
+    rng_state: Any
+    softmax_scale: Any
+    keep_threshold: Any
+    keep_scale: Any
+    max_seqlen_q: Any
+    mask_values: Any
+    score_values: Any
+
+
+class Spec(NamedTuple):
+    """One operand: dims name its dimensions (equal names are equal sizes), () for a scalar.
+
+    strides: "strided" = any multiples of 16 bytes with the last dimension contiguous, "contiguous",
+    or "scalar".
+    """
+
+    dtype: str
+    dims: tuple[str, ...]
+    strides: str
+    meaning: str
+
+
+def forward_specs(problem: Problem) -> Operands:
+    """A Spec for every operand of `problem`, None where it has none; rules' values as tuples of Specs."""
+    dtype = problem.dtype
+    if problem.varlen:
+        q_dims, k_dims = ("total_q",), ("total_k",)
+        lse_dims: tuple[str, ...] = ("num_heads_q", "total_q")
+    else:
+        q_dims, k_dims = ("batch", "seqlen_q"), ("batch", "seqlen_k")
+        lse_dims = ("batch", "num_heads_q", "seqlen_q")
+
+    def tensor(dims: tuple[str, ...], meaning: str) -> Spec:
+        return Spec(dtype, dims, "strided", meaning)
+
+    def optional(present: bool, dtype: str, dims: tuple[str, ...], meaning: str) -> Spec | None:
+        return Spec(dtype, dims, "contiguous" if dims else "scalar", meaning) if present else None
+
+    return Operands(
+        q=tensor((*q_dims, "num_heads_q", "head_dim"), "queries"),
+        k=tensor((*k_dims, "num_heads_kv", "head_dim"), "keys"),
+        v=tensor((*k_dims, "num_heads_kv", "head_dim_v"), "values"),
+        out=tensor((*q_dims, "num_heads_q", "head_dim_v"), "output, written"),
+        lse=optional(problem.lse, "float32", lse_dims, "natural log-sum-exp, written"),
+        cu_seqlens_q=optional(problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in q"),
+        cu_seqlens_k=optional(problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in k"),
+        seqused_q=optional(problem.seqused_q, "int32", ("batch",), "rows of q in use, per sequence"),
+        seqused_k=optional(problem.seqused_k, "int32", ("batch",), "rows of k, v in use, per sequence"),
+        sink=optional(problem.sink, "float32", ("num_heads_q",), "score of the sink, per query head"),
+        rng_state=optional(problem.dropout, "int64", ("two",), "Philox seed and offset"),
+        softmax_scale=Spec("float32", (), "scalar", "factor on q·k"),
+        keep_threshold=optional(problem.dropout, "int32", (), "keep where the 16 random bits are below"),
+        keep_scale=optional(problem.dropout, "float32", (), "65536 / keep_threshold"),
+        max_seqlen_q=optional(problem.varlen, "int32", (), "longest sequence of q: sizes the grid"),
+        mask_values=_rule_specs(problem.mask, "mask"),
+        score_values=_rule_specs(problem.score, "score"),
+    )
+
+
+def _rule_specs(rule: RuleType | None, name: str) -> tuple[Spec, ...] | None:
+    """Specs of a rule's run-time values; None where there are none to pass."""
+    specs = []
+    for i, kind in enumerate(rule.leaves() if rule else ()):
+        meaning = f"value {i} of the {name} rule {rule.rule_id}"
+        if kind == "int":
+            specs.append(Spec("int32", (), "scalar", meaning))
+        elif kind == "float":
+            specs.append(Spec("float32", (), "scalar", meaning))
+        else:
+            _, dtype, rank = kind.split(":")
+            dims = tuple(f"{name}{i}_dim{d}" for d in range(int(rank)))
+            specs.append(Spec(dtype, dims, "contiguous", meaning))
+    return tuple(specs) or None
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a kernel declares: capabilities (lowest, highest), dtypes, head dims, features."""
+
+    capabilities: tuple[tuple[int, int], tuple[int, int]]
+    dtypes: tuple[str, ...]
+    head_dims: Iterable[int]
+    features: frozenset[str]
+
+    def reasons(self, problem: Problem, device: Device) -> tuple[str, ...]:
+        """Every reason why not; empty when the kernel serves `problem` on `device`."""
+        found = []
+        low, high = self.capabilities
+        if not low <= device.capability <= high:
+            found.append(f"needs compute capability {_dotted(low)} to {_dotted(high)}, "
+                         f"the device has {_dotted(device.capability)}")
+        if problem.dtype not in self.dtypes:
+            found.append(f"dtype {problem.dtype} is not one of {', '.join(self.dtypes)}")
+        for name in ("head_dim", "head_dim_v"):
+            if getattr(problem, name) not in self.head_dims:
+                found.append(f"{name} {getattr(problem, name)} is not in {_ranged(self.head_dims)}")
+        for feature in problem.features():
+            if feature not in self.features:
+                found.append(f"no {FEATURES[feature]}")
+        return tuple(found)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _ranged(values: Iterable[int]) -> str:
+    if isinstance(values, range):
+        return f"{values.start}…{values[-1]} in steps of {values.step}"
+    return ", ".join(str(v) for v in values)

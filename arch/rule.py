@@ -1,0 +1,167 @@
+"""Rules: what a user may say about single (query, key) pairs, written once in Python.
+
+A rule is a frozen dataclass. Its *class* and which fields are absent change compiled code and go into
+the compile key (`RuleType`); its *field values* are run-time operands, so a new window size or a new
+table of document ids never recompiles. `describe` takes a rule apart, `RuleType.build` puts it
+together again, around device values inside a kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import types
+from dataclasses import dataclass, fields
+from typing import Any
+
+_CLASSES: dict[str, type[Rule]] = {}
+
+
+class Rule:
+    """Base of masks and scores: subclass as a frozen dataclass.
+
+    Fields may be None, int, float, a torch tensor, another rule, or a tuple of rules.
+    """
+
+    rule_id: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.rule_id = f"{cls.__name__}-{_fingerprint(cls)}"
+        _CLASSES[cls.rule_id] = cls
+
+    def at(self, batch, head, seqlen_q, seqlen_k):
+        """The rule as it stands for one sequence and query head; override it to pick table rows."""
+        return self
+
+
+def _fingerprint(cls: type) -> str:
+    digest = hashlib.sha256(cls.__qualname__.encode())
+    for base in cls.__mro__:
+        if base is Rule:
+            break
+        for name, member in sorted(base.__dict__.items()):
+            if isinstance(member, types.FunctionType):
+                digest.update(name.encode())
+                _update(digest, member, set())
+    return digest.hexdigest()[:16]
+
+
+def _update(digest, function: types.FunctionType, seen: set) -> None:
+    """Hash what a function does: its code, defaults and the module-level values that it names."""
+    if function in seen:
+        return
+    seen.add(function)
+    _update_code(digest, function.__code__)
+    digest.update(repr((function.__defaults__, function.__kwdefaults__)).encode())
+    for cell in function.__closure__ or ():
+        _update_value(digest, cell.cell_contents, seen)
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            _update_value(digest, function.__globals__[name], seen)
+
+
+def _update_value(digest, value, seen: set) -> None:
+    if isinstance(value, types.FunctionType):
+        _update(digest, value, seen)
+    elif isinstance(value, (bool, int, float, str, bytes, tuple, type(None))):
+        digest.update(repr(value).encode())
+    else:
+        digest.update(str(getattr(value, "__qualname__", type(value).__qualname__)).encode())
+
+
+def _update_code(digest, code: types.CodeType) -> None:
+    digest.update(code.co_code)
+    digest.update(repr(code.co_names).encode())
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            _update_code(digest, constant)
+        else:
+            digest.update(repr(constant).encode())
+
+
+@dataclass(frozen=True)
+class RuleType:
+    """The part of a rule that changes compiled code.
+
+    kinds: one entry per dataclass field, in order: "none", "int", "float", "tensor:<dtype>:<rank>",
+    a RuleType, or a tuple of RuleTypes.
+    """
+
+    rule_id: str
+    kinds: tuple[Any, ...]
+
+    @property
+    def cls(self) -> type[Rule]:
+        return _CLASSES[self.rule_id]
+
+    def leaves(self) -> tuple[str, ...]:
+        """Kinds of the run-time values, in the order in which `build` takes them."""
+        found: list[str] = []
+        for kind in self.kinds:
+            if isinstance(kind, RuleType):
+                found += kind.leaves()
+            elif isinstance(kind, tuple):
+                for nested in kind:
+                    found += nested.leaves()
+            elif kind != "none":
+                found.append(kind)
+        return tuple(found)
+
+    def build(self, values: tuple[Any, ...]) -> Rule:
+        """A rule of this type around `values`, which may be host numbers, tensors or device values."""
+        rule, rest = self._take(tuple(values))
+        if rest:
+            raise ValueError(f"{self.rule_id} takes {len(self.leaves())} values, got {len(values)}")
+        return rule
+
+    def _take(self, values: tuple[Any, ...]) -> tuple[Rule, tuple[Any, ...]]:
+        rule = object.__new__(self.cls)
+        for field, kind in zip(fields(self.cls), self.kinds, strict=True):
+            if isinstance(kind, RuleType):
+                value, values = kind._take(values)
+            elif isinstance(kind, tuple):
+                members = []
+                for nested in kind:
+                    member, values = nested._take(values)
+                    members.append(member)
+                value = tuple(members)
+            elif kind == "none":
+                value = None
+            else:
+                value, values = values[0], values[1:]
+            object.__setattr__(rule, field.name, value)
+        return rule, values
+
+
+def describe(rule: Rule) -> tuple[RuleType, tuple[Any, ...]]:
+    """Take a rule apart into its type and its run-time values, `build`'s inverse.
+
+    Raises TypeError, naming class and field, for a field of another type.
+    """
+    kinds: list[Any] = []
+    values: list[Any] = []
+    for name in type(rule).__match_args__:
+        kind, found = _describe_field(rule, name, getattr(rule, name))
+        kinds.append(kind)
+        values += found
+    return RuleType(type(rule).rule_id, tuple(kinds)), tuple(values)
+
+
+def _describe_field(rule: Rule, name: str, value: Any) -> tuple[Any, tuple[Any, ...]]:
+    if value is None:
+        return "none", ()
+    if isinstance(value, Rule):
+        return describe(value)
+    if isinstance(value, tuple) and all(isinstance(member, Rule) for member in value):
+        described = [describe(member) for member in value]
+        return tuple(kind for kind, _ in described), tuple(v for _, found in described for v in found)
+    if isinstance(value, float):
+        return "float", (value,)
+    if hasattr(value, "data_ptr"):
+        return f"tensor:{str(value.dtype).removeprefix('torch.')}:{value.ndim}", (value,)
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        return "int", (value,)
+    raise TypeError(
+        f"{type(rule).__name__}.{name} is {value!r} ({type(value).__name__}); "
+        "a rule's fields may be None, int, float, a tensor, a rule or a tuple of rules"
+    )
