@@ -1,0 +1,41 @@
+"""A PTX machine in Python and numpy: executes what the CuTe DSL compiles, strictly, on host memory.
+
+program = Program(ptx_text) memory = GlobalMemory(); memory.add(address, nbytes, "q") report = run(program,
+Launch(entry, grid, block, shared_memory=n, params=block_bytes), memory, Options(races=True))
+"""
+
+from .errors import (
+    BarrierError,
+    DataRace,
+    Deadlock,
+    EmulatorError,
+    Misaligned,
+    OutOfBounds,
+    ParseError,
+    UndefinedRegister,
+    UninitializedRead,
+    UnmodelledInstruction,
+)
+from .execute import Launch, Options, Report, run
+from .memory import GlobalMemory
+from .program import Entry, Program
+
+__all__ = [
+    "BarrierError",
+    "DataRace",
+    "Deadlock",
+    "EmulatorError",
+    "Entry",
+    "GlobalMemory",
+    "Launch",
+    "Misaligned",
+    "Options",
+    "OutOfBounds",
+    "ParseError",
+    "Program",
+    "Report",
+    "UndefinedRegister",
+    "UninitializedRead",
+    "UnmodelledInstruction",
+    "run",
+]

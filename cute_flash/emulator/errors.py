@@ -1,0 +1,56 @@
+"""What the emulator raises. Every message ends with the PTX line, and where one is known with CTA, warp and
+lane.
+"""
+
+from __future__ import annotations
+
+
+class EmulatorError(RuntimeError):
+    """Anything the emulator refuses. `line` is the PTX line number (None while it is unknown)."""
+
+    line: int | None = None
+
+    def at(self, line: int, text: str) -> EmulatorError:
+        """The same error with the PTX line in its message; the first place named stays."""
+        if self.line is None:
+            self.line = line
+            self.args = (f"{self.args[0]}\n  at PTX line {line}: {text}",)
+        return self
+
+
+class ParseError(EmulatorError):
+    """The text is not PTX as this parser knows it."""
+
+
+class UnmodelledInstruction(EmulatorError):
+    """An opcode, modifier, operand form or state space without a model. Raised when a program is
+    translated.
+    """
+
+
+class OutOfBounds(EmulatorError):
+    """An access outside every allocation of its space."""
+
+
+class Misaligned(EmulatorError):
+    """An address that is not a multiple of the access size."""
+
+
+class UninitializedRead(EmulatorError):
+    """A read of shared or local memory that nothing has written."""
+
+
+class UndefinedRegister(EmulatorError):
+    """A use of a register that no instruction has written on this thread's path."""
+
+
+class Deadlock(EmulatorError):
+    """Every thread that is left waits for something that cannot happen."""
+
+
+class BarrierError(EmulatorError):
+    """A barrier used with a wrong count or by the wrong warps."""
+
+
+class DataRace(EmulatorError):
+    """Two conflicting accesses to shared memory with no order between them."""

@@ -1,0 +1,148 @@
+"""`run`: executes a launch wave by wave; and what goes into it and comes out of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import EmulatorError
+from .machine import Machine
+from .memory import GlobalMemory
+from .schedule import SCHEDULES
+from .state import LANES
+
+if TYPE_CHECKING:
+    from .program import Code, Program
+
+WAVE_BYTES = 64 << 20  # registers, shared and local memory of the CTAs that run together
+WAVE_CTAS = 256
+ASYNCHRONY = ("eager", "late", "random")
+UNINITIALIZED = ("error", "poison")
+DRIFT = 0.02  # chance per scheduling decision that a pending copy lands, when asynchrony is random
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    asynchrony: when asynchronous copies land: "eager" at issue, "late" when a wait forces them, "random"
+    anywhere between. schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a
+    time). seed: of everything random. races: raise where accesses to shared memory conflict without an order.
+    observers: objects with hooks, see observe.py. ctas_per_wave: how many CTAs are resident together; None
+    lets their size decide. uninitialized: "error" raises where shared or local memory is read that nothing
+    has written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses.
+    """
+
+    asynchrony: str = "eager"
+    schedule: str = "lockstep"
+    seed: int = 0
+    races: bool = False
+    observers: tuple = ()
+    ctas_per_wave: int | None = None
+    uninitialized: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.asynchrony not in ASYNCHRONY:
+            raise ValueError(f"asynchrony is {self.asynchrony!r}; allowed: {', '.join(ASYNCHRONY)}")
+        if self.uninitialized not in UNINITIALIZED:
+            allowed = ", ".join(UNINITIALIZED)
+            raise ValueError(f"uninitialized is {self.uninitialized!r}; allowed: {allowed}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. shared_memory: dynamic bytes. params: the parameter block as PTX lays it out."""
+
+    entry: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    shared_memory: int = 0
+    params: bytes = b""
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    instructions: warp instructions executed. opcodes, lines: the same by opcode and by PTX line; lines lists
+    every instruction of the entry, 0 where none ran. waves: batches of CTAs.
+    """
+
+    instructions: int = 0
+    seconds: float = 0.0
+    opcodes: dict[str, int] = field(default_factory=dict)
+    lines: dict[int, int] = field(default_factory=dict)
+    waves: int = 0
+
+
+def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options | None = None) -> Report:
+    """Execute a launch on host memory.
+
+    Raises an EmulatorError subclass where the kernel does something that hardware would not define,
+    ValueError where the launch does not fit the program.
+    """
+    options = options or Options()
+    code = program.code(launch.entry)
+    _check_launch(program, launch)
+    report = Report()
+    began = time.perf_counter()
+    total = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    cluster = launch.cluster[0] * launch.cluster[1] * launch.cluster[2]
+    if cluster != 1:
+        raise EmulatorError(f"a cluster of {launch.cluster} CTAs is not modelled")
+    wave = options.ctas_per_wave or min(WAVE_CTAS, max(1, WAVE_BYTES // _cta_bytes(code, launch)))
+    executed = np.zeros(len(code.steps), np.int64)
+    for name, held in program.storage.items():
+        memory.add(held.ctypes.data, held.nbytes, name)
+    with np.errstate(all="ignore"):
+        for first in range(0, total, wave):
+            m = Machine(code, launch, memory, options, first, min(wave, total - first))
+            _run_wave(m)
+            executed += np.cumsum(m.executed[:-1])
+            report.waves += 1
+    for step, count in zip(code.steps, executed.tolist(), strict=True):
+        for instruction in step.instructions:
+            report.lines[instruction.line] = report.lines.get(instruction.line, 0) + count
+            if count:
+                report.opcodes[instruction.opcode] = report.opcodes.get(instruction.opcode, 0) + count
+    report.instructions = sum(report.opcodes.values())
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _cta_bytes(code: Code, launch: Launch) -> int:
+    """Host memory that one CTA of a wave takes."""
+    threads = -(-(launch.block[0] * launch.block[1] * launch.block[2]) // LANES) * LANES
+    registers = sum(n * max(width // 8, 1) for width, n in code.layout.counts.items())
+    shared = code.shared_base + code.shared_static + launch.shared_memory
+    return threads * (registers + 2 * code.local_bytes) + 2 * shared
+
+
+def _run_wave(m: Machine) -> None:
+    schedule = SCHEDULES[m.options.schedule](m)
+    drifting = m.options.asynchrony == "random"
+    while (choice := schedule.pick()) is not None:
+        pc, threads, limit = choice
+        schedule.put(m.advance(pc, threads, limit))
+        if drifting and m.copies.pending:
+            m.copies.drift(DRIFT)
+
+
+def _check_launch(program: Program, launch: Launch) -> None:
+    entry = program.entries[launch.entry]
+    threads = launch.block[0] * launch.block[1] * launch.block[2]
+    if min(*launch.grid, *launch.block) < 1 or threads > 1024:
+        raise ValueError(f"cannot launch grid {launch.grid} of blocks {launch.block}")
+    required = entry.directives.get("reqntid")
+    if required and tuple((*required, 1, 1)[:3]) != tuple(launch.block):
+        raise ValueError(f"{launch.entry} needs blocks of {required} threads, not {launch.block}")
+    if len(launch.params) < entry.param_bytes:
+        raise ValueError(
+            f"{launch.entry} takes {entry.param_bytes} parameter bytes, not {len(launch.params)}"
+        )

@@ -1,0 +1,111 @@
+"""Checkers and counters that look on from outside; a run without them pays nothing.
+
+An Observer's hooks are called before the access or event they name. Threads and addresses are those of one
+instruction; m.at is its step. `Options(races=True)` attaches a RaceDetector.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .machine import Machine
+    from .state import Threads
+    from .sync import Copy
+
+
+class Observer:
+    """Base class: every hook does nothing."""
+
+    def begin(self, m: Machine) -> None:
+        """A wave of CTAs starts."""
+
+    def step(self, m: Machine, g: Threads) -> None:
+        """Step m.at is about to run on `g`. Overriding this one makes every instruction slower."""
+
+    def shared_read(self, m: Machine, g: Threads, address: np.ndarray, size: int) -> None:
+        """Each thread reads `size` bytes of shared memory."""
+
+    def shared_write(
+        self, m: Machine, g: Threads, address: np.ndarray, values: np.ndarray, atomic: bool = False
+    ) -> None:
+        """Each thread writes values[k] (count elements) to shared memory."""
+
+    def copy_issue(self, m: Machine, g: Threads, copy: Copy) -> None:
+        """Each thread starts an asynchronous copy into shared memory."""
+
+    def copy_done(self, m: Machine, copy: Copy) -> None:
+        """The threads of `copy` have waited for it."""
+
+    def barrier_arrive(self, m: Machine, g: Threads, number: np.ndarray) -> None:
+        """Each warp arrives at a named barrier."""
+
+    def barrier_complete(self, m: Machine, complete: np.ndarray) -> None:
+        """Named barriers complete: bool (ctas, 16). m.barriers still holds who is present and who waits."""
+
+
+class Observers(Observer):
+    """Several observers as one."""
+
+    def __init__(self, members: tuple[Observer, ...]):
+        self.members = members
+
+
+def _fan_out(name: str) -> None:
+    def call(self: Observers, *args, **kwargs) -> None:
+        for member in self.members:
+            getattr(member, name)(*args, **kwargs)
+
+    setattr(Observers, name, call)
+
+
+for _name in (name for name in vars(Observer) if not name.startswith("_")):
+    _fan_out(_name)
+
+
+class Trace(Observer):
+    """Collects a line per executed step: who, and which PTX line. limit: lines kept."""
+
+    def __init__(self, limit: int = 100000):
+        self.limit = limit
+        self.lines: list[str] = []
+
+    def step(self, m: Machine, g: Threads) -> None:
+        if len(self.lines) < self.limit:
+            warps = sorted({(m.cta_name(int(c)), int(w)) for w, c in zip(g.warp_at, g.cta_at, strict=True)})
+            self.lines.append(f"{len(warps)} warps from {warps[0]}, {g.size} threads: {m.line(m.at)}")
+
+
+class BankConflicts(Observer):
+    """Counts shared-memory wavefronts per PTX line.
+
+    A warp's access is served in phases of 128 bytes (32, 16 or 8 lanes for 4, 8 or 16 bytes each); a phase
+    takes as many wavefronts as the busiest of the 32 banks has different words. wavefronts[line] = (needed,
+    without any conflict).
+    """
+
+    def __init__(self) -> None:
+        self.wavefronts: dict[int, tuple[int, int]] = {}
+
+    def shared_read(self, m: Machine, g: Threads, address: np.ndarray, size: int) -> None:
+        self._count(m, g, address, size)
+
+    def shared_write(
+        self, m: Machine, g: Threads, address: np.ndarray, values: np.ndarray, atomic: bool = False
+    ) -> None:
+        self._count(m, g, address, values.itemsize * values.shape[1])
+
+    def _count(self, m: Machine, g: Threads, address: np.ndarray, size: int) -> None:
+        lanes = max(1, min(32, 128 // size))
+        phase = g.slot * (32 // lanes) + g.lane // lanes
+        words = (address[:, None] // 4 + np.arange(max(1, size // 4))).reshape(-1)
+        phases = np.repeat(phase, max(1, size // 4))
+        unique = np.unique(phases * (1 << 32) + words)
+        bank = (unique >> 32) * 32 + (unique & 31)
+        per_bank = np.bincount(bank, minlength=(int(phases.max()) + 1) * 32).reshape(-1, 32)
+        needed, ideal = int(per_bank.max(axis=1).sum()), len(np.unique(phase))
+        line = m.code.steps[m.at].where.line
+        have = self.wavefronts.get(line, (0, 0))
+        self.wavefronts[line] = (have[0] + needed, have[1] + ideal)

@@ -1,0 +1,333 @@
+"""ld, st, atom, red and address conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import EmulatorError, OutOfBounds
+from ..formats import flush
+from ..memory import UNSIGNED, WINDOW_SHIFT, WINDOWS
+from ..operands import Symbol
+from ..translate import Operation, operation
+
+if TYPE_CHECKING:
+    from ..machine import Machine
+    from ..state import Threads
+
+SPACES = ("global", "shared", "shared::cta", "local", "param", "param::entry", "const")
+CACHE_HINTS = (
+    "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "unified",
+    "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
+    "L2::evict_normal", "L2::evict_first", "L2::evict_last", "L2::64B", "L2::128B", "L2::256B",
+)  # fmt: skip
+# Memory is sequentially consistent here, so these orderings hold by themselves.
+ORDERINGS = (
+    "weak",
+    "relaxed",
+    "acquire",
+    "release",
+    "acq_rel",
+    "volatile",
+    "mmio",
+    "cta",
+    "cluster",
+    "gpu",
+    "sys",
+)
+TYPES = {f"{letter}{bits}": bits // 8 for letter in "bus" for bits in (8, 16, 32, 64)} | {
+    "f32": 4,
+    "f64": 8,
+    "f16": 2,
+}
+
+
+class Access:
+    """The address of an access of `size` bytes: which space, and how to get every thread's address as int64
+    (n,).
+    """
+
+    def __init__(self, x: Operation, position: int, space: str, size: int):
+        self.space = {"shared::cta": "shared", "param::entry": "param", "const": "global"}.get(space, space)
+        operand = x.operand(position)
+        base = getattr(operand, "base", None)
+        if isinstance(base, Symbol):
+            variable = x.translation.variable(base.name)
+            if variable is not None and self.space not in ("", _home(variable.space)):
+                raise x.unmodelled(f"{base.name} of .{variable.space} in .{space}")
+            if variable is not None and not self.space:
+                self.space = _home(variable.space)
+        self.row, self.view, self.offset = x.address(position)
+        if self.space in ("", "shared"):
+            x.translation.shared_granule = min(x.translation.shared_granule, size)
+
+    def of(self, m: Machine, g: Threads) -> np.ndarray:
+        """Each thread's address, int64 (n,)."""
+        address = m.rows[self.view][self.row][g.index].reshape(-1)
+        if self.view == "u32":
+            wide = address.astype(np.int64)
+            return wide + self.offset & 0xFFFFFFFF if self.offset else wide
+        wide = address.astype(np.int64)
+        return wide + self.offset if self.offset else wide
+
+
+def _home(space: str) -> str:
+    return "global" if space == "const" else space
+
+
+def read(
+    m: Machine, g: Threads, space: str, address: np.ndarray, width: int, count: int, atomic: bool = False
+) -> np.ndarray:
+    """Load `count` elements of `width` bytes per thread: (n, count). Space "" means generic addresses."""
+    if space == "global":
+        return m.memory.load(m, g, address, width, count)
+    if space == "shared":
+        if m.watch is not None and not atomic:
+            m.watch.shared_read(m, g, address, width * count)
+        return m.shared.load(m, g, g.cta, address, width, count)
+    if space == "local":
+        return m.local.load(m, g, g.flat, address, width, count)
+    if space == "param":
+        return m.params.load(m, g, address, width, count)
+    values = np.empty((len(address), count), UNSIGNED[width])
+    for name, members, some in _resolve(m, g, address):
+        values[members] = read(m, some, name, address[members] - WINDOWS[name], width, count, atomic)
+    return values
+
+
+def write(
+    m: Machine, g: Threads, space: str, address: np.ndarray, values: np.ndarray, atomic: bool = False
+) -> None:
+    """Store values (n, count) per thread."""
+    if space == "global":
+        m.memory.store(m, g, address, values)
+    elif space == "shared":
+        if m.watch is not None:
+            m.watch.shared_write(m, g, address, values, atomic)
+        m.shared.store(m, g, g.cta, address, values)
+    elif space == "local":
+        m.local.store(m, g, g.flat, address, values)
+    elif space == "param":
+        raise m.fault(EmulatorError, g, 0, "parameter memory cannot be written")
+    else:
+        for name, members, some in _resolve(m, g, address):
+            write(m, some, name, address[members] - WINDOWS[name], values[members], atomic)
+
+
+def _resolve(m: Machine, g: Threads, address: np.ndarray) -> list[tuple[str, np.ndarray, Threads]]:
+    """The spaces that generic addresses fall into, with the positions and the threads of each."""
+    window = address >> WINDOW_SHIFT
+    found = []
+    for space, start in WINDOWS.items():
+        chosen = window == start >> WINDOW_SHIFT
+        if chosen.all():
+            return [(space, np.arange(g.size), g)]
+        if chosen.any():
+            found.append((space, np.flatnonzero(chosen), m.sets.select(g, chosen.reshape(g.shape))))
+    if sum(len(members) for _, members, _ in found) != g.size:
+        k = int(np.flatnonzero((window < 0) | (window > max(WINDOWS.values()) >> WINDOW_SHIFT))[0])
+        raise m.fault(OutOfBounds, g, k, f"the generic address {int(address[k]):#x} lies in no space")
+    return found
+
+
+def _form(x: Operation) -> tuple[str, int, str]:
+    """(space, vector length, type) after consuming hints."""
+    x.without_effect(*CACHE_HINTS, *ORDERINGS)
+    space = x.one_of(*SPACES, default="")
+    count = {"": 1, "v2": 2, "v4": 4, "v8": 8}[x.one_of("v2", "v4", "v8", default="")]
+    return space, count, x.type(*TYPES)
+
+
+def _policy(x: Operation, position: int) -> None:
+    """Consume an L2 cache policy operand, which changes no result."""
+    if x.flag("L2::cache_hint"):
+        x.source(position, "u64")
+
+
+@operation("ld", "ldu")
+def ld(x: Operation) -> Callable:
+    """Load one value or a vector; narrow types are extended into wider registers."""
+    hinted = x.flag("L2::cache_hint")
+    space, count, kind = _form(x)
+    if hinted:
+        x.source(2, "u64")
+    width = TYPES[kind]
+    access = Access(x, 1, space, width * count)
+    items = x.vector(0)
+    if len(items) != count:
+        raise x.unmodelled(f"{len(items)} destinations")
+    view = f"{'s' if kind[0] == 's' else 'u'}{8 * width}"
+    dests = [x.wide_dest_of(item, view) for item in items]
+    signed = kind[0] == "s"
+    targets = [(d, f"{'s' if signed else 'u'}{bits}") for d, bits in dests]
+    where = access.space
+
+    def step(m: Machine, g: Threads) -> None:
+        values = read(m, g, where, access.of(m, g), width, count)
+        if signed:
+            values = values.view(f"i{width}")
+        for k, (d, target) in enumerate(targets):
+            m.rows[target][d][g.index] = values[:, k].reshape(g.shape)
+
+    return step
+
+
+@operation("st")
+def st(x: Operation) -> Callable:
+    """Store one value or a vector; a wider register gives its low bits."""
+    hinted = x.flag("L2::cache_hint")
+    space, count, kind = _form(x)
+    if hinted:
+        x.source(2, "u64")
+    width = TYPES[kind]
+    access = Access(x, 0, space, width * count)
+    items = x.vector(1)
+    if len(items) != count:
+        raise x.unmodelled(f"{len(items)} values")
+    view = f"u{8 * width}"
+    sources = [x.wide_source_of(item, view) for item in items]
+    where = access.space
+
+    def step(m: Machine, g: Threads) -> None:
+        values = np.empty((g.size, count), UNSIGNED[width])
+        for k, (a, have) in enumerate(sources):
+            values[:, k] = m.rows[have][a][g.index].reshape(-1)
+        write(m, g, where, access.of(m, g), values)
+
+    return step
+
+
+# (old value, operands) -> new value of an atomic operation, on arrays.
+UPDATES: dict[str, Callable] = {
+    "add": lambda old, b: old + b,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, b: b,
+    "inc": lambda old, b: np.where(old >= b, 0, old + 1).astype(old.dtype),
+    "dec": lambda old, b: np.where((old == 0) | (old > b), b, old - 1).astype(old.dtype),
+    "cas": lambda old, b, c: np.where(old == b, c, old),
+}
+
+
+@operation("atom", "red")
+def atom(x: Operation) -> Callable:
+    """Read-modify-write; threads that meet at one address take turns in lane order."""
+    x.without_effect(*ORDERINGS, "noftz")
+    space = x.one_of("global", "shared", "shared::cta", default="")
+    name = x.one_of(*UPDATES)
+    kind = x.type("b16", "b32", "b64", "u32", "u64", "s32", "s64", "f32", "f64")
+    if (kind == "b16" and name != "cas") or (kind[0] == "f" and name != "add"):
+        raise x.unmodelled(f".{name}.{kind}")
+    view = kind if kind[0] != "b" else f"u{kind[1:]}"
+    returns = x.name == "atom"
+    access = Access(x, int(returns), space, int(kind[1:]) // 8)
+    d = x.dest(0, view) if returns else None
+    sources = [x.source(int(returns) + 1 + k, view) for k in range(2 if name == "cas" else 1)]
+    update = UPDATES[name]
+    if kind == "f32" and access.space == "global":
+        # The ISA says that global f32 additions flush subnormal numbers and shared ones do not.
+        update = _flushed_add
+
+    def turn(m: Machine, g: Threads, address: np.ndarray, operands: list[np.ndarray]) -> np.ndarray:
+        dtype = operands[0].dtype
+        old = read(m, g, access.space, address, dtype.itemsize, 1, atomic=True).view(dtype)[:, 0]
+        new = np.ascontiguousarray(update(old, *operands)).view(UNSIGNED[dtype.itemsize])
+        write(m, g, access.space, address, new[:, None], atomic=True)
+        return old
+
+    def step(m: Machine, g: Threads) -> None:
+        address = access.of(m, g)
+        operands = [np.ascontiguousarray(m.rows[view][a][g.index].reshape(-1)) for a in sources]
+        place = address + (g.cta << 32 if access.space == "shared" else 0)
+        if len(np.unique(place)) == g.size:
+            old = turn(m, g, address, operands)
+        else:
+            old = np.empty_like(operands[0])
+            for k in range(g.size):
+                one = slice(k, k + 1)
+                old[one] = turn(m, _single(m, g, k), address[one], [o[one] for o in operands])
+        if d is not None:
+            m.rows[view][d][g.index] = old.reshape(g.shape)
+
+    return step
+
+
+def _flushed_add(old: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return flush(flush(old) + flush(b))
+
+
+def _single(m: Machine, g: Threads, k: int) -> Threads:
+    mask = np.zeros(m.sets.shape, bool)
+    mask[g.warp[k], g.cta[k], g.lane[k]] = True
+    return m.sets.of(mask)
+
+
+@operation("cvta")
+def cvta(x: Operation) -> Callable:
+    """Between generic addresses and a space's own; `to` is the way back."""
+    back = x.flag("to")
+    space = x.one_of("global", "shared", "shared::cta", "local", "param", "param::entry", "const")
+    x.type("u64")
+    home = {"shared::cta": "shared", "param::entry": "param", "const": "global"}.get(space, space)
+    window = np.uint64(WINDOWS[home])
+    d, a = x.dest(0, "u64"), x.source(1, "u64")
+
+    def step(m: Machine, g: Threads) -> None:
+        rows, at = m.rows["u64"], g.index
+        rows[d][at] = rows[a][at] - window if back else rows[a][at] + window
+
+    return step
+
+
+@operation("isspacep")
+def isspacep(x: Operation) -> Callable:
+    """Whether a generic address lies in a space."""
+    space = x.one_of("global", "shared", "shared::cta", "local", "param", "param::entry", "const")
+    home = {"shared::cta": "shared", "param::entry": "param", "const": "global"}.get(space, space)
+    d, a = x.dest(0, "pred"), x.source(1, "u64")
+    number = np.uint64(WINDOWS[home] >> WINDOW_SHIFT)
+
+    def step(m: Machine, g: Threads) -> None:
+        m.rows["pred"][d][g.index] = m.rows["u64"][a][g.index] >> np.uint64(WINDOW_SHIFT) == number
+
+    return step
+
+
+@operation("prefetch", "prefetchu", "discard", "applypriority")
+def prefetch(x: Operation) -> Callable:
+    """Cache management: changes no result."""
+    x.without_effect("global", "local", "L1", "L2", "L2::evict_last", "L2::evict_normal")
+    for position in range(x.count()):
+        if position == 0:
+            x.address(0)
+        else:
+            x.operand(position)
+    return lambda m, g: None
+
+
+@operation("createpolicy")
+def createpolicy(x: Operation) -> Callable:
+    """An L2 cache policy: any value serves, since policies change no result."""
+    x.modifiers.clear()
+    for position in range(1, x.count()):
+        x.operand(position)
+    d = x.dest(0, "u64")
+
+    def step(m: Machine, g: Threads) -> None:
+        m.rows["u64"][d][g.index] = 0
+
+    return step
+
+
+@operation("membar", "fence")
+def fence(x: Operation) -> Callable:
+    """Memory is sequentially consistent here. Fences of the asynchronous proxy belong to the operations
+    that use it.
+    """
+    x.without_effect("cta", "gl", "gpu", "sys", "cluster", "sc", "acq_rel", "acquire", "release")
+    return lambda m, g: None
