@@ -53,9 +53,18 @@ def where(condition, a, b):
         import torch
 
         return torch.where(condition, a, b)
-    from cutlass import select_
+    return _select(condition, a, b)
 
-    return select_(condition, a, b)
+
+def _select(condition, a, b):
+    """`where` on device values: select_ takes no Python bool and neither promotes nor wraps its operands."""
+    from cutlass import as_numeric, select_
+
+    if isinstance(condition, bool):
+        return a if condition else b
+    a, b = as_numeric(a), as_numeric(b)
+    dtype = a.dtype if a.dtype is b.dtype else (a + b).dtype
+    return dtype(select_(condition, a.to(dtype), b.to(dtype)))
 
 
 def absolute(x):

@@ -8,10 +8,13 @@ together again, around device values inside a kernel.
 
 from __future__ import annotations
 
+import dis
+import functools
 import hashlib
+import re
 import types
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 _CLASSES: dict[str, type[Rule]] = {}
 
@@ -20,13 +23,20 @@ class Rule:
     """Base of masks and scores: subclass as a frozen dataclass.
 
     Fields may be None, int, float, a torch tensor, another rule, or a tuple of rules.
+    tables: for a tensor field, the shapes that a call may give it, in the words "batch", "heads",
+    "seqlen_q" and "seqlen_k"; a field without an entry may have any shape.
     """
 
-    rule_id: str
+    rule_id: ClassVar[str]
+    tables: ClassVar[dict[str, tuple[tuple[str, ...], ...]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.rule_id = f"{cls.__name__}-{_fingerprint(cls)}"
+        # A compile key holds the text of every file here, so a rule that ships needs no fingerprint;
+        # without one its key is the same under every version of Python.
+        ships = cls.__module__.startswith(f"{__package__}.")
+        name = re.sub(r"\W", "_", cls.__name__)
+        cls.rule_id = name if ships else f"{name}-{_fingerprint(cls)}"
         _CLASSES[cls.rule_id] = cls
 
     def at(self, batch, head, seqlen_q, seqlen_k):
@@ -47,31 +57,55 @@ def _fingerprint(cls: type) -> str:
 
 
 def _update(digest, function: types.FunctionType, seen: set) -> None:
-    """Hash what a function does: its code, defaults and the module-level values that it names."""
+    """Hash what a function does: its code, defaults and the values from outside that it uses."""
     if function in seen:
         return
     seen.add(function)
     _update_code(digest, function.__code__)
-    digest.update(repr((function.__defaults__, function.__kwdefaults__)).encode())
-    for cell in function.__closure__ or ():
-        _update_value(digest, cell.cell_contents, seen)
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            _update_value(digest, function.__globals__[name], seen)
+    for value in (function.__defaults__, *(function.__kwdefaults__ or {}).items()):
+        _update_value(digest, function, value, seen)
+    for value in outside_values(function):
+        _update_value(digest, function, value, seen)
 
 
-def _update_value(digest, value, seen: set) -> None:
-    if isinstance(value, types.FunctionType):
-        _update(digest, value, seen)
-    elif isinstance(value, (bool, int, float, str, bytes, tuple, type(None))):
+def outside_values(function: types.FunctionType) -> tuple[Any, ...]:
+    """What a function uses besides its arguments: values of enclosing functions and of its module."""
+    captured = [cell.cell_contents for cell in function.__closure__ or ()]
+    module = function.__globals__
+    return (*captured, *(module[name] for name in _global_names(function.__code__) if name in module))
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    names = {i.argval: None for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= dict.fromkeys(_global_names(constant))
+    return tuple(names)
+
+
+def _update_value(digest, user: types.FunctionType, value, seen: set) -> None:
+    if isinstance(value, (bool, int, float, str, bytes, type(None))):
         digest.update(repr(value).encode())
+    elif isinstance(value, tuple):
+        for member in value:
+            _update_value(digest, user, member, seen)
+    elif isinstance(value, types.FunctionType) and not value.__module__.startswith(f"{__package__}."):
+        _update(digest, value, seen)
+    elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
+    elif isinstance(value, types.ModuleType):
+        digest.update(value.__name__.encode())
     else:
-        digest.update(str(getattr(value, "__qualname__", type(value).__qualname__)).encode())
+        raise TypeError(
+            f"{user.__qualname__} uses {value!r} ({type(value).__name__}); besides its arguments a rule's "
+            "code may use numbers, strings, functions, classes and modules: make other values its fields"
+        )
 
 
 def _update_code(digest, code: types.CodeType) -> None:
     digest.update(code.co_code)
-    digest.update(repr(code.co_names).encode())
+    digest.update(repr((code.co_names, code.co_varnames, code.co_freevars)).encode())
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             _update_code(digest, constant)
@@ -138,6 +172,8 @@ def describe(rule: Rule) -> tuple[RuleType, tuple[Any, ...]]:
 
     Raises TypeError, naming class and field, for a field of another type.
     """
+    if not hasattr(type(rule), "__dataclass_fields__"):
+        raise TypeError(f"{type(rule).__name__} is no dataclass: decorate it with @dataclass(frozen=True)")
     kinds: list[Any] = []
     values: list[Any] = []
     for name in type(rule).__match_args__:
@@ -157,6 +193,8 @@ def _describe_field(rule: Rule, name: str, value: Any) -> tuple[Any, tuple[Any, 
         return tuple(kind for kind, _ in described), tuple(v for _, found in described for v in found)
     if isinstance(value, float):
         return "float", (value,)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "int", (value,)
     if hasattr(value, "data_ptr"):
         return f"tensor:{str(value.dtype).removeprefix('torch.')}:{value.ndim}", (value,)
     if hasattr(value, "__index__") and not isinstance(value, bool):

@@ -42,6 +42,17 @@ class Mask(Rule):
 
 
 @dataclass(frozen=True)
+class Everything(Mask):
+    """Every query sees every key."""
+
+    def visible(self, q, k):
+        return k >= 0
+
+    def full(self, q_first, q_last, seqlen_k):
+        return 0, seqlen_k
+
+
+@dataclass(frozen=True)
 class Causal(Mask):
     """A query sees its own position and what came before."""
 
@@ -91,6 +102,7 @@ class PrefixLM(Mask):
     """
 
     prefix: Any
+    tables = {"prefix": (("batch",),)}
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         return PrefixLM(load(self.prefix, batch)) if hasattr(self.prefix, "shape") else self
@@ -114,6 +126,7 @@ class Document(Mask):
     """
 
     ids: Any
+    tables = {"ids": (("batch", "seqlen_k"),)}
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         return _DocumentOf(self.ids, batch)

@@ -42,6 +42,7 @@ class ALiBi(Score):
     """
 
     slopes: Any
+    tables = {"slopes": (("heads",), ("batch", "heads"))}
 
     def score(self, s, batch, head, q, k):
         slope = load(self.slopes, head) if len(self.slopes.shape) == 1 else load(self.slopes, batch, head)

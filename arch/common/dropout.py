@@ -1,0 +1,68 @@
+"""Dropout with random numbers that depend on the position only: Philox4x32-7 (Salmon et al. 2011).
+
+    key      (seed low, seed high ^ offset high)
+    counter  (group, row, batch * num_heads_q + head, offset low)
+    group    (k // 32) * 4 + (k % 8) // 2      row: of the query inside its sequence
+
+One call yields eight 16-bit numbers, low half of each word first. Element k takes number
+((k % 32) // 8) * 2 + k % 2 and is kept where that is below `keep_threshold`. So one call serves the
+eight elements that one lane of mma.sync or wgmma holds of 32 keys, and every architecture, and the
+reference, draw the same mask.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32, Uint64
+
+from ..elementwise import where
+
+ROUNDS = 7
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+GROUP_KEYS = 32  # keys that one call covers, together with the three neighbouring lanes
+
+
+def philox(counter: tuple, key: tuple) -> tuple:
+    """Four random words from four counter words and two key words, all Uint32."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for i in range(ROUNDS):
+        p0, p1 = Uint64(c0) * Uint64(MULTIPLIERS[0]), Uint64(c2) * Uint64(MULTIPLIERS[1])
+        c0, c1, c2, c3 = Uint32(p1 >> 32) ^ c1 ^ k0, Uint32(p1), Uint32(p0 >> 32) ^ c3 ^ k1, Uint32(p0)
+        if i + 1 < ROUNDS:
+            k0, k1 = k0 + Uint32(KEY_INCREMENTS[0]), k1 + Uint32(KEY_INCREMENTS[1])
+    return c0, c1, c2, c3
+
+
+class Dropout(NamedTuple):
+    """The random numbers of one query head of one sequence."""
+
+    key: tuple[Uint32, Uint32]
+    head: Uint32
+    offset: Uint32
+    keep_threshold: Int32
+
+    @staticmethod
+    def of(rng_state: cute.Tensor, batch_and_head: Int32, keep_threshold: Int32) -> Dropout:
+        """rng_state: int64 (2,), seed and offset; batch_and_head: batch * num_heads_q + head."""
+        seed, offset = Uint64(rng_state[0]), Uint64(rng_state[1])
+        key = (Uint32(seed), Uint32(seed >> 32) ^ Uint32(offset >> 32))
+        return Dropout(key, Uint32(batch_and_head), Uint32(offset), keep_threshold)
+
+    def apply(self, p: cute.Tensor, row_of, first_key: Int32, lane: Int32) -> None:
+        """Zero what is dropped of P (rows, columns), one thread's part of an mma accumulator.
+
+        Columns are the thread's, in order: pairs 8 keys apart. row_of(r): row in the sequence.
+        first_key: of the block, a multiple of 32, as is the block's size.
+        """
+        for first in range(0, cute.size(p, mode=[1]), 8):
+            group = (first_key + first // 8 * GROUP_KEYS) // 8 + lane % 4
+            for r in range(cute.size(p, mode=[0])):
+                words = philox((Uint32(group), Uint32(row_of(r)), self.head, self.offset), self.key)
+                for j in range(8):
+                    number = Int32(words[j // 2] >> 16 if j % 2 else words[j // 2] & 0xFFFF)
+                    kept = number < self.keep_threshold
+                    p[r, first + j] = where(kept, p[r, first + j], Float32(0.0))

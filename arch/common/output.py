@@ -1,0 +1,45 @@
+"""What becomes of a thread's rows in the end: O normalised, the log-sum-exp written."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr, range_constexpr
+
+from ..elementwise import where
+from .softmax import OnlineSoftmax
+
+
+class OutputRows(NamedTuple):
+    """Rows of one head of one sequence.
+
+    used: rows from it on are out of use: 0, and -inf in `lse`; None where all are in use.
+    lse: (rows,) fp32 to write, or None; `end` rows exist.
+    sink: score of the head's sink, or None. factor: of the whole output, or None.
+    """
+
+    used: Int32 | None
+    end: Int32
+    lse: cute.Tensor | None
+    sink: Float32 | None
+    factor: Float32 | None
+
+    @cute.jit
+    def finish(self, o: cute.Tensor, softmax: OnlineSoftmax, row_of: Constexpr, writes_lse: Boolean):
+        """Normalise O (rows, columns) in place, and write the log-sum-exp of each row.
+
+        row_of(r): row in the sequence. writes_lse: in one of the lanes that share the rows.
+        """
+        for r in range_constexpr(cute.size(o, mode=[0])):
+            row = row_of(r)
+            factor, lse = softmax.finish(r, self.sink)
+            if const_expr(self.factor is not None):
+                factor = factor * self.factor
+            if const_expr(self.used is not None):
+                factor, lse = where(row < self.used, factor, 0.0), where(row < self.used, lse, -Float32.inf)
+            for c in range_constexpr(cute.size(o, mode=[1])):
+                o[r, c] = where(factor == 0.0, 0.0, o[r, c] * factor)
+            if const_expr(self.lse is not None):
+                if writes_lse & (row < self.end):
+                    self.lse[row] = lse

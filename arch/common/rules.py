@@ -1,0 +1,59 @@
+"""The rules of a call over a block of scores, and the pairs (query, key) behind them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from ..elementwise import where
+from ..problem import Operands, Problem
+from .mask import Mask
+from .score import Score
+from .sequence import Sequence
+
+
+class Rules(NamedTuple):
+    """Mask and score as they stand for one query head of one sequence; None where the call has none.
+
+    offset: position of query row 0 on the key axis.
+    """
+
+    batch: Int32
+    head: Int32
+    offset: Int32
+    seqlen_k: Int32
+    scale: Float32
+    mask: Mask | None
+    score: Score | None
+
+    @staticmethod
+    def of(problem: Problem, call: Operands, sequence: Sequence, head: Int32) -> Rules:
+        """The rules of a call for one head."""
+        place = (sequence.batch, head, sequence.seqlen_q, sequence.seqlen_k)
+        mask, score = (
+            rule and rule.build(values or ()).at(*place)
+            for rule, values in ((problem.mask, call.mask_values), (problem.score, call.score_values))
+        )
+        return Rules(
+            sequence.batch, head, sequence.offset, sequence.seqlen_k, call.softmax_scale, mask, score
+        )
+
+    def apply(self, s: cute.Tensor, row_of, key_of, masked: bool) -> None:
+        """S (rows, columns) in place: the score rule, then -inf where hidden or beyond seqlen_k.
+
+        row_of(r), key_of(c): row of the query and index of the key inside the sequence. masked: False
+        where every key is seen.
+        """
+        for c in range(cute.size(s, mode=[1])):
+            for r in range(cute.size(s, mode=[0])):
+                q, k = row_of(r) + self.offset, key_of(c)
+                if self.score is not None:
+                    s[r, c] = self.score.score(s[r, c] * self.scale, self.batch, self.head, q, k)
+                if masked:
+                    s[r, c] = where(self._seen(q, k), s[r, c], -Float32.inf)
+
+    def _seen(self, q: Int32, k: Int32):
+        inside = k < self.seqlen_k
+        return inside if self.mask is None else inside & self.mask.visible(q, k)

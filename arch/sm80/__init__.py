@@ -1,0 +1,52 @@
+"""Kernels for Ampere and everything that runs its instructions: cp.async, ldmatrix, mma.sync.
+
+No roles and no mbarriers: every warp loads, multiplies and stores. Other trees may list these kernels.
+The classes here are light; `launcher` imports the DSL.
+"""
+
+from __future__ import annotations
+
+from ..problem import Device, Problem, Support
+from . import tuning
+
+
+class Forward:
+    """Attention forward, FlashAttention-2's algorithm (Dao 2023, algorithm 1)."""
+
+    name = "sm80.forward"
+    support = Support(
+        capabilities=((8, 0), (12, 1)),
+        dtypes=("float16", "bfloat16"),
+        head_dims=range(8, 257, 8),
+        features=frozenset(
+            ("dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "dropout", "sink", "lse")
+        ),
+    )
+
+    def __init__(self, problem: Problem, config: tuning.Config):
+        self.problem, self.config = problem, config
+
+    @staticmethod
+    def config(problem: Problem, device: Device) -> tuning.Config:
+        """The tile sizes for `problem` on `device`; ask `reasons` first."""
+        config = tuning.forward_config(problem, device)
+        if config is None:
+            raise ValueError(f"no tile of sm80.forward fits {device.shared_memory} bytes of shared memory")
+        return config
+
+    @staticmethod
+    def reasons(problem: Problem, device: Device) -> tuple[str, ...]:
+        """Every reason why not; empty when this kernel serves `problem` on `device`."""
+        found = Forward.support.reasons(problem, device)
+        if not found and tuning.forward_config(problem, device) is None:
+            found = (f"no tile fits {device.shared_memory} bytes of shared memory",)
+        return found
+
+    def launcher(self):
+        """What to compile: called with fake operands in `Operands` order and a stream."""
+        from .forward import ForwardKernel
+
+        return ForwardKernel(self.problem, self.config)
+
+
+KERNELS = (Forward,)

@@ -1,0 +1,297 @@
+"""FlashAttention-2 forward (Dao 2023, algorithm 1) in sm_80 instructions.
+
+One CTA takes tile_m rows of one query head and walks the KV blocks that they may see, latest first:
+
+    wait K[n]    begin V ahead    S = Q K[n]    P, rescale = softmax(S)
+    wait V[n]    begin K ahead    O = rescale O + P V[n]
+
+A wait shows one tile to all warps and frees the slot of the other kind that the block before used.
+Each warp works on its own rows from beginning to end: two row blocks of 16 where registers allow, so
+that every piece of K and V that it reads from shared memory is multiplied twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import CopyUniversalOp
+
+from ..common.blocks import Phase, phases
+from ..common.dropout import Dropout
+from ..common.fragment import as_operand_a, rows_by_columns
+from ..common.mask import Everything
+from ..common.output import OutputRows
+from ..common.rules import Rules
+from ..common.schedule import OneTile
+from ..common.sequence import Sequence, sequence_of
+from ..common.softmax import LOG2_E, OnlineSoftmax
+from ..elementwise import minimum, where
+from ..problem import Operands, Problem
+from .copy import TileCopy, tile_layout
+from .kv import KvLoader, KvStream, Source, hidden_zero
+from .mma import PIECE, Pieces, product, tiled_mma
+from .tuning import Config, padded
+
+DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
+ROW_LANES = (1, 2)  # mma.sync spreads a row of the accumulator over 4 neighbouring lanes
+
+
+class RowBlock(NamedTuple):
+    """What one CTA works on: rows first_row and on of one query head of one sequence."""
+
+    call: Operands
+    sequence: Sequence
+    head: Int32
+    kv_head: Int32
+    first_row: Int32
+    thread: Int32
+
+
+class Tiles(NamedTuple):
+    """Shared memory. The output takes Q's place in the end."""
+
+    q: cute.Tensor  # (tile_m, dim, 1)
+    k: cute.Tensor  # (tile_n, dim, stages)
+    v: cute.Tensor  # (tile_n, dim_v, stages)
+    out: cute.Tensor  # (tile_m, dim_v, 1)
+
+
+class Walk(NamedTuple):
+    """What a thread needs at every KV block."""
+
+    mma: cute.TiledMma
+    block: RowBlock
+    stream: KvStream
+    rules: Rules
+    dropout: Dropout | None
+    q: Pieces
+    q_registers: list[cute.Tensor]
+    k: Pieces
+    v: Pieces
+    acc_o: cute.Tensor  # (mma, M, dim_v / 8) fp32
+    softmax: OnlineSoftmax
+
+
+class ForwardKernel:
+    """The kernel for one problem and config, to be compiled with operands in `Operands` order and a stream."""
+
+    def __init__(self, problem: Problem, config: Config):
+        self.problem, self.config = problem, config
+        self.dtype = DTYPES[problem.dtype]
+        self.dim, self.dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
+        self.copy_q, copy_k = (self.copy(rows, problem.head_dim) for rows in (config.tile_m, config.tile_n))
+        self.copy_out, copy_v = (self.copy(rows, problem.head_dim_v) for rows in (config.tile_m, config.tile_n))
+        self.row_blocks = config.tile_m // (PIECE * config.warps)
+        self.kv = KvLoader(copy_k, copy_v, config.tile_n, config.stages)
+
+    def copy(self, rows: int, dim: int) -> TileCopy:
+        return TileCopy(self.dtype, rows, dim, padded(dim), self.config.threads)
+
+    @cute.jit
+    def __call__(self, *operands_and_stream):
+        *operands, stream = operands_and_stream
+        call = Operands(*operands)
+        heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
+        if const_expr(self.problem.varlen):
+            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
+        else:
+            rows, batches = call.q.shape[1], call.q.shape[0]
+        schedule = OneTile(cute.ceil_div(rows, self.config.tile_m), heads, batches)
+        threads = (self.config.threads, 1, 1)
+        self.kernel(call, schedule, heads // kv_heads).launch(grid=schedule.grid(), block=threads, stream=stream)
+
+    @cute.kernel
+    def kernel(self, call: Operands, schedule: OneTile, group_size: Int32):
+        m_block, head, batch = schedule.tile(cute.arch.block_idx()[0])
+        sequence = sequence_of(call, batch)
+        kv_head = head // group_size if const_expr(self.problem.gqa) else head
+        first_row = m_block * self.config.tile_m
+        if first_row < sequence.q_rows:
+            thread = cute.arch.thread_idx()[0]
+            self.row_block(RowBlock(call, sequence, head, kv_head, first_row, thread))
+
+    @cute.jit
+    def row_block(self, block: RowBlock):
+        tiles = self.tiles()
+        rules = Rules.of(self.problem, block.call, block.sequence, block.head)
+        blocks = self.phases(block, rules)
+        stream = self.stream(block, tiles, blocks)
+        walk = self.walk(block, tiles, stream, rules)
+        if stream.first < stream.last:
+            self.begin_q(block, tiles)
+            self.kv.begin(stream)
+            self.keep_q(walk)
+        for phase in cutlass.range_constexpr(len(blocks)):
+            first, last, masked = blocks[phase]
+            for i in cutlass.range(last - first, unroll=1):
+                self.visit(walk, last - 1 - i, masked)
+        self.store(walk, tiles)
+
+    def visit(self, walk: Walk, n: Int32, masked: bool) -> None:
+        """KV block n: S = Q K^T, P = exp(rules(S) - max), O = rescale O + P V."""
+        slot, first_key = self.kv.slot(walk.stream, n), n * self.config.tile_n
+        self.kv.wait()
+        self.kv.begin_v(walk.stream, n)
+        acc_s = self.accumulator(walk.mma, self.config.tile_n)
+        product(walk.mma, acc_s, self.dim // PIECE, self.q_operand(walk, n), walk.k.at(slot))
+        s, row_of, column_of = self.elements(walk, acc_s)
+        walk.rules.apply(s, row_of, lambda c: first_key + column_of(c), masked)
+        rescale = walk.softmax.raise_max(s)
+        self.rescale(walk.acc_o, rescale)
+        walk.softmax.exponentials(s, rescale)
+        if walk.dropout is not None:
+            walk.dropout.apply(s, row_of, first_key, walk.block.thread)
+        p = as_operand_a(self.rounded(acc_s))
+        self.kv.wait()
+        self.kv.begin_k(walk.stream, n)
+        product(walk.mma, walk.acc_o, self.config.tile_n // PIECE, lambda k: p[None, None, k], walk.v.at(slot))
+
+    @cute.jit
+    def rescale(self, acc_o: cute.Tensor, factors: cute.Tensor):
+        """O *= factors, row by row, unless no row of the warp has a new maximum.
+
+        Besides, the branch keeps the two products apart for the register allocator: scheduled as one
+        block, they spill.
+        """
+        raised = factors[0] != 1.0
+        for r in cutlass.range_constexpr(1, cute.size(factors)):
+            raised = raised | (factors[r] != 1.0)
+        if cute.arch.vote_any_sync(raised):
+            o = rows_by_columns(acc_o)
+            for r in cutlass.range_constexpr(cute.size(factors)):
+                for c in cutlass.range_constexpr(cute.size(o, mode=[1])):
+                    o[r, c] = o[r, c] * factors[r]
+
+    @cute.jit
+    def store(self, walk: Walk, tiles: Tiles):
+        """Normalise O and write it, through shared memory so that whole lines leave; and the LSE."""
+        call, sequence, head, _, first_row, thread = walk.block
+        o, row_of, _ = self.elements(walk, walk.acc_o)
+        rows = OutputRows(
+            used=sequence.seqlen_q if const_expr(self.problem.seqused_q) else None,
+            end=sequence.q_rows,
+            lse=sequence.lse_of(call.lse, head) if const_expr(self.problem.lse) else None,
+            sink=call.sink[head] if const_expr(self.problem.sink) else None,
+            factor=call.keep_scale if const_expr(self.problem.dropout) else None,
+        )
+        rows.finish(o, walk.softmax, row_of, thread % 4 == 0)
+        pairs = cute.make_copy_atom(CopyUniversalOp(), self.dtype, num_bits_per_copy=32)
+        to_shared = cute.make_tiled_copy_C(pairs, walk.mma).get_slice(thread)
+        out = to_shared.retile(self.rounded(walk.acc_o))
+        cute.copy(to_shared, out, to_shared.partition_D(tiles.out[None, None, 0]))
+        cute.arch.barrier()
+        out_rows = cute.domain_offset((first_row, 0), sequence.q_rows_of(call.out, head))
+        chunks = self.copy_out.partition(tiles.out, thread)[None, None, None, 0]
+        self.copy_out.store(chunks, out_rows, thread, sequence.q_rows - first_row)
+
+    def accumulator(self, mma: cute.TiledMma, columns: int) -> cute.Tensor:
+        """fp32 zeros (mma, M, columns / 8) for tile_m rows."""
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((self.config.tile_m, columns)), Float32)
+        acc.fill(0.0)
+        return acc
+
+    def elements(self, walk: Walk, acc: cute.Tensor) -> tuple[cute.Tensor, Callable, Callable]:
+        """An accumulator as rows × columns; each row's index in the sequence, each column's in the tile."""
+        columns = 8 * cute.size(acc, mode=[2])
+        tile = cute.make_identity_tensor((self.config.tile_m, columns))
+        at = rows_by_columns(walk.mma.get_slice(walk.block.thread).partition_C(tile))
+        return rows_by_columns(acc), lambda r: walk.block.first_row + at[r, 0][0], lambda c: at[0, c][1]
+
+    def rounded(self, acc: cute.Tensor) -> cute.Tensor:
+        """The same in the operands' type."""
+        narrow = cute.make_rmem_tensor(acc.shape, self.dtype)
+        narrow.store(acc.load().to(self.dtype))
+        return narrow
+
+    def q_registers(self) -> list[cute.Tensor]:
+        """Room for all of Q's operands, one per k step, where the config keeps them."""
+        steps = self.dim // PIECE if self.config.q_in_registers else 0
+        return [cute.make_rmem_tensor(((2, 2, 2), self.row_blocks), self.dtype) for _ in range(steps)]
+
+    def keep_q(self, walk: Walk) -> None:
+        """Read Q from shared memory once, where the config has registers for it."""
+        if self.config.q_in_registers:
+            cute.arch.cp_async_wait_group(self.kv.groups_begun)
+            cute.arch.barrier()
+            for k, registers in enumerate(walk.q_registers):
+                walk.q.operand_a(k, registers, self.config.warps)
+
+    def q_operand(self, walk: Walk, n: Int32) -> Callable:
+        """k -> Q's registers for that k step: kept, or read again from shared memory."""
+        if self.config.q_in_registers:
+            return lambda k: walk.q_registers[k]
+        q = walk.q.at(hidden_zero(n))
+        registers = cute.make_rmem_tensor(((2, 2, 2), self.row_blocks), self.dtype)
+        return lambda k: q.operand_a(k, registers, self.config.warps)
+
+    def tiles(self) -> Tiles:
+        config, smem = self.config, cutlass.memory.SmemAllocator()
+        wider = tile_layout(config.tile_m, max(self.dim, self.dim_v), 1)
+        q_or_out = smem.allocate_tensor(self.dtype, wider, byte_alignment=128).iterator
+        k = tile_layout(config.tile_n, self.dim, config.stages)
+        v = tile_layout(config.tile_n, self.dim_v, config.stages)
+        return Tiles(
+            q=cute.make_tensor(q_or_out, tile_layout(config.tile_m, self.dim, 1)),
+            k=smem.allocate_tensor(self.dtype, k, byte_alignment=128),
+            v=smem.allocate_tensor(self.dtype, v, byte_alignment=128),
+            out=cute.make_tensor(q_or_out, tile_layout(config.tile_m, self.dim_v, 1)),
+        )
+
+    def phases(self, block: RowBlock, rules: Rules) -> list[Phase]:
+        """Which KV blocks the rows visit, and how."""
+        sequence, first_row = block.sequence, block.first_row
+        end_row = minimum(first_row + self.config.tile_m, sequence.seqlen_q)
+        seqlen_k = sequence.seqlen_k
+        if self.problem.seqused_q:
+            seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
+        q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
+        return phases(rules.mask or Everything(), q_first, q_last, seqlen_k, self.config.tile_n)
+
+    def stream(self, block: RowBlock, tiles: Tiles, blocks: list[Phase]) -> KvStream:
+        k_rows, v_rows = (block.sequence.k_rows_of(t, block.kv_head) for t in (block.call.k, block.call.v))
+        return KvStream(
+            k=Source(k_rows, self.kv.copy_k.partition(tiles.k, block.thread)),
+            v=Source(v_rows, self.kv.copy_v.partition(tiles.v, block.thread)),
+            first=blocks[-1].first,
+            last=blocks[0].last,
+            seqlen_k=block.sequence.seqlen_k,
+            thread=block.thread,
+        )
+
+    def begin_q(self, block: RowBlock, tiles: Tiles) -> None:
+        """Start copying the rows of Q; the first group."""
+        rows = cute.domain_offset((block.first_row, 0), block.sequence.q_rows_of(block.call.q, block.head))
+        chunks = self.copy_q.partition(tiles.q, block.thread)
+        self.copy_q.clear_padding(chunks, block.thread)
+        last_row = block.sequence.seqlen_q - 1 - block.first_row
+        self.copy_q.load(rows, chunks[None, None, None, 0], block.thread, last_row)
+        cute.arch.cp_async_commit_group()
+
+    def walk(self, block: RowBlock, tiles: Tiles, stream: KvStream, rules: Rules) -> Walk:
+        call, thread = block.call, block.thread
+        mma = tiled_mma(self.dtype, self.config.warps)
+        acc_o = self.accumulator(mma, self.dim_v)
+        # A score rule takes scaled scores, so that only the change of base is left to the softmax.
+        scale = 1.0 if self.problem.score else call.softmax_scale
+        rows = cute.size(rows_by_columns(acc_o), mode=[0])
+        dropout = None
+        if self.problem.dropout:
+            place = block.sequence.batch * call.q.shape[-2] + block.head
+            dropout = Dropout.of(call.rng_state, place, call.keep_threshold)
+        return Walk(
+            mma=mma,
+            block=block,
+            stream=stream,
+            rules=rules,
+            dropout=dropout,
+            q=Pieces.a(tiles.q, thread),
+            q_registers=self.q_registers(),
+            k=Pieces.b(tiles.k, thread),
+            v=Pieces.b_transposed(tiles.v, thread),
+            acc_o=acc_o,
+            softmax=OnlineSoftmax.create(rows, Float32(scale * LOG2_E), ROW_LANES),
+        )

@@ -1,0 +1,97 @@
+"""K and V blocks on their way to shared memory: cp.async, latest block first, `stages` tiles of each.
+
+Groups are committed in the order K V K V ..., one per call and empty past the first block, so that
+whenever a tile is waited for exactly 2 (stages - 1) groups are younger.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Boolean, Constexpr, Int32
+
+from .copy import TileCopy
+
+
+def hidden_zero(n: Int32) -> Int32:
+    """0 for a block n, in a way that compilers do not see through.
+
+    What is added to it in the loop stays in the loop: else the addresses of all pieces of a tile would
+    be computed before it and held in registers, which the output needs.
+    """
+    return n >> 31
+
+
+class Source(NamedTuple):
+    """K or V: global (seqlen_k, dim), and this thread's chunks of its shared tiles."""
+
+    rows: cute.Tensor
+    chunks: cute.Tensor
+
+
+class KvStream(NamedTuple):
+    """Blocks first <= n < last; nothing from row seqlen_k on is touched."""
+
+    k: Source
+    v: Source
+    first: Int32
+    last: Int32
+    seqlen_k: Int32
+    thread: Int32
+
+
+class KvLoader:
+    """How a KvStream's tiles are filled: settled at compile time."""
+
+    def __init__(self, copy_k: TileCopy, copy_v: TileCopy, tile_n: int, stages: int):
+        self.copy_k, self.copy_v = copy_k, copy_v
+        self.tile_n, self.stages = tile_n, stages
+
+    @property
+    def groups_begun(self) -> int:
+        """Groups that `begin` commits."""
+        return max(2, 2 * self.stages - 1)
+
+    def slot(self, stream: KvStream, n: Int32) -> Int32:
+        """Which of the `stages` tiles block n goes to."""
+        return hidden_zero(n) if self.stages == 1 else (stream.last - 1 - n) % self.stages
+
+    def begin(self, stream: KvStream) -> None:
+        """Begin the tiles that `begin_k` and `begin_v` leave out: K of the first `stages` blocks visited,
+        V of one less, but at least of the last block, the only one that may reach beyond seqlen_k.
+        """
+        self.copy_k.clear_padding(stream.k.chunks, stream.thread)
+        self.copy_v.clear_padding(stream.v.chunks, stream.thread)
+        for stage in range(self.stages):
+            n = stream.last - 1 - stage
+            self._begin(stream, stream.k, self.copy_k, n, n >= stream.first, stage == 0)
+            if stage + 1 < self.stages or stage == 0:
+                self._begin(stream, stream.v, self.copy_v, n, n >= stream.first, stage == 0)
+
+    def begin_k(self, stream: KvStream, n: Int32) -> None:
+        """Begin copying K of the block `stages` after n, if there is one; its slot must be free."""
+        n = n - self.stages
+        self._begin(stream, stream.k, self.copy_k, n, n >= stream.first, False)
+
+    def begin_v(self, stream: KvStream, n: Int32) -> None:
+        """Begin copying V of the block `stages` - 1 after n, if there is one; its slot must be free."""
+        n = n - (self.stages - 1)
+        due = n >= stream.first
+        if self.stages == 1:
+            due = due & (n < stream.last - 1)
+        self._begin(stream, stream.v, self.copy_v, n, due, False)
+
+    def wait(self) -> None:
+        """The next tile is complete and visible to all warps; they are done with the one before it."""
+        cute.arch.cp_async_wait_group(2 * (self.stages - 1))
+        cute.arch.barrier()
+
+    @cute.jit
+    def _begin(self, stream, source, copy, n: Int32, due: Boolean, bounded: Constexpr):
+        if due:
+            first_row = n * self.tile_n
+            rows = cute.domain_offset((first_row, 0), source.rows)
+            last_row = stream.seqlen_k - 1 - first_row if bounded else None
+            copy.load(rows, source.chunks[None, None, None, self.slot(stream, n)], stream.thread, last_row)
+        cute.arch.cp_async_commit_group()
