@@ -1,0 +1,24 @@
+"""cute_flash: exact FlashAttention for Ampere, Hopper and Blackwell in the CuTe Python DSL."""
+
+from .api import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .dispatch import emulated, features, supports
+from .masks import Causal, Document, Mask, PrefixLM, SlidingWindow
+from .scores import ALiBi, Score, Softcap
+
+__all__ = [
+    "ALiBi",
+    "Causal",
+    "Document",
+    "Mask",
+    "PrefixLM",
+    "Score",
+    "SlidingWindow",
+    "Softcap",
+    "emulated",
+    "features",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "supports",
+]

@@ -1,0 +1,155 @@
+"""The public functions: flash-attn 2's arguments in its order and meaning, and keyword-only extras.
+
+    q, k, v     float16 or bfloat16, (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim);
+                the last dimension contiguous, all other strides multiples of 16 bytes
+    positions   query row i of a sequence stands at key position i + seqlen_k - seqlen_q
+    a score     softmax_scale * q·k, then softcap, ALiBi, `score`; then what the masks hide is -inf
+
+Errors: TypeError, ValueError and NotImplementedError name the argument, what was given and what is
+allowed; RuntimeError for CPU tensors without an emulated device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import ops, request
+from .request import Call, Options, Packing
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    mask: Any = None,
+    score: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Exact attention on dense batches, in O(seqlen) memory (Dao et al. 2022; Dao 2023).
+
+    q: (batch, seqlen_q, heads, head_dim). k: (batch, seqlen_k, heads_kv, head_dim).
+    v: (batch, seqlen_k, heads_kv, head_dim_v). heads is a multiple of heads_kv: query head i uses
+        head i // (heads // heads_kv) of k and v (Ainslie et al. 2023). Head dims: 8 to 256 by 8.
+    dropout_p: probability that a softmax weight is set to 0, the others being scaled up. The mask is
+        Philox's (Salmon et al. 2011) from a seed that torch's default generator of q's device draws:
+        after the same `torch.manual_seed`, the same mask on every architecture.
+    softmax_scale: factor on q·k, above 0; head_dim**-0.5 if None.
+    causal: a query sees keys up to its own position: the lower right corner is the last key.
+    window_size: (left, right), how many keys before and after its position a query sees, inclusive;
+        -1 or None is unbounded. causal makes right 0.
+    softcap: scores become softcap * tanh(score / softcap); 0.0 is off.
+    alibi_slopes: float32 (heads,) or (batch, heads): slope * |distance| is taken off (Press et al. 2022).
+    deterministic: accepted; the forward pass always is.
+    return_attn_probs: also return lse and S_dmask, the float32 softmax weights before dropout, (batch,
+        heads, seqlen_q, seqlen_k), with a minus sign where dropout removed them. For tests only: it is
+        computed by plain torch in O(seqlen**2) memory.
+    mask: a `Mask` object (`Causal`, `SlidingWindow`, `PrefixLM`, `Document`, your own), or a plain
+        function visible(q, k) of two positions. A pair must be visible to causal, window and mask alike.
+    score: a `Score` object, or a plain function score(s, batch, head, q, k) of a scaled score.
+    learnable_sink: (heads,), a score per query head that takes part in the softmax's sum and has no
+        value (gpt-oss).
+    return_lse: also return lse.
+    out: (batch, seqlen_q, heads, head_dim_v), where the result is written; it must not overlap inputs.
+
+    Returns out, (batch, seqlen_q, heads, head_dim_v) in q's dtype; (out, lse) with return_lse, lse the
+    natural log of the softmax's sum, float32 (batch, heads, seqlen_q); (out, lse, S_dmask) with
+    return_attn_probs. A query that sees no key has out 0 and lse -inf, or the sink's score.
+    """
+    lse = return_lse or return_attn_probs
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        lse, out,
+    )
+    call = request.dense(q, k, v, options)
+    return _results(call, out, return_attn_probs)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+    *,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    mask: Any = None,
+    score: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Exact attention on sequences of different lengths, packed one after the other without padding.
+
+    q: (total_q, heads, head_dim). k: (total_k, heads_kv, head_dim). v: (total_k, heads_kv, head_dim_v).
+    cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), contiguous: the first row of each sequence, from 0,
+        and the end of the last. Their numbers are checked for CPU tensors; for CUDA tensors, which would
+        have to wait for the GPU, where CUTE_FLASH_CHECK=1 is set.
+    max_seqlen_q, max_seqlen_k: at least the longest sequence's length; longer costs idle blocks.
+    seqused_q, seqused_k: int32 (batch,): use only so many rows of each sequence. Rows of q beyond get
+        out 0 and lse -inf.
+    block_table: paged keys and values are not available: NotImplementedError unless None.
+    All others: as in `flash_attn_func`; alibi_slopes (heads,) or (batch, heads); tables of rules by
+    sequence and position inside it. return_attn_probs: NotImplementedError if True.
+
+    Returns out, (total_q, heads, head_dim_v); with return_lse (out, lse), lse float32 (heads, total_q).
+    Rows that belong to no sequence, beyond cu_seqlens_q[-1], are not written.
+    """
+    if block_table is not None:
+        raise NotImplementedError("block_table is given; allowed: None, there are no paged keys yet")
+    if return_attn_probs:
+        raise NotImplementedError(
+            "return_attn_probs is True; allowed for packed sequences: False. Use flash_attn_func on one "
+            "sequence at a time, or return_lse=True for the log-sum-exp"
+        )
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        return_lse, out,
+    )
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+    call = request.varlen(q, k, v, packing, options)
+    return _results(call, out, False)
+
+
+def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Decoding with a key-value cache: not available yet, NotImplementedError."""
+    raise NotImplementedError(
+        "flash_attn_with_kvcache does not exist yet; flash_attn_varlen_func with seqused_k attends to a "
+        "cache that you fill yourself"
+    )
+
+
+def flash_attn_combine(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merging partial results of split keys: not available yet, NotImplementedError."""
+    raise NotImplementedError("flash_attn_combine does not exist yet: no kernel here splits the keys")
+
+
+def _results(call: Call, out: torch.Tensor | None, probabilities: bool) -> Any:
+    out, lse = ops.forward(call, out)
+    if probabilities:
+        return out, lse, ops.probabilities(call)
+    return (out, lse) if call.lse else out

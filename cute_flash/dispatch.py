@@ -1,0 +1,244 @@
+"""Which kernel serves a problem on a device: the first that says it can, or every reason why none does.
+
+The only file that knows compute capabilities. CPU tensors are served where an emulated device is
+active, by `with emulated("sm80")` or by CUTE_FLASH_EMULATE=sm80; there is no silent fallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from . import arch, rules
+from .arch.problem import FEATURES, Device, Problem
+from .masks import Mask
+from .scores import Score
+
+# Devices that can be emulated: capability and opt-in shared memory per block of A100, RTX 30, RTX 40,
+# H100, B200 and RTX 50 (CUDA C++ programming guide, table of technical specifications).
+EMULATED = {
+    "sm80": Device((8, 0), 166912),
+    "sm86": Device((8, 6), 101376),
+    "sm89": Device((8, 9), 101376),
+    "sm90": Device((9, 0), 232448),
+    "sm100": Device((10, 0), 232448),
+    "sm120": Device((12, 0), 101376),
+}
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """An emulated device: `reports` holds what the emulator said about its latest launches.
+
+    options: keywords of `cute_flash.emulator.Options`.
+    """
+
+    name: str
+    device: Device
+    options: dict[str, Any] = field(default_factory=dict)
+    reports: deque = field(default_factory=lambda: deque(maxlen=1000))
+
+
+class Place(NamedTuple):
+    """Where a call runs. route: "cuda" or "emulator"."""
+
+    device: Device
+    route: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `supports` says: true where a kernel serves the problem; `str` gives it, or the reasons.
+
+    refusals: (kernel's name, its reasons) of every kernel that was asked before.
+    """
+
+    problem: Problem
+    device: Device
+    kernel: Any = None
+    config: Any = None
+    refusals: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.kernel is not None
+
+    def __str__(self) -> str:
+        device = f"{self.device.target} with {self.device.shared_memory} bytes of shared memory"
+        asked = f"{_in_words(self.problem)} on {device}"
+        if self:
+            return f"{self.kernel.name} serves {asked}: {self.config}"
+        lines = [f"no kernel serves {asked}:"]
+        lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in self.refusals]
+        return "\n".join(lines)
+
+
+_active: contextvars.ContextVar[Emulation | None] = contextvars.ContextVar("emulation", default=None)
+
+
+@contextlib.contextmanager
+def emulated(name: str = "sm80", **options: Any) -> Iterator[Emulation]:
+    """Within this context calls on CPU tensors run on an emulated GPU.
+
+    name: one of "sm80", "sm86", "sm89", "sm90", "sm100", "sm120". options: keywords of
+    `cute_flash.emulator.Options`, such as `races=True`. Yields the `Emulation`, whose `reports` fill
+    with a report per launch. Applies to this thread and context only. Raises ValueError for another name,
+    and what `Options` raises for options that it does not take.
+    """
+    if options:
+        from .emulator import Options
+
+        Options(**options)
+    emulation = Emulation(name, _emulated_device(name, "emulated"), options)
+    token = _active.set(emulation)
+    try:
+        yield emulation
+    finally:
+        _active.reset(token)
+
+
+def emulation() -> Emulation | None:
+    """The emulated device that is active here, if any."""
+    return _active.get() or _from_environment(os.environ.get("CUTE_FLASH_EMULATE", ""))
+
+
+def place_of(device: torch.device) -> Place:
+    """Where a call on tensors of `device` runs; RuntimeError for CPU tensors without an emulated device."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return Place(_cuda_device(index), "cuda")
+    active = emulation()
+    if active is None:
+        raise RuntimeError(
+            f"the tensors are on {device}, and kernels run on CUDA devices. Move the tensors to a GPU; or "
+            'emulate one: `with cute_flash.emulated("sm80"):` or CUTE_FLASH_EMULATE=sm80 (slow, for '
+            "development); or use torch.nn.functional.scaled_dot_product_attention on the CPU"
+        )
+    return Place(active.device, "emulator")
+
+
+def dispatch(problem: Problem, device: Device) -> tuple[Any, Any]:
+    """(kernel, config) for `problem`; NotImplementedError with every kernel's every reason."""
+    answer = select(problem, device)
+    if not answer:
+        raise NotImplementedError(str(answer))
+    return answer.kernel, answer.config
+
+
+@functools.cache
+def select(problem: Problem, device: Device) -> Answer:
+    """The first kernel that serves `problem` on `device`."""
+    refusals = []
+    for kernel in arch.load(device):
+        reasons = kernel.reasons(problem, device)
+        if not reasons:
+            return Answer(problem, device, kernel, kernel.config(problem, device), tuple(refusals))
+        refusals.append((kernel.name, tuple(reasons)))
+    if not refusals:
+        served = sorted({major for (major, _), _ in arch.TREES})
+        refusals.append(("none", (f"there are kernels for compute capabilities {served} only",)))
+    return Answer(problem, device, refusals=tuple(refusals))
+
+
+def supports(
+    dtype: torch.dtype | str,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    *,
+    device: str | torch.device | None = None,
+    mask: Any = None,
+    score: Any = None,
+    **features: bool,
+) -> Answer:
+    """Whether a kernel serves such a call: an object that is true or false and whose text says why.
+
+    device: an architecture ("sm80"), a CUDA device, or None for the one at hand, emulated or not.
+    mask, score: a rule (`Causal()` for causal calls, `Softcap(...)` for softcap, ...), a plain function,
+    or a list of them that apply together. features: `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`,
+    `sink`, `lse`, all False unless given.
+    """
+    mask_type, score_type = rules.decode(rules.encode(_parts(mask, Mask), _parts(score, Score)).code)
+    problem = Problem(
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=head_dim,
+        head_dim_v=head_dim if head_dim_v is None else head_dim_v,
+        mask=mask_type,
+        score=score_type,
+        **{"lse": False, **features},
+    )
+    if device is None:
+        if emulation() is None and not torch.cuda.is_available():
+            names = ", ".join(EMULATED)
+            raise RuntimeError(f"no GPU is at hand and none is emulated: give device, one of {names}")
+        device = "cuda" if emulation() is None else "cpu"
+    if isinstance(device, str) and not device.startswith(("cuda", "cpu")):
+        return select(problem, _emulated_device(device, "device"))
+    return select(problem, place_of(torch.device(device)).device)
+
+
+def _parts(given: Any, base: type) -> list:
+    """The rules that a list, a single rule or function, or None stands for."""
+    several = given if isinstance(given, list) else [] if given is None else [given]
+    return [part if isinstance(part, str) else rules.part_of(part, base, base.__name__) for part in several]
+
+
+def features() -> str:
+    """The table of architectures and features, in Markdown, from what the kernels declare."""
+    kernels = {
+        name: [k for k in arch.load(device) if _serves(k, device)] for name, device in EMULATED.items()
+    }
+
+    def merged(served: list, values: Any) -> str:
+        return ", ".join(dict.fromkeys(text for kernel in served for text in values(kernel.support))) or "–"
+
+    rows = [["", *kernels], ["---", *([":-:"] * len(kernels))]]
+    rows.append(["dtypes", *(merged(served, lambda s: s.dtypes) for served in kernels.values())])
+    rows.append(["head dims", *(merged(served, _head_dims) for served in kernels.values())])
+    for feature, words in FEATURES.items():
+        marks = ["✓" if any(feature in k.support.features for k in s) else "–" for s in kernels.values()]
+        rows.append([words, *marks])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _serves(kernel: Any, device: Device) -> bool:
+    low, high = kernel.support.capabilities
+    return low <= device.capability <= high
+
+
+def _head_dims(support: Any) -> tuple[str, ...]:
+    dims = support.head_dims
+    if isinstance(dims, range):
+        return (f"{dims[0]}…{dims[-1]} by {dims.step}",)
+    return tuple(map(str, dims))
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+
+
+def _emulated_device(name: str, argument: str) -> Device:
+    if name not in EMULATED:
+        raise ValueError(f"{argument} is {name!r}; allowed: {', '.join(EMULATED)}")
+    return EMULATED[name]
+
+
+@functools.cache
+def _from_environment(name: str) -> Emulation | None:
+    return Emulation(name, _emulated_device(name, "CUTE_FLASH_EMULATE")) if name else None
+
+
+def _in_words(problem: Problem) -> str:
+    dims = f"{problem.head_dim}"
+    if problem.head_dim_v != problem.head_dim:
+        dims += f" and {problem.head_dim_v} for v"
+    asked = ", ".join(FEATURES[feature] for feature in problem.features())
+    return f"attention in {problem.dtype} with head_dim {dims}, {asked},"

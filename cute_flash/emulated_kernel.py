@@ -1,0 +1,52 @@
+"""A compiled kernel on the emulator: its own host code, on host memory that says it is a GPU's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import emulator, objectfile
+from .arch.problem import Device, Operands
+from .cache import Artifact
+from .dispatch import emulation
+from .emulator.launch import Driver, View
+
+
+class EmulatedKernel:
+    """Called with `Operands`' members, CPU tensors. The emulator's options are those active at the call."""
+
+    def __init__(self, artifact: Artifact, device: Device) -> None:
+        from tvm_ffi import from_dlpack
+
+        self._from_dlpack = from_dlpack
+        program = emulator.Program(artifact.ptx.decode())
+        self._driver = Driver(program, device.shared_memory)
+        self._function = objectfile.load(
+            artifact.object, artifact.description["function"], self._driver.symbols
+        )
+
+    def __call__(self, *operands: Any) -> None:
+        active = emulation()
+        if active is None:
+            raise RuntimeError("no emulated device is active")
+        # A row that a kernel forgets to write must not pass for a right one.
+        for written in (operands[Operands._fields.index("out")], operands[Operands._fields.index("lse")]):
+            if written is not None:
+                written.fill_(torch.nan)
+        views: list[View] = []
+        args = tuple(
+            self._argument(operand, name, views)
+            for name, operand in zip(Operands._fields, operands, strict=True)
+        )
+        reports = self._driver.call(self._function, views, args, emulator.Options(**active.options))
+        active.reports.extend(reports)
+
+    def _argument(self, operand: Any, name: str, views: list[View]) -> Any:
+        """An operand as host code takes it; tensors are noted in `views`."""
+        if isinstance(operand, tuple):
+            return tuple(self._argument(o, f"{name}[{i}]", views) for i, o in enumerate(operand))
+        if not isinstance(operand, torch.Tensor):
+            return operand
+        views.append(View(operand, name))
+        return self._from_dlpack(views[-1])

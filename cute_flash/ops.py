@@ -1,0 +1,143 @@
+"""The operators that torch sees: `forward`, `forward_out`, which writes into `out`, and `probabilities`.
+
+Being operators, they are traced by torch.compile without a graph break, captured by CUDA graphs and
+seen by every tool that watches torch's dispatcher. Their arguments are those of `request.Call`; rules
+travel as a string and lists of numbers and tensors. An operator has no state of its own: dropout's seed
+is an argument.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import rules
+from .arch.problem import Operands, Problem
+from .dispatch import dispatch, place_of
+from .executable import executable
+from .probabilities import signed_probabilities
+from .request import DROPOUT_STEPS, Call, check_tensors, keep_threshold
+
+_LIBRARY = torch.library.Library("cute_flash", "DEF")
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqused_q, Tensor? seqused_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "Tensor? sink, Tensor? rng_state, float softmax_scale, float dropout_p, "
+    "str rules, Tensor[] rule_tensors, SymInt[] rule_ints, float[] rule_floats, bool lse"
+)
+
+
+def forward(call: Call, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of a checked call. lse is empty where the call does not ask for it."""
+    if out is None:
+        return torch.ops.cute_flash.forward.default(*call)
+    return out, torch.ops.cute_flash.forward_out.default(out, *call)
+
+
+def probabilities(call: Call) -> torch.Tensor:
+    """The softmax weights of a checked dense call, with a minus sign where dropout removed them."""
+    return torch.ops.cute_flash.probabilities.default(*call)
+
+
+def _new_out(q, k, v, *_) -> torch.Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _new_lse(call: Call) -> torch.Tensor:
+    q = call.q
+    if not call.lse:
+        shape = (0,)
+    elif call.cu_seqlens_q is None:
+        shape = (q.shape[0], q.shape[2], q.shape[1])
+    else:
+        shape = (q.shape[1], q.shape[0])
+    return q.new_empty(shape, dtype=torch.float32)
+
+
+def _forward(*arguments):
+    out = _new_out(*arguments)
+    return out, _fill(out, *arguments)
+
+
+def _forward_out(out, *arguments):
+    lse = _fill(out, *arguments)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as every in-place operator does
+    return lse
+
+
+def _fill(out, *arguments):
+    call = Call(*arguments)
+    lse = _new_lse(call)
+    if out.numel():
+        _launch(call, out, lse)
+    return lse
+
+
+def _forward_fake(*arguments):
+    return _new_out(*arguments), _new_lse(Call(*arguments))
+
+
+def _forward_out_fake(out, *arguments):
+    return _new_lse(Call(*arguments))
+
+
+def _probabilities(*arguments):
+    return signed_probabilities(Call(*arguments))
+
+
+def _probabilities_fake(q, k, *_):
+    (batch, seqlen_q, heads, _), seqlen_k = q.shape, k.shape[1]
+    return q.new_empty((batch, heads, seqlen_q, seqlen_k), dtype=torch.float32)
+
+
+def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
+    q, v = call.q, call.v
+    problem = _problem(
+        q.dtype, q.shape[-1], v.shape[-1], call.rules,
+        call.cu_seqlens_q is not None, call.seqused_q is not None, call.seqused_k is not None,
+        q.shape[-2] != v.shape[-2], call.rng_state is not None, call.sink is not None, call.lse,
+    )
+    place = place_of(q.device)
+    kernel, config = dispatch(problem, place.device)
+    check_tensors(call, out)
+    executable(kernel, problem, config, place.device, place.route)(*_operands(call, out, lse))
+
+
+@functools.cache
+def _problem(dtype: torch.dtype, head_dim: int, head_dim_v: int, code: str, *present: bool) -> Problem:
+    """A Problem from what a call's tensors and rules show; building one anew costs more than this lookup."""
+    mask, score = rules.decode(code)
+    return Problem(str(dtype).removeprefix("torch."), head_dim, head_dim_v, mask, score, *present)
+
+
+def _operands(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Operands:
+    mask_values, score_values = rules.values(
+        call.rules, call.rule_tensors, call.rule_ints, call.rule_floats
+    )
+    threshold = scale = None
+    if call.rng_state is not None:
+        threshold = keep_threshold(call.dropout_p)
+        scale = DROPOUT_STEPS / threshold
+    return Operands(
+        call.q, call.k, call.v, out, lse if call.lse else None,
+        call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
+        call.sink, call.rng_state, call.softmax_scale, threshold, scale,
+        None if call.cu_seqlens_q is None else call.max_seqlen_q,
+        mask_values, score_values,
+    )
+
+
+def _register(name: str, schema: str, run, fake) -> None:
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"cute_flash::{name}", fake, lib=_LIBRARY)
+
+
+_register("forward", f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake)
+_register(
+    "forward_out", f"forward_out(Tensor(a!) out, {_ARGUMENTS}) -> Tensor lse", _forward_out, _forward_out_fake
+)
+_register("probabilities", f"probabilities({_ARGUMENTS}) -> Tensor", _probabilities, _probabilities_fake)

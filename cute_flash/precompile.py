@@ -1,0 +1,131 @@
+"""`python -m cute_flash compile`: compile kernels ahead of time, without a GPU.
+
+    python -m cute_flash compile DIR --arch sm80 --head-dim 64 192x128 --features causal varlen,causal,lse
+
+DIR then serves as CUTE_FLASH_BUNDLE on a machine that has no compiler. Each word list after --features is
+one kernel. Kernels for rules of your own: call them once, on an emulated device too, and carry the
+cache's folder of your compiler version, which has the same format; they are found by the rule's bytecode,
+so under the same minor version of Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cache, rules
+from .arch.problem import Device, Problem
+from .dispatch import EMULATED, select
+from .executable import artifact, key_of
+from .masks import Document, PrefixLM
+from .request import DTYPES
+
+_TABLE = torch.zeros(1, 1, dtype=torch.int32)
+_SLOPES = torch.zeros(1, 1)
+
+# Word -> what it adds to a call: keywords of a Problem, or arguments of the interface (rules).
+_FLAGS = ("varlen", "seqused_q", "seqused_k", "gqa", "dropout", "sink", "lse")
+_RULES: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window": (1, 1)},
+    "window_left": {"window": (1, None)},
+    "window_right": {"window": (None, 1)},
+    "prefix": {"mask": PrefixLM(1)},
+    "prefix_table": {"mask": PrefixLM(_TABLE[0])},
+    "document": {"mask": Document(_TABLE)},
+    "softcap": {"softcap": 1.0},
+    "alibi": {"alibi_slopes": _SLOPES[0]},
+    "alibi_batch": {"alibi_slopes": _SLOPES},
+}
+WORDS = ("dense", *_FLAGS, *_RULES)
+DEFAULT_FEATURES = ("dense", "causal", "varlen", "varlen,causal")
+PARTS = {"object": "kernel.o", "ptx": "kernel.ptx", "cubin": "kernel.cubin", "json": "kernel.json"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where the files go; made if missing")
+    parser.add_argument("--arch", nargs="+", choices=EMULATED, default=["sm80"], help="default: sm80")
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="default: all")
+    parser.add_argument(
+        "--head-dim", nargs="+", type=_head_dims, default=[(64, 64), (128, 128)], metavar="D",
+        help="64, or 192x128 for QK and V; default: 64 128",
+    )
+    default = " ".join(DEFAULT_FEATURES)
+    parser.add_argument(
+        "--features", nargs="+", default=list(DEFAULT_FEATURES), metavar="WORDS",
+        help=f"one kernel per comma-separated list of: {', '.join(WORDS)}; default: {default}",
+    )
+    parser.add_argument(
+        "--emit", type=_parts, metavar="PARTS",
+        help=f"write these parts as files of their own instead of bundle files: {','.join(PARTS)}",
+    )
+
+
+def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
+    """Compile what the arguments name; 1 where a kernel does not exist."""
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    wanted = list(_wanted(arguments))
+    failed = 0
+    for number, (device, problem, words) in enumerate(wanted, start=1):
+        answer = select(problem, device)
+        dims = f"{problem.head_dim}x{problem.head_dim_v}"
+        name = f"[{number}/{len(wanted)}] {device.target} {problem.dtype} {dims} {words}"
+        if not answer:
+            say(f"{name}: {answer}")
+            failed = 1
+            continue
+        started = time.perf_counter()
+        chosen = (answer.kernel, problem, answer.config, device)
+        key, built = key_of(*chosen), artifact(*chosen)
+        for part in arguments.emit or ():
+            suffix = Path(PARTS[part]).suffix
+            (arguments.directory / f"{key}{suffix}").write_bytes(built.files()[PARTS[part]])
+        if not arguments.emit:
+            cache.write(arguments.directory / f"{key}{cache.SUFFIX}", built)
+        say(f"{name}: {key}, {time.perf_counter() - started:.1f} s")
+    return failed
+
+
+def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Problem:
+    """The Problem of a call with the features that `words` name."""
+    given: dict[str, Any] = {"causal": False, "window": (None, None), "mask": None}
+    given |= {"softcap": 0.0, "alibi_slopes": None}
+    flags = dict.fromkeys(_FLAGS, False)
+    for word in words:
+        if word in flags:
+            flags[word] = True
+        elif word in _RULES:
+            given |= _RULES[word]
+        elif word != "dense":
+            raise ValueError(f"--features has {word!r}; allowed: {', '.join(WORDS)}")
+    masks = rules.mask_of(given["causal"], given["window"], given["mask"])
+    scores = rules.score_of(given["softcap"], given["alibi_slopes"], None)
+    mask, score = rules.decode(rules.encode(masks, scores).code)
+    return Problem(dtype, *head_dims, mask=mask, score=score, **flags)
+
+
+def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Device, Problem, str]]:
+    given = (arguments.arch, arguments.features, arguments.dtype, arguments.head_dim)
+    for arch, words, dtype, dims in itertools.product(*given):
+        yield EMULATED[arch], problem_of(dtype, dims, words.split(",")), words
+
+
+def _head_dims(text: str) -> tuple[int, int]:
+    head_dim, _, head_dim_v = text.partition("x")
+    return int(head_dim), int(head_dim_v or head_dim)
+
+
+def _parts(text: str) -> list[str]:
+    parts = text.split(",")
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; allowed: {','.join(PARTS)}")
+    return parts
