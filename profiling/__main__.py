@@ -1,0 +1,31 @@
+"""python -m profiling WHAT: measurements, with and without a GPU; `WHAT --help` says more."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# What can be asked for, each a module here with main(arguments) -> exit status; loaded when asked for.
+WHAT = {
+    "report": "check and measure everything on the GPU at hand, in one command",
+    "pack": "what a report needs, as a directory to carry to a machine that can install nothing",
+    "ncu": "Nsight Compute's counters of one call",
+    "one": "a single call, for tools that watch a process",
+    "static": "registers, spills, occupancy and hot loop of every kernel, from its machine code",
+    "cycles": "what each unit of a GPU allows per KV tile, from the emulator's counts",
+    "emulator": "the emulator's own speed",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run a measurement; 2 where there is none of that name."""
+    if not arguments or arguments[0] not in WHAT:
+        known = "\n".join(f"  {name:10} {meaning}" for name, meaning in WHAT.items())
+        wrong = f"no measurement {arguments[0]!r}\n" if arguments and arguments[0][0] != "-" else ""
+        print(f"{wrong}python -m profiling WHAT:\n{known}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"{__package__}.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

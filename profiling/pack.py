@@ -1,0 +1,295 @@
+"""python -m profiling pack DIR: everything that a report needs on a machine that can install nothing.
+
+That machine: Linux on x86-64, Python 3.12, torch 2.11 for CUDA 13, no network, no compiler. DIR then holds
+
+    run.sh          unpacks the rest and runs `python3 -m profiling report`; its arguments go there
+    base.tar.xz     this project, its compiled kernels, flash-attn-4's compiled kernels
+    *.whl           apache-tvm-ffi, numpy, FlashAttention-3
+    MANIFEST.json   what is in it, from which versions, and what had to be left out
+
+Build it with Python 3.12: kernels of rules that are not part of the package, as some cases have, are named
+after the bytecode of these rules, and another Python would look for them under other names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import lzma
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from . import measure, peers
+from .record import write_whole
+from .stages import correctness, environment
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGEST_FILE = 60 << 20
+PART = 50 << 20
+PYTHON = "3.12"
+WHEELS = ("apache-tvm-ffi", "numpy", "fa3-fwd==0.0.3")
+NEVER = {
+    "xformers": "its wheel is 106 MiB; of its FlashAttention-3, fa3-fwd has the forward pass",
+    "nvidia-cutlass-dsl": "kernels are carried compiled",
+}
+PLATFORMS = tuple(f"manylinux_2_{n}_x86_64" for n in (28, 27, 24, 17)) + ("manylinux2014_x86_64",)
+# Folder here -> folder there; `arch` is a part of the package when it is installed.
+SOURCES = {"cute_flash": "cute_flash", "arch": "cute_flash/arch", "profiling": "profiling", "tests": "tests"}
+SUFFIXES = (".py", ".csv", ".md")
+RUN = """#!/bin/sh
+# Unpacks what lies beside this file into $CUTE_FLASH_WORK (default: /tmp/cute_flash_report) and runs
+# `python3 -m profiling report` there with the arguments given. Results go to $OUT, by default ./results.
+# Without a GPU: run.sh --dry-run --arch ARCH.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+work=${CUTE_FLASH_WORK:-/tmp/cute_flash_report}
+python=${PYTHON:-python3}
+if [ ! -e "$work/unpacked" ]; then
+    mkdir -p "$work/site"
+    for first in "$here"/*.part00; do
+        [ -e "$first" ] && cat "${first%.part00}".part* > "$work/$(basename "${first%.part00}")"
+    done
+    for archive in "$here"/base.tar.xz "$work"/base.tar.xz; do
+        [ -e "$archive" ] && "$python" -m tarfile -e "$archive" "$work"
+    done
+    for wheel in "$here"/*.whl "$work"/*.whl; do
+        case "$wheel" in */numpy-*) "$python" -c 'import numpy' 2> /dev/null && continue ;; esac
+        [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$work/site"
+    done
+    touch "$work/unpacked"
+fi
+export PYTHONPATH="$work/site" PYTHONUNBUFFERED=1
+export CUTE_FLASH_BUNDLE="$work/kernels" CUTE_FLASH_PEERS="$work/peers"
+exec "$python" -m profiling report --out "${OUT:-$here/results}" "$@"
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Build the directory; 0 where nothing but what is named in NEVER was left out, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m profiling pack", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("directory", type=Path, metavar="DIR", help="made if missing; must be empty")
+    add("--arch", default="sm90", help="the architecture of the GPU there; default: %(default)s")
+    add("--wheels", type=Path, metavar="DIR", help="take wheels from here, not from the network")
+    add("--quick", action="store_true", help="only the kernels that a dry run needs")
+    add("--jobs", type=int, default=os.cpu_count(), help="compiling processes; default: all cores")
+    chosen = parser.parse_args(arguments)
+    from cute_flash.dispatch import EMULATED
+
+    if chosen.arch not in EMULATED:
+        print(f"--arch is {chosen.arch}; allowed: {', '.join(EMULATED)}", file=sys.stderr)
+        return 2
+    if chosen.directory.exists() and any(chosen.directory.iterdir()):
+        print(f"{chosen.directory} is not empty: name a new directory", file=sys.stderr)
+        return 2
+    chosen.directory.mkdir(parents=True, exist_ok=True)
+    left_out = build(chosen)
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    for path in sorted(chosen.directory.iterdir()):
+        print(f"{path.stat().st_size / 2**20:8.2f} MiB  {path.name}")
+    return 1 if set(left_out) - set(NEVER) else 0
+
+
+def build(chosen: argparse.Namespace) -> dict[str, str]:
+    """Fill the directory; returns what was left out, and why."""
+    from cute_flash import cache
+
+    left_out, before = dict(NEVER), cache.sources_digest()
+    if platform.python_version_tuple()[:2] != tuple(PYTHON.split(".")):
+        left_out["kernels of rules outside the package"] = (
+            f"this is Python {platform.python_version()}, they must be compiled with {PYTHON}"
+        )
+    left_out |= wheels(chosen.directory, chosen.wheels)
+    with tempfile.TemporaryDirectory() as scratch:
+        stage = Path(scratch)
+        left_out |= kernels(stage / "kernels", chosen.arch, chosen.quick, chosen.jobs)
+        left_out |= flash_attn_4(stage / "peers", chosen.arch, chosen.quick)
+        cache.sources_digest.cache_clear()
+        if cache.sources_digest() != before:
+            raise SystemExit("the kernels' sources changed meanwhile, the bundle does not fit them: again")
+        archive(stage, chosen.directory / "base.tar.xz")
+    run = chosen.directory / "run.sh"
+    run.write_text(RUN)
+    run.chmod(0o755)
+    for path in sorted(chosen.directory.iterdir()):
+        split(path)
+    manifest = {
+        "built with": environment.versions() | {"arch": chosen.arch},
+        "files": {path.name: _facts(path) for path in sorted(chosen.directory.iterdir())},
+        "left out": left_out,
+    }
+    write_whole(chosen.directory / "MANIFEST.json", json.dumps(manifest, indent=1) + "\n")
+    return left_out
+
+
+def wheels(directory: Path, source: Path | None) -> dict[str, str]:
+    """Copy or download the wheels; returns what could not be had."""
+    left_out = {}
+    fixed = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
+    fixed += [word for name in PLATFORMS for word in ("--platform", name)]
+    fixed += ["--no-index", "--find-links", str(source)] if source else []
+    for name in WHEELS:
+        print(f"wheel {name}", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", *fixed, "-d", str(directory), name]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode:
+            errors = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")]
+            left_out[name] = (errors or ["pip failed without a word"])[-1]
+    return left_out
+
+
+def kernels(directory: Path, arch: str, quick: bool, processes: int) -> dict[str, str]:
+    """Compile what the report's calls need into a bundle; returns the calls whose kernels failed."""
+    from tests.cases import CASES
+
+    directory.mkdir(parents=True)
+    names: list[Any] = list(correctness.DRY_CASES if quick else CASES)
+    if quick:
+        names += ["lengths_65_63_causal"]
+    rows = [*measure.sweep(dry_run=True), measure.Row(128, 128, True, 64, 1, 1), *correctness.DRY_LARGE]
+    rows += [] if quick else [*measure.sweep(), *correctness.LARGE]
+    shapes = {(row.head_dim, row.head_dim_v, row.causal): row for row in rows}
+    todo = [*names, *(measure.Row(*shape, 16, 1, 1) for shape in shapes)]
+    work = functools.partial(_compile_for, arch=arch, directory=str(directory))
+    failed = {}
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for number, (what, error) in enumerate(zip(todo, pool.map(work, todo), strict=True), start=1):
+            label = what if isinstance(what, str) else what.key
+            print(f"kernels [{number}/{len(todo)}] {label}{': ' + error if error else ''}", flush=True)
+            if error:
+                failed[f"the kernel of {label}"] = error
+    return failed
+
+
+def _compile_for(what: Any, arch: str, directory: str) -> str:
+    """Compile the kernels of a case, by name, or of a row's shape; returns why not, or ""."""
+    import torch
+
+    from cute_flash import cache, executable
+
+    torch.set_grad_enabled(False)
+    try:
+        for asked in asked_for(what, arch):
+            path = Path(directory) / (executable.key_of(*asked) + cache.SUFFIX)
+            if not path.exists():
+                cache.write(path, executable.artifact(*asked))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+def asked_for(what: Any, arch: str) -> list[tuple]:
+    """(kernel, problem, config, device) of every kernel that a case or row launches; nothing is launched."""
+    import torch
+
+    from cute_flash import emulated, flash_attn_func
+    from tests.cases import CASES
+    from tests.harness import Call
+
+    found: list[tuple] = []
+
+    def record(kernel, problem, config, device, route):
+        found.append((kernel, problem, config, device))
+        return lambda *operands: None
+
+    with mock.patch("cute_flash.ops.executable", record):
+        if isinstance(what, str):
+            Call.make(CASES[what]).run(arch)
+        else:
+            with emulated(arch):
+                flash_attn_func(*what.tensors("cpu", torch.Generator()), causal=what.causal)
+    return found
+
+
+def flash_attn_4(directory: Path, arch: str, quick: bool) -> dict[str, str]:
+    """Compile flash-attn-4's kernels of the sweep's rows, one object per kernel, with an index by row.
+
+    Per head dim and mask the shortest and the longest row are compiled; where both give the same kernel and
+    arguments, so do the rows between, else each is compiled. Returns what was left out.
+    """
+    from cute_flash.dispatch import EMULATED
+    from tests.peers.flash_attn_4 import Case
+
+    from . import flash_attn_4 as peer
+
+    directory.mkdir(parents=True)
+    target = EMULATED[arch].target
+    index: dict[str, Any] = {"target": target, "rows": {}, "left out": {}}
+    groups: dict[tuple, list[measure.Row]] = {}
+    for row in measure.sweep(dry_run=quick):
+        groups.setdefault((row.head_dim, row.head_dim_v, row.causal), []).append(row)
+
+    def compiled(row: measure.Row) -> dict[str, Any]:
+        print(f"flash-attn-4 {row.key}", flush=True)
+        lengths, heads = (row.seqlen,), row.heads
+        case = Case(f"pack-{row.key}", lengths, lengths, heads, heads, row.head_dim, row.causal)
+        kernel = peer.compiled(case, target).kernel
+        name = hashlib.sha256(kernel.ptx.encode()).hexdigest()[:16] + ".o"
+        if not (directory / name).exists():
+            (directory / name).write_bytes(kernel.object_file.read_bytes())
+        return {"object": name, "arguments": kernel.arguments}
+
+    for (dim, dim_v, _), rows in groups.items():
+        try:
+            if dim != dim_v:
+                raise peer.Missing("different QK and V head dims are not compiled ahead of time")
+            ordered = sorted(rows, key=lambda row: row.seqlen)
+            ends = [compiled(row) for row in {ordered[0], ordered[-1]}]
+            same = all(end == ends[0] for end in ends)
+            index["rows"] |= {row.key: ends[0] if same else compiled(row) for row in rows}
+        except peer.Missing as reason:
+            index["left out"] |= {row.key: str(reason) for row in rows}
+    (directory / peers.INDEX).write_text(json.dumps(index, indent=1))
+    reasons = {reason: key for key, reason in index["left out"].items()}
+    return {f"{peer.NAME} of {key} and others": reason for reason, key in reasons.items()}
+
+
+def archive(stage: Path, path: Path) -> None:
+    """Write base.tar.xz: site/ (the sources), and what `stage` holds; the same bytes for the same content."""
+    print(f"archive {path.name}", flush=True)
+    members = [(f"site/{name}", content) for name, content in sources()]
+    members += [(str(p.relative_to(stage)), p.read_bytes()) for p in sorted(stage.rglob("*")) if p.is_file()]
+    with lzma.open(path, "wb", preset=6) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def sources() -> Iterable[tuple[str, bytes]]:
+    """(path there, content) of every source file, and of COMMIT, which says what they are."""
+    for here, there in SOURCES.items():
+        for path in sorted((ROOT / here).rglob("*")):
+            inside = path.relative_to(ROOT / here)
+            if path.suffix in SUFFIXES and not {"__pycache__", "results"} & set(inside.parts):
+                yield f"{there}/{inside}", path.read_bytes()
+    yield "COMMIT", f"{environment.commit()}\n".encode()
+
+
+def split(path: Path) -> None:
+    """Replace a file that is too large by NAME.part00, NAME.part01, ...; run.sh puts them together."""
+    if path.stat().st_size <= LARGEST_FILE:
+        return
+    content = path.read_bytes()
+    for number, start in enumerate(range(0, len(content), PART)):
+        path.with_name(f"{path.name}.part{number:02}").write_bytes(content[start : start + PART])
+    path.unlink()
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -1,0 +1,296 @@
+"""Machine code as numbers: what a cubin holds and what its hot loop issues, read with public tools.
+
+`resources` asks cuobjdump for registers, stack and local memory; `loops` disassembles with nvdisasm, finds
+the natural loops (Aho, Lam, Sethi, Ullman, 9.6) and counts each one's instructions by class. Blocks that
+the compiler moved out of line, such as the slow path of a barrier wait, thus belong to the loop that they
+return to. Both tools come from PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm); no GPU and no CUDA
+toolkit is needed.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import sysconfig
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+# Class -> opcodes, by the part before the first dot; what is in none of them counts as "integer".
+CLASSES = {
+    "mma": (
+        "HMMA", "IMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "UTCOMMA",
+    ),
+    "mufu": ("MUFU",),
+    "fp32": (
+        "FADD", "FMUL", "FFMA", "FMNMX", "FMNMX3", "FSETP", "FSEL", "FCHK", "FSET", "FADD2", "FMUL2", "FFMA2",
+        "HFMA2", "HADD2", "HMUL2", "HMNMX2", "HSETP2",
+    ),
+    "conversion": ("F2FP", "F2F", "F2I", "I2F", "FRND", "I2FP", "F2IP", "HADD2_32"),
+    "shuffle": ("SHFL", "VOTE", "VOTEU", "REDUX", "CREDUX", "MATCH"),
+    "shared": ("LDSM", "LDS", "STSM", "STS", "ATOMS", "MOVM"),
+    "tensor": ("LDTM", "STTM", "UTCCP", "UTCATOMSWS"),
+    "copy": ("LDGSTS", "UTMALDG", "UTMASTG", "UTMAREDG", "UTMAPF", "UBLKCP", "UBLKRED"),
+    "barrier": (
+        "BAR", "LDGDEPBAR", "DEPBAR", "ARRIVES", "SYNCS", "WARPSYNC", "WARPGROUP", "MEMBAR", "FENCE",
+        "ERRBAR", "UTCBAR", "UTMACMDFLUSH", "UTMACCTL", "CCTL", "NANOSLEEP", "ELECT", "UCGABAR_ARV",
+        "UCGABAR_WAIT",
+    ),
+    "local": ("LDL", "STL"),
+    "global": ("LDG", "STG", "LD", "ST", "RED", "ATOM", "ATOMG", "REDG"),
+    "control": (
+        "BRA", "EXIT", "BSSY", "BSYNC", "BREAK", "NOP", "CALL", "RET", "BRX", "JMP", "YIELD", "PREEXIT",
+    ),
+    "integer": (),
+}  # fmt: skip
+_BY_OPCODE = {opcode: name for name, opcodes in CLASSES.items() for opcode in opcodes}
+
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L_x?_?\d+):")
+_TARGET = re.compile(r"(?:`\(|BRANCH_TARGETS |,)(\.L_x?_?\d+)")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_SHAPES = {"1688": (16, 8, 8), "16816": (16, 8, 16), "16832": (16, 8, 32)}
+_EM_CUDA = 190
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Per thread: registers, stack and local memory in bytes; per block: static shared memory in bytes."""
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a disassembly. targets: numbers of the instructions that it may jump to."""
+
+    opcode: str
+    guard: str
+    operands: str
+    targets: tuple[int, ...]
+
+    def next(self, here: int) -> tuple[int, ...]:
+        """Numbers of the instructions that may follow it."""
+        name = self.opcode.partition(".")[0]
+        ends = name in ("EXIT", "RET", "BRX", "JMP") or (name == "BRA" and self.operands.startswith("`"))
+        after = () if ends and not self.guard else (here + 1,)
+        return (*after, *self.targets)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One natural loop: its instructions' numbers and opcodes, nested loops included."""
+
+    body: frozenset[int]
+    opcodes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.opcodes)
+
+    @property
+    def counts(self) -> Counter:
+        """Instructions by class."""
+        return Counter(map(classify, self.opcodes))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of its matrix instructions per warp; 0 where opcodes do not tell."""
+        return sum(map(matrix_flops, self.opcodes))
+
+
+def tool(name: str) -> Path:
+    """Path of cuobjdump or nvdisasm as PyPI installs it.
+
+    Raises FileNotFoundError naming the package when it is missing.
+    """
+    root = Path(sysconfig.get_path("purelib")) / "nvidia"
+    for path in sorted(root.glob(f"**/bin/{name}")):
+        return path
+    raise FileNotFoundError(f"{name} not found under {root}: pip install nvidia-cuda-{name}")
+
+
+def tools() -> None:
+    """Raise what `tool` raises unless both are there."""
+    tool("cuobjdump")
+    tool("nvdisasm")
+
+
+def _run(name: str, cubin: bytes, *flags: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool(name)), *flags, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: bytes) -> Resources:
+    """Registers, stack, shared and local memory of a cubin's only kernel."""
+    found = _RESOURCES.findall(_run("cuobjdump", cubin, "--dump-resource-usage"))
+    if len(found) != 1:
+        raise ValueError(f"expected one kernel in the cubin, cuobjdump reports {len(found)}")
+    return Resources(*map(int, found[0]))
+
+
+def embedded_cubin(data: bytes) -> bytes:
+    """The cubin inside a compiled host object: an ELF file for a GPU within one for a CPU.
+
+    Raises ValueError unless there is exactly one.
+    """
+    at, found = -1, []
+    while (at := data.find(b"\x7fELF\x02\x01", at + 1)) >= 0:
+        if struct.unpack_from("<H", data, at + 18)[0] == _EM_CUDA:
+            phoff, shoff = struct.unpack_from("<QQ", data, at + 32)
+            phsize, phnum, shsize, shnum = struct.unpack_from("<HHHH", data, at + 54)
+            found.append(data[at : at + max(phoff + phsize * phnum, shoff + shsize * shnum)])
+    if len(found) != 1:
+        raise ValueError(f"expected one cubin in the object, found {len(found)}")
+    return found[0]
+
+
+def classify(opcode: str) -> str:
+    """Class of an opcode, a key of CLASSES."""
+    return _BY_OPCODE.get(opcode.partition(".")[0], "integer")
+
+
+def matrix_flops(opcode: str) -> int:
+    """Floating-point operations that one warp does by issuing a matrix instruction; 0 for others.
+
+    wgmma is issued by four warps together, each of which counts a quarter. tcgen05's shape is in a
+    descriptor, not in the opcode: 0.
+    """
+    name, *parts = opcode.split(".")
+    if name in ("HMMA", "QMMA", "IMMA"):
+        m, n, k = _SHAPES[next(part for part in parts if part in _SHAPES)]
+        return 2 * m * n * k
+    if name in ("HGMMA", "QGMMA", "IGMMA"):
+        m, n, k = map(int, parts[0].split("x"))
+        return 2 * m * n * k // 4
+    return 0
+
+
+def local_bytes(opcode: str) -> int:
+    """Bytes that one thread loads from or stores to local memory by an instruction; 0 for others."""
+    name, *parts = opcode.split(".")
+    if name not in CLASSES["local"]:
+        return 0
+    return next((int(part) // 8 for part in parts if part in ("64", "128")), 4)
+
+
+def parse(sass: str) -> list[Instruction]:
+    """The instructions of nvdisasm's output for one kernel, with the labels resolved."""
+    labels: dict[str, int] = {}
+    raw: list[tuple[str, str, str]] = []
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(raw)
+        elif found := _INSTRUCTION.match(line):
+            raw.append((found[2], found[1] or "", found[3]))
+    return [
+        Instruction(opcode, guard, operands, tuple(labels[name] for name in _TARGET.findall(operands)))
+        for opcode, guard, operands in raw
+    ]
+
+
+def loops(sass: str) -> list[Loop]:
+    """Every natural loop of a disassembly, smallest first; loops with the same head are one."""
+    instructions = parse(sass)
+    blocks, follow = _blocks(instructions)
+    dominators = _dominators(follow)
+    edges = [(tail, head) for tail, targets in enumerate(follow) for head in targets]
+    before: list[list[int]] = [[] for _ in blocks]
+    for tail, head in edges:
+        before[head].append(tail)
+    bodies: dict[int, set[int]] = {}
+    for tail, head in edges:
+        if dominators[tail] >> head & 1:
+            _gather(bodies.setdefault(head, {head}), tail, before)
+    found = []
+    for body in bodies.values():
+        members = sorted(i for block in body for i in blocks[block])
+        found.append(Loop(frozenset(members), tuple(instructions[i].opcode for i in members)))
+    return sorted(found, key=lambda loop: loop.size)
+
+
+def _gather(body: set[int], tail: int, before: list[list[int]]) -> None:
+    """Add to a loop's blocks, its head among them, all that reach `tail` without passing the head."""
+    pending = [tail]
+    while pending:
+        block = pending.pop()
+        if block not in body:
+            body.add(block)
+            pending += before[block]
+
+
+def _blocks(instructions: list[Instruction]) -> tuple[list[range], list[tuple[int, ...]]]:
+    """Basic blocks, as ranges of instructions, and each one's successors; unreachable blocks stay in."""
+    starts = {0}
+    for here, instruction in enumerate(instructions):
+        starts.update(instruction.targets)
+        if instruction.next(here) != (here + 1,):
+            starts.add(here + 1)
+    edges = sorted(start for start in starts if start < len(instructions))
+    blocks = [range(a, b) for a, b in zip(edges, [*edges[1:], len(instructions)], strict=True)]
+    number = {block.start: i for i, block in enumerate(blocks)}
+    follow = []
+    for block in blocks:
+        after = instructions[block[-1]].next(block[-1])
+        follow.append(tuple(number[i] for i in after if i in number))
+    return blocks, follow
+
+
+def _dominators(follow: list[tuple[int, ...]]) -> list[int]:
+    """For each block the set of blocks, as bits, that every path to it passes; 0 where there is no path."""
+    order, seen = [], {0}
+    pending = [0]
+    while pending:
+        block = pending.pop()
+        order.append(block)
+        fresh = [target for target in follow[block] if target not in seen]
+        seen.update(fresh)
+        pending += fresh
+    everything = (1 << len(follow)) - 1
+    found = [everything] * len(follow)
+    found[0], changed = 1, True
+    while changed:
+        changed, incoming = False, [everything] * len(follow)
+        for block in order:
+            for target in follow[block]:
+                incoming[target] &= found[block]
+        for block in order[1:]:
+            updated = incoming[block] | 1 << block
+            changed |= updated != found[block]
+            found[block] = updated
+    return [bits if block in seen else 0 for block, bits in enumerate(found)]
+
+
+def disassembly(cubin: bytes) -> str:
+    """nvdisasm's text of a cubin's code."""
+    return _run("nvdisasm", cubin, "-c")
+
+
+def hot_loops(cubin: bytes) -> tuple[Loop, ...]:
+    """The loops that do the main work: the one with the matrix instructions and, where another set of
+    warps does the softmax, the one with the exponentials.
+
+    Raises ValueError when no loop holds a matrix instruction.
+    """
+    found = loops(disassembly(cubin))
+    return tuple(dict.fromkeys(hottest(found, kind) for kind in ("mma", "mufu")))
+
+
+def hottest(found: list[Loop], kind: str) -> Loop:
+    """Of the innermost loops with instructions of a class, that with the most of them.
+
+    Of several equal ones the smallest, which has no masking.
+    """
+    candidates = [loop for loop in found if loop.counts[kind]]
+    if not candidates:
+        raise ValueError(f"no loop of this kernel holds an instruction of the class {kind}")
+    innermost = [loop for loop in candidates if not any(other.body < loop.body for other in candidates)]
+    return max(innermost, key=lambda loop: (loop.counts[kind], -loop.size))
