@@ -1,0 +1,43 @@
+# make demo   a small real model with torch's attention and with cute_flash's, compared
+# make test   every test; no GPU needed
+# make lint   ruff
+#
+# PYTHON   the interpreter (>= 3.10) that .venv is made from
+# ARCH     the kernel tree that is emulated where no GPU is found
+# JOBS     test processes
+
+PYTHON ?= python3
+ARCH ?= sm80
+JOBS ?= auto
+
+venv := .venv
+python := $(venv)/bin/python
+install := $(python) -m pip install --disable-pip-version-check -c constraints.txt
+requirements := pyproject.toml constraints.txt
+
+.PHONY: demo test lint
+
+demo: $(venv)/.demo
+	HF_HUB_OFFLINE=1 $(python) -m cute_flash demo --arch $(ARCH)
+
+test: $(venv)/.test
+	$(python) -m pytest -n $(JOBS) --dist worksteal --arch $(ARCH)
+
+lint: $(venv)/.test
+	$(python) -m ruff check .
+
+$(venv)/.demo: $(requirements) | $(python)
+	@echo "== installing cute_flash and a small model (torch is the large download) =="
+	$(install) -e '.[demo]'
+	@touch $@
+
+$(venv)/.test: $(requirements) | $(python)
+	@echo "== installing cute_flash, a small model and the tests' tools (torch is the large download) =="
+	$(install) -e '.[demo,test]'
+	@touch $@ $(venv)/.demo
+
+$(python):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12"; exit 1; }
+	@echo "== making $(venv) with $$($(PYTHON) --version) =="
+	$(PYTHON) -m venv $(venv)

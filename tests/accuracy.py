@@ -1,0 +1,41 @@
+"""The accuracy rule: error against float64 <= 2 x that of the same lines in the input dtype + a rounding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tests.reference import attention
+
+LSE_ATOL = 2e-5
+
+
+def assert_accurate(out, lse, tensors: tuple, **call) -> None:
+    """Hold `out` and `lse` of a call on `tensors` (q, k, v) to the rule; lse may be None.
+
+    out: twice torch's error in the input dtype, plus half a unit in the last place of the largest output.
+    lse: twice torch's error in float32, plus LSE_ATOL.
+    """
+    exact, dtype = attention(*tensors, **call), tensors[0].dtype
+    peer, _ = attention(*tensors, compute=dtype, **call)
+    largest = exact[0].abs().max().item() if exact[0].numel() else 0.0
+    hold("out", out, exact[0], peer, torch.finfo(dtype).eps / 2 * largest)
+    if lse is not None:
+        _, peer = attention(*tensors, compute=torch.float32, **call)
+        hold("lse", lse, exact[1], peer, LSE_ATOL)
+
+
+def hold(name: str, ours, exact, peer, atol: float) -> None:
+    """Assert error(ours) <= 2 error(peer) + atol; a NaN fails, an infinity must be met exactly."""
+    assert ours.shape == exact.shape, f"{name} has shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    error, bound = largest_error(ours, exact), 2 * largest_error(peer, exact) + atol
+    assert math.isfinite(bound), f"{name}: torch in this dtype overflows, so its error bounds nothing"
+    assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e} (2 x torch's + {atol:.1e})"
+
+
+def largest_error(got, exact) -> float:
+    """Largest absolute difference; equal infinities count as equal, a NaN as NaN."""
+    got = got.to(exact)
+    difference = (got - exact).masked_fill(got == exact, 0.0).abs()
+    return difference.max().item() if difference.numel() else 0.0

@@ -1,0 +1,241 @@
+"""The one named list of cases that drives every test of numbers: features singly, and in all pairs.
+
+A Case is small data; `tests/harness.py` turns it into tensors and calls. Kernels are compiled per Problem,
+not per size, so sizes vary freely; the other fields are chosen to keep Problems to about a hundred.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from cute_flash.arch.common.mask import Causal, Document, Mask, PrefixLM, SlidingWindow
+from cute_flash.arch.common.score import Score
+from cute_flash.arch.elementwise import load, where
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. seqlens: (seqlen_q, seqlen_k) of each sequence, all equal unless varlen.
+
+    heads, dims: (query, key/value) heads and (QK, V) head dims. mask, score: keys of MASKS and SCORES.
+    used: which of "q", "k" get used lengths, as in "qk"; varlen only. layout: key of LAYOUTS in harness.py.
+    """
+
+    name: str
+    seqlens: tuple[tuple[int, int], ...] = ((97, 130), (97, 130))
+    varlen: bool = False
+    heads: tuple[int, int] = (2, 2)
+    dims: tuple[int, int] = (64, 64)
+    dtype: str = "bfloat16"
+    mask: str = "full"
+    score: str = "plain"
+    used: str = ""
+    dropout: float = 0.0
+    sink: bool = False
+    layout: str = "packed"
+    softmax_scale: float | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Streaming(Mask):
+    """A user's mask: causal, but only the first keys and a window stay visible (StreamingLLM)."""
+
+    first: int
+    window: int
+
+    def visible(self, q, k):
+        return (k <= q) & ((k < self.first) | (k > q - self.window))
+
+
+@dataclass(frozen=True)
+class RelativeBias(Score):
+    """A user's score: a learned bias per head and distance. table: float32 (heads, distances)."""
+
+    table: Any
+
+    def score(self, s, batch, head, q, k):
+        return s + load(self.table, head, q - k + 64)
+
+
+def checkerboard(q, k):
+    """A user's mask as a plain function."""
+    return (q + k) // 8 * 8 != (q + k)
+
+
+def halved_in_the_past(s, batch, head, q, k):
+    """A user's score as a plain function."""
+    return where(k < q, s * 0.5, s)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the makers of masks and scores are told: sizes, and a seeded generator."""
+
+    batch: int
+    heads: int
+    longest_k: int
+    generator: torch.Generator
+
+    def document_ids(self) -> torch.Tensor:
+        """Document of each position, int32 (batch, longest_k): runs of 1 to 60 positions."""
+        starts = torch.rand(self.batch, max(self.longest_k, 1), generator=self.generator) < 1 / 30
+        return starts.cumsum(1).int()
+
+
+# Name -> keyword arguments of a call.
+MASKS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "full": lambda _: {},
+    "causal": lambda _: {"causal": True},
+    "window": lambda _: {"window_size": (33, 7)},
+    "window_left": lambda _: {"window_size": (20, None)},
+    "window_right": lambda _: {"window_size": (-1, 12)},
+    "causal_window": lambda _: {"causal": True, "window_size": (50, 0)},
+    "diagonal": lambda _: {"window_size": (0, 0)},
+    "prefix": lambda _: {"mask": PrefixLM(45)},
+    "prefix_per_batch": lambda n: {"mask": PrefixLM(torch.arange(n.batch, dtype=torch.int32) * 40 + 5)},
+    "document": lambda n: {"mask": Document(n.document_ids())},
+    "document_causal": lambda n: {"mask": Document(n.document_ids()) & Causal()},
+    "either": lambda _: {"mask": SlidingWindow(10, 10) | PrefixLM(20)},
+    "own": lambda _: {"mask": Streaming(4, 30)},
+    "function": lambda _: {"mask": checkerboard},
+    "own_and_causal": lambda _: {"mask": Streaming(4, 30), "causal": True},
+}
+SCORES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "plain": lambda _: {},
+    "softcap": lambda _: {"softcap": 2.0},
+    "alibi": lambda n: {"alibi_slopes": 0.5 ** torch.arange(1, n.heads + 1).float()},
+    "alibi_per_batch": lambda n: {"alibi_slopes": torch.rand(n.batch, n.heads, generator=n.generator)},
+    "softcap_alibi": lambda n: SCORES["softcap"](n) | SCORES["alibi"](n),
+    "own": lambda n: {"score": RelativeBias(torch.randn(n.heads, 128, generator=n.generator))},
+    "function": lambda _: {"score": halved_in_the_past},
+    "own_softcap": lambda n: SCORES["softcap"](n) | SCORES["own"](n),
+}
+
+DIMS = (
+    *((dim, dim) for dim in (8, 16, 24, 32, 40, 48, 72, 80, 96, 104, 128, 160, 192, 224, 256)),
+    *((192, 128), (64, 256), (256, 64), (40, 104), (128, 8)),
+)
+LENGTHS = (
+    *((1, 1), (1, 200), (200, 1), (5, 0), (0, 5), (3, 16), (16, 3), (63, 64), (64, 65), (65, 63)),
+    *((128, 128), (129, 127), (127, 257), (257, 129)),
+)
+RAGGED = ((40, 33), (0, 7), (1, 150), (7, 0), (0, 0), (130, 70), (64, 64))
+
+
+def singles() -> Iterator[Case]:
+    """Every feature by itself, every head dim sampled, every awkward length."""
+    yield Case("bfloat16")
+    yield Case("float16", dtype="float16")
+    yield Case("softmax_scale", softmax_scale=0.3)
+    yield Case("large_scores", softmax_scale=4.0)
+    for dims in DIMS:
+        lengths = ((70, 100),) if max(dims) > 128 else ((97, 130),)
+        yield Case(f"dims_{dims[0]}_{dims[1]}", lengths, dims=dims, mask="causal")
+    for q, k in LENGTHS:
+        yield Case(f"lengths_{q}_{k}", ((q, k),))
+        yield Case(f"lengths_{q}_{k}_causal", ((q, k),), mask="causal")
+    yield Case("batch_0", ())
+    yield Case("batch_5", ((20, 30),) * 5)
+    for mask in MASKS:
+        yield Case(f"mask_{mask}", mask=mask)
+    for score in SCORES:
+        yield Case(f"score_{score}", score=score)
+    for heads in ((6, 2), (4, 1), (3, 3), (1, 1)):
+        yield Case(f"heads_{heads[0]}_{heads[1]}", heads=heads)
+    for layout in ("heads_first", "sliced", "interleaved"):
+        yield Case(f"layout_{layout}", layout=layout)
+        yield Case(f"layout_{layout}_varlen", RAGGED, varlen=True, layout=layout)
+    yield Case("varlen", RAGGED, varlen=True)
+    yield Case("varlen_causal", RAGGED, varlen=True, mask="causal")
+    yield Case("varlen_one", ((77, 99),), varlen=True)
+    for used in ("q", "k", "qk"):
+        yield Case(f"used_{used}", RAGGED, varlen=True, used=used)
+        yield Case(f"used_{used}_causal", RAGGED, varlen=True, used=used, mask="causal")
+    for p in (0.1, 0.5):
+        yield Case(f"dropout_{p}", dropout=p)
+    yield Case("dropout_varlen", RAGGED, varlen=True, dropout=0.3)
+    yield Case("sink", sink=True)
+    yield Case("sink_without_keys", ((70, 20),), sink=True, mask="causal")
+
+
+PAIRED: dict[str, tuple[Any, ...]] = {
+    "dims": ((64, 64), (128, 128), (40, 40), (192, 128), (256, 256), (96, 256)),
+    "mask": ("full", "causal", "window", "prefix_per_batch", "document_causal", "own"),
+    "score": ("plain", "softcap", "alibi", "own_softcap"),
+    "rows": ("dense", "varlen", "used_k", "used_qk"),
+    "heads": ((2, 2), (4, 2), (3, 1)),
+    "size": ("wide", "tall", "ragged"),
+    "layout": ("packed", "heads_first", "sliced"),
+    "dropout": (0.0, 0.2),
+    "sink": (False, True),
+    "dtype": ("bfloat16", "float16"),
+}
+# Size -> lengths of dense and of packed sequences.
+SIZED = {
+    "wide": (((60, 150), (60, 150)), ((60, 150), (1, 77))),
+    "tall": (((140, 70),), ((140, 70), (0, 30), (33, 33))),
+    "ragged": (((33, 47), (33, 47)), ((33, 47), (65, 65), (7, 0), (12, 129))),
+}
+
+
+def pairs() -> Iterator[Case]:
+    """Cases in which every two values of PAIRED meet."""
+    for i, chosen in enumerate(pairwise(PAIRED)):
+        rows = chosen.pop("rows")
+        varlen, used = rows != "dense", rows.partition("_")[2]
+        lengths = SIZED[chosen.pop("size")][varlen]
+        case = Case("", lengths, varlen=varlen, used=used, **chosen)
+        yield replace(case, name=f"pair_{i}_" + "_".join(_words(case)))
+
+
+def _words(case: Case) -> Iterator[str]:
+    """What distinguishes a case from the default one, in words."""
+    yield f"{case.dims[0]}_{case.dims[1]}"
+    for field in fields(Case):
+        value = getattr(case, field.name)
+        if field.name not in ("name", "seqlens", "dims") and value != field.default:
+            word = str(value).strip("()").replace(", ", "_")
+            yield field.name if isinstance(value, (bool, float)) else word
+
+
+def pairwise(parameters: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Rows of chosen values such that every two values of two parameters meet in a row.
+
+    Greedy and without chance: a row starts at the first two that have not met; every further value is the one
+    that meets most others for the first time, then the one used least so far.
+    """
+    todo = {
+        frozenset([(a, x), (b, y)])
+        for a, b in combinations(parameters, 2)
+        for x in parameters[a]
+        for y in parameters[b]
+    }
+    order = {(name, value): i for name in parameters for i, value in enumerate(parameters[name])}
+    rows: list[dict[str, Any]] = []
+    while todo:
+        seed = min(todo, key=lambda pair: sorted((list(parameters).index(n), order[n, v]) for n, v in pair))
+        row = dict(seed)
+        for name in parameters:
+            if name not in row:
+                met = [(_new_pairs(todo, row, name, value), value) for value in parameters[name]]
+                used = Counter(earlier[name] for earlier in rows)
+                row[name] = min(met, key=lambda option: (-option[0], used[option[1]]))[1]
+        todo -= {frozenset(pair) for pair in combinations(row.items(), 2)}
+        rows.append({name: row[name] for name in parameters})
+    return rows
+
+
+def _new_pairs(todo: set, row: dict[str, Any], name: str, value: Any) -> int:
+    return sum(frozenset([(name, value), chosen]) in todo for chosen in row.items())
+
+
+CASES = {case.name: case for case in (*singles(), *pairs())}

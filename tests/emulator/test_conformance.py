@@ -1,0 +1,105 @@
+"""Kernels that others wrote and proved on hardware give right answers on this emulator, unmodified.
+
+flash-attn-4's own sm_80 forward, launched through its own host code: with asynchronous copies that land at
+once or as late as the waits allow, and with warps in random order.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tvm_ffi
+
+from cute_flash import emulator, objectfile
+from cute_flash.emulator.launch import Driver, View
+from tests.accuracy import assert_accurate
+from tests.peers.flash_attn_4 import CASES, Case, Kernel, build
+
+SHARED_MEMORY = 166912  # bytes per block that an A100 lets a kernel opt in to
+EAGER = {"asynchrony": "eager"}
+LATE = {"asynchrony": "late"}
+RANDOM = [{"asynchrony": "random", "schedule": "random", "seed": seed} for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, Kernel]:
+    """Compiled once per run, by whichever worker comes first."""
+    directory = Path(os.environ["CUTE_FLASH_CACHE"]) / "flash_attn_4"
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(CASES, directory)
+
+
+def inputs(case: Case) -> dict[str, torch.Tensor]:
+    """Tensors of a case: inputs normal, outputs NaN."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (shape, dtype) in case.shapes().items():
+        if name.startswith("cu_seqlens"):
+            lengths = case.seqlens_q if name.endswith("q") else case.seqlens_k
+            tensors[name] = torch.tensor([0, *lengths]).cumsum(0).int()
+        else:
+            tensors[name] = torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+    for name in ("out", "lse"):
+        tensors[name].fill_(math.nan)
+    return tensors
+
+
+def launch(kernel: Kernel, tensors: dict[str, torch.Tensor], options: dict[str, Any]) -> list[Any]:
+    """Run the peer's host code on `tensors`, as its interface would call it."""
+    driver = Driver(emulator.Program(kernel.ptx), SHARED_MEMORY)
+    function = objectfile.load(kernel.object_file.read_bytes(), "func", driver.symbols)
+    views = {name: View(tensor, name) for name, tensor in tensors.items()}
+
+    def argument(described: Any) -> Any:
+        if isinstance(described, list):
+            return tuple(argument(member) for member in described)
+        return tvm_ffi.from_dlpack(views[described["tensor"]]) if isinstance(described, dict) else described
+
+    arguments = tuple(argument(described) for described in kernel.arguments)
+    # The peer does not fill the rows of Q's tile beyond the sequence; it reads them and drops the results.
+    options = emulator.Options(uninitialized="poison", **options)
+    return driver.call(function, views.values(), arguments, options)
+
+
+def check(kernel: Kernel, options: dict[str, Any]) -> list[Any]:
+    """Launch, and hold the peer's results to the accuracy rule that ours are held to."""
+    case, tensors = kernel.case, inputs(kernel.case)
+    reports = launch(kernel, tensors, options)
+    told = {name: tensor for name, tensor in tensors.items() if name.startswith("cu_seqlens")}
+    q, k, v, out, lse = (tensors[name] for name in ("q", "k", "v", "out", "lse"))
+    assert_accurate(out, lse, (q, k, v), causal=case.causal, window_size=case.window, **told)
+    return reports
+
+
+@pytest.mark.parametrize("options", [EAGER, LATE], ids=["eager", "late"])
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_right_answers(kernels, name, options):
+    (report,) = check(kernels[name], options)
+    assert sum(n for opcode, n in report.opcodes.items() if opcode.startswith("mma.sync")) > 0
+
+
+@pytest.mark.parametrize("options", RANDOM, ids=lambda options: f"seed{options['seed']}")
+@pytest.mark.parametrize("name", ["d64", "d64_causal", "d128_causal_gqa", "d64_varlen_causal"])
+def test_right_answers_in_any_order(kernels, name, options):
+    check(kernels[name], options)
+
+
+@pytest.mark.parametrize("name", ["d64", "d128_causal_gqa"])
+def test_no_data_races(kernels, name):
+    check(kernels[name], {"asynchrony": "late", "races": True})
+
+
+def test_an_error_in_the_kernel_is_an_error_in_the_answer(kernels):
+    """The same kernel with one instruction wrong: exp2's argument is not scaled."""
+    kernel = kernels["d64"]
+    wrong = kernel.ptx.replace("ex2.approx.ftz.f32", "rcp.approx.ftz.f32", 1)
+    with pytest.raises(AssertionError, match="error"):
+        check(Kernel(kernel.case, wrong, kernel.object_file, kernel.arguments), EAGER)

@@ -1,0 +1,125 @@
+"""Writes isa.npz: what the PTX ISA's definitions say the cases' results are, computed lane by lane on exact
+numbers.
+
+    python -m tests.emulator.vectors.derive
+
+Nothing of the emulator is used, and no GPU: these are derived from the ISA, not from hardware.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from ..definitions import FORMATS, decode, encode
+from .cases import CASES, LANES, Case
+
+FILE = Path(__file__).with_name("isa.npz")
+
+
+def half(word: int, upper: int, kind: str) -> float:
+    return decode(word >> 16 * upper & 0xFFFF, FORMATS[kind])
+
+
+def mma(name: str, case: Case) -> list[np.ndarray]:
+    """D = A B + C, with the fragment layouts of the ISA's figures for m16n8k8 and m16n8k16."""
+    _, shape, accumulator, kind = name.split(".")
+    depth, (in_a, in_b) = int(shape[6:]), {"m16n8k16": (4, 2), "m16n8k8": (2, 1)}[shape]
+    results = [np.zeros(LANES, np.uint32) for _ in case.outputs]
+    for first in range(0, LANES, 32):
+        word = [v[first : first + 32].tolist() for v in case.inputs]
+        a, b = np.zeros((16, depth)), np.zeros((depth, 8))
+        for lane in range(32):
+            group, t = divmod(lane, 4)
+            for i in range(2 * in_a):  # elements a0, a1, … two per register
+                register, upper = divmod(i, 2)
+                row = group + (8 if register % 2 else 0)
+                column = t * 2 + upper + (8 if register >= 2 else 0)
+                a[row, column] = half(word[register][lane], upper, kind)
+            for i in range(2 * in_b):
+                register, upper = divmod(i, 2)
+                b[t * 2 + upper + 8 * register, group] = half(word[in_a + register][lane], upper, kind)
+        product = a @ b  # whole numbers far below 2**53: exact
+        for lane in range(32):
+            group, t = divmod(lane, 4)
+            for i in range(4):
+                row, column = group + (8 if i >= 2 else 0), t * 2 + i % 2
+                if accumulator == "f32":
+                    start = decode(word[in_a + in_b + i][lane], FORMATS["f32"])
+                    results[i][first + lane] = encode(product[row, column] + start, FORMATS["f32"])
+                else:
+                    start = half(word[in_a + in_b + i // 2][lane], i % 2, "f16")
+                    bits = encode(product[row, column] + start, FORMATS["f16"])
+                    results[i // 2][first + lane] |= np.uint32(bits << 16 * (i % 2))
+    return results
+
+
+def ldmatrix(name: str, case: Case) -> list[np.ndarray]:
+    """Row r of matrix j is at the address of lane 8j + r; lane l receives elements 2 (l % 4) and + 1 of row
+    l / 4.
+    """
+    transposed, count = name.endswith("trans"), len(case.outputs)
+    results = [np.zeros(LANES, np.uint32) for _ in range(count)]
+    *words, order = case.inputs
+    for first in range(0, LANES, 32):
+        rows = [[int(w[first + lane]) for w in words] for lane in range(32)]
+        for j in range(count):
+            picked = [rows[order[first + 8 * j + r]] for r in range(8)]
+            matrix = [[row[c // 2] >> 16 * (c % 2) & 0xFFFF for c in range(8)] for row in picked]
+            for lane in range(32):
+                group, t = divmod(lane, 4)
+                low, high = (
+                    (matrix[2 * t + e][group] if transposed else matrix[group][2 * t + e]) for e in (0, 1)
+                )
+                results[j][first + lane] = low | high << 16
+    return results
+
+
+def to_integer(value: float, bits: int, signed: bool, mode: str) -> int:
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    if math.isnan(value):
+        return 0
+    if math.isinf(value):
+        return high if value > 0 else low
+    function = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}[mode]
+    return max(low, min(high, function(value)))
+
+
+def conversion(name: str, case: Case) -> list[np.ndarray]:
+    _, *modes, to, source = name.split(".")
+    mode = modes[0] if modes else "rn"
+    columns = [v.tolist() for v in case.inputs]
+    if source in FORMATS:
+        columns = [[decode(bits, FORMATS[source]) for bits in column] for column in columns]
+    if to.endswith("x2"):
+        form = FORMATS[to[:-2]]
+        values = [encode(a, form, mode) << 16 | encode(b, form, mode) for a, b in zip(*columns, strict=True)]
+    elif to == "tf32":
+        form = FORMATS["f32"]._replace(bits=19, precision=11)
+        values = [0x7FFFFFFF if math.isnan(v) else encode(v, form, mode) << 13 for v in columns[0]]
+    elif to in FORMATS:
+        exact = columns[0] if source in FORMATS else map(Fraction, columns[0])
+        values = [encode(v, FORMATS[to], mode) for v in exact]
+    elif source in FORMATS:
+        values = [to_integer(v, int(to[1:]), to[0] == "s", mode) for v in columns[0]]
+    else:
+        values = [(v & 0xFF) - (v & 0x80) * 2 for v in columns[0]]
+    return [np.array(values, np.int64).astype(case.outputs[0])]
+
+
+def results(name: str) -> list[np.ndarray]:
+    """Results of a case by definition, one array per output."""
+    derive = {"mma": mma, "ldmatrix": ldmatrix, "cvt": conversion}[name.split(".")[0]]
+    return derive(name, CASES[name])
+
+
+def main() -> None:
+    arrays = {f"{name}:{k}": array for name in CASES for k, array in enumerate(results(name))}
+    np.savez_compressed(FILE, **arrays)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""From a Case to tensors and a checked call.
+
+Every tensor is a view into a larger storage that is otherwise NaN: whoever reads beyond it computes NaN, and
+whoever writes beyond it is caught by comparing the storage afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import cute_flash
+from cute_flash.arch.rule import Rule, describe
+from tests.accuracy import assert_accurate
+from tests.cases import MASKS, SCORES, Case, Sizes
+from tests.reference import Dropout
+
+MARGIN = 64
+
+# Layout -> a view of the wanted shape (*rows, heads, dim) of a storage, and the storage's own shape.
+LAYOUTS: dict[str, Callable[[tuple[int, ...]], tuple[tuple[int, ...], Callable]]] = {
+    "packed": lambda s: (s, lambda x: x),
+    "heads_first": lambda s: ((*s[:-3], s[-2], s[-3], s[-1]), lambda x: x.transpose(-3, -2)),
+    "sliced": lambda s: ((*s[:-2], s[-2] + 2, s[-1] + 8), lambda x: x[..., 1:-1, :-8]),
+    "interleaved": lambda s: ((*s[:-2], s[-2], 3, s[-1]), lambda x: x[..., 1, :]),
+}
+
+
+@dataclass
+class Poisoned:
+    """`view` lies in `storage`; everything else there is NaN."""
+
+    storage: torch.Tensor
+    view: torch.Tensor
+    inside: torch.Tensor
+
+    @classmethod
+    def holding(cls, tensor: torch.Tensor, layout: str, device: str) -> Poisoned:
+        """A copy of `tensor`, 16-byte aligned, on the torch device that serves `device`."""
+        whole, cut = LAYOUTS[layout](tuple(tensor.shape))
+        middle = slice(MARGIN, MARGIN + math.prod(whole))
+        storage = moved(torch.full((middle.stop + MARGIN,), math.nan, dtype=tensor.dtype), device)
+        inside = torch.zeros_like(storage, dtype=torch.bool)
+        cut(inside[middle].view(whole)).fill_(True)
+        view = cut(storage[middle].view(whole))
+        view.copy_(tensor)
+        return cls(storage, view, inside)
+
+    def assert_surroundings_untouched(self) -> None:
+        """Raises where anything outside `view` was written."""
+        written = (~self.storage.isnan() & ~self.inside).nonzero().flatten().tolist()
+        assert not written, f"wrote outside the tensor, at elements {written[:8]} of its storage"
+
+
+@dataclass
+class Call:
+    """A case as tensors on the CPU: `arguments` are keyword arguments of cute_flash, and of the oracle."""
+
+    case: Case
+    tensors: dict[str, torch.Tensor]
+    arguments: dict[str, Any]
+
+    @classmethod
+    def make(cls, case: Case, seed: int = 0) -> Call:
+        """Fresh normal inputs; rows beyond a used length are NaN."""
+        generator = torch.Generator().manual_seed(seed)
+        batch, heads = len(case.seqlens), case.heads[0]
+        lengths = {"q": [q for q, _ in case.seqlens], "k": [k for _, k in case.seqlens]}
+        used = {name: _used_lengths(lengths[name], name in case.used, generator) for name in lengths}
+        sizes = Sizes(batch, heads, max(lengths["k"], default=0), generator)
+        arguments = MASKS[case.mask](sizes) | SCORES[case.score](sizes)
+        if case.varlen:
+            starts = {name: torch.tensor([0, *lengths[name]]).cumsum(0).int() for name in lengths}
+            arguments |= {f"cu_seqlens_{name}": starts[name] for name in lengths}
+        arguments |= {f"seqused_{name}": torch.tensor(used[name]).int() for name in case.used}
+        if case.sink:
+            arguments["learnable_sink"] = torch.randn(heads, generator=generator)
+        if case.softmax_scale is not None:
+            arguments["softmax_scale"] = case.softmax_scale
+        tensors = {}
+        for name, side, head, dim in (("q", "q", 0, 0), ("k", "k", 1, 0), ("v", "k", 1, 1)):
+            shape = (*_rows(case, lengths[side]), case.heads[head], case.dims[dim])
+            tensors[name] = torch.randn(shape, generator=generator).to(getattr(torch, case.dtype))
+            for rows, length in zip(_sequences(case, tensors[name], lengths[side]), used[side], strict=True):
+                rows[length:] = math.nan
+        return cls(case, tensors, arguments)
+
+    def run(self, device: str, **emulator_options: Any):
+        """(out, lse) of cute_flash on `device`, from and into poisoned surroundings, on the CPU."""
+        case = self.case
+        out_shape = (*self.tensors["q"].shape[:-1], case.dims[1])
+        blank = torch.full(out_shape, math.nan, dtype=self.tensors["q"].dtype)
+        placed = {
+            name: Poisoned.holding(tensor, case.layout, device)
+            for name, tensor in (self.tensors | {"out": blank}).items()
+        }
+        arguments = {name: moved(value, device) for name, value in self.arguments.items()}
+        arguments |= {"dropout_p": case.dropout, "return_lse": True, "out": placed["out"].view}
+        function = cute_flash.flash_attn_func
+        if case.varlen:
+            function = cute_flash.flash_attn_varlen_func
+            longest = [max(lengths) for lengths in zip(*case.seqlens, strict=True)]
+            arguments |= {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
+        before = {name: placed[name].storage.clone() for name in "qkv"}
+        with where(device, **emulator_options):
+            out, lse = function(*(placed[name].view for name in "qkv"), **arguments)[:2]
+        assert out.data_ptr() == placed["out"].view.data_ptr(), "out is not the tensor that was given"
+        placed["out"].assert_surroundings_untouched()
+        for name, storage in before.items():
+            assert torch.equal(storage.view(torch.int16), placed[name].storage.view(torch.int16)), name
+        return out.cpu(), lse.cpu()
+
+    def check(self, device: str, **emulator_options: Any) -> None:
+        """Run, and hold the result to the accuracy rule."""
+        case, told = self.case, dict(self.arguments)
+        if case.dropout:
+            told["dropout"] = Dropout(case.dropout, *next_rng_state(device))
+        out, lse = self.run(device, **emulator_options)
+        assert_accurate(out, lse, tuple(self.tensors.values()), **told)
+
+
+def next_rng_state(device: str) -> list[int]:
+    """Philox seed and offset of the next call with dropout: two 62-bit numbers from torch's generator."""
+    torch.manual_seed(1)
+    drawn = moved(torch.empty(2, dtype=torch.int64), device).random_(0, 2**62).tolist()
+    torch.manual_seed(1)
+    return drawn
+
+
+def where(device: str, **emulator_options: Any):
+    """The context in which tensors of `device` are served: "cuda", or the name of an emulated GPU."""
+    if device == "cuda":
+        return contextlib.nullcontext()
+    return cute_flash.emulated(device, **emulator_options)
+
+
+def moved(value: Any, device: str) -> Any:
+    """A tensor, or a rule with its tensors, on the torch device that serves `device`."""
+    place = "cuda" if device == "cuda" else "cpu"
+    if isinstance(value, Rule):
+        kind, values = describe(value)
+        return kind.build(tuple(moved(leaf, device) for leaf in values))
+    return value.to(place) if isinstance(value, torch.Tensor) else value
+
+
+def _used_lengths(lengths: list[int], wanted: bool, generator: torch.Generator) -> list[int]:
+    """From none to all of each sequence; of the first, a part."""
+    if not wanted:
+        return lengths
+    shares = [0.6, *torch.rand(len(lengths), generator=generator).tolist()]
+    return [round(length * share) for length, share in zip(lengths, shares, strict=False)]
+
+
+def _rows(case: Case, lengths: list[int]) -> tuple[int, ...]:
+    """Leading dimensions of a tensor whose sequences have these lengths; an empty batch gets 9 rows each."""
+    return (sum(lengths),) if case.varlen else (len(lengths), max(lengths, default=9))
+
+
+def _sequences(case: Case, tensor: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, ...]:
+    """The rows of each sequence."""
+    return tensor.split(lengths) if case.varlen else tensor.unbind()

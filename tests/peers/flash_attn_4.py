@@ -1,0 +1,179 @@
+"""flash-attn-4's own sm_80 forward kernels, compiled without a GPU and described for who launches them.
+
+    kernels = build(CASES, directory)          in a process of its own: it reads its target at import
+
+Its Python interface runs once on fake CUDA tensors; where it would launch, the compiled kernel's PTX and
+host object are written to `directory`, with a JSON file that says what each argument of the launch is:
+{"tensor": name}, a number, null, or a list of these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of flash_attn.cute: lengths per sequence; more than one length of q or k means varlen."""
+
+    name: str
+    seqlens_q: tuple[int, ...]
+    seqlens_k: tuple[int, ...]
+    heads: int = 2
+    heads_kv: int = 2
+    dim: int = 64
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    dtype: str = "bfloat16"
+
+    @property
+    def varlen(self) -> bool:
+        return len(self.seqlens_q) > 1
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every tensor of the call."""
+        q, k = ((sum(self.seqlens_q),), (sum(self.seqlens_k),))
+        lse = (self.heads, *q)
+        if not self.varlen:
+            q, k, lse = (1, *q), (1, *k), (1, *lse)
+        shapes = {
+            "q": ((*q, self.heads, self.dim), self.dtype),
+            "k": ((*k, self.heads_kv, self.dim), self.dtype),
+            "v": ((*k, self.heads_kv, self.dim), self.dtype),
+            "out": ((*q, self.heads, self.dim), self.dtype),
+            "lse": (lse, "float32"),
+        }
+        if self.varlen:
+            rows = ((len(self.seqlens_q) + 1,), "int32")
+            shapes |= {"cu_seqlens_q": rows, "cu_seqlens_k": rows}
+        return shapes
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel of the peer: its PTX, its host object, and the arguments of its launch."""
+
+    case: Case
+    ptx: str
+    object_file: Path
+    arguments: list[Any]
+
+
+CASES = (
+    Case("d64", (256,), (256,)),
+    Case("d64_causal", (192,), (192,), causal=True),
+    Case("d128", (128,), (256,), dim=128),
+    Case("d128_causal_gqa", (200,), (200,), heads=4, heads_kv=2, dim=128, causal=True),
+    Case("d64_ragged_gqa_fp16", (77,), (203,), heads=4, heads_kv=1, dtype="float16"),
+    Case("d64_ragged_causal", (50,), (171,), causal=True),
+    Case("d96_window", (160,), (160,), dim=96, window=(40, 10)),
+    Case("d64_varlen_causal", (65, 1, 130), (97, 64, 130), causal=True),
+)
+
+
+def build(cases: tuple[Case, ...], directory: Path) -> dict[str, Kernel]:
+    """The kernels of `cases`, compiled into `directory` in a fresh process unless they are there already.
+
+    Raises RuntimeError with the process's output where it fails.
+    """
+    environment = os.environ | {
+        "CUTE_DSL_ARCH": "sm_80",
+        "CUTE_DSL_KEEP": "ptx",
+        "CUTE_DSL_DUMP_DIR": str(directory),
+        "FLASH_ATTENTION_ARCH": "sm_80",
+        "FLASH_ATTENTION_NUM_SMS": "108",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+    }
+    missing = [asdict(case) for case in cases if not (directory / f"{case.name}.json").exists()]
+    if missing:
+        done = subprocess.run(
+            [sys.executable, __file__, str(directory)],
+            input=json.dumps(missing), env=environment, text=True, capture_output=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"flash-attn-4 did not compile:\n{done.stdout}{done.stderr}")
+    return {case.name: _load(case, directory / case.name) for case in cases}
+
+
+def _load(case: Case, stem: Path) -> Kernel:
+    return Kernel(
+        case,
+        stem.with_suffix(".ptx").read_text(),
+        stem.with_suffix(".o"),
+        json.loads(stem.with_suffix(".json").read_text()),
+    )
+
+
+def _record(cases: list[Case], directory: Path) -> None:
+    """Body of the fresh process: run the peer's interface on fake tensors and write what it compiles."""
+    _without_autotuner()
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.current_device = lambda: 0
+    import cutlass.cute as cute
+    from flash_attn.cute import interface
+
+    interface.is_fake_mode = lambda: False
+    with FakeTensorMode():
+        for case in cases:
+            tensors = {
+                name: torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
+                for name, (shape, dtype) in case.shapes().items()
+            }
+            cute.compile = partial(_compile_and_record, cute.compile, directory / case.name, tensors)
+            interface._flash_attn_fwd(
+                **tensors,
+                causal=case.causal,
+                window_size_left=case.window[0],
+                window_size_right=case.window[1],
+                return_lse=True,
+            )
+            cute.compile = cute.compile.args[0]
+            interface._flash_attn_fwd.compile_cache.clear()
+
+
+def _compile_and_record(compile_kernel, stem: Path, tensors: dict[str, Any], *args, **kwargs):
+    """cute.compile, except that what it returns describes the call that it gets instead of launching."""
+    compiled = compile_kernel(*args, **kwargs)
+    compiled.export_to_c(object_file_path=str(stem.with_suffix(".o")), function_name="func")
+    stem.with_suffix(".ptx").write_text(compiled.__ptx__)
+
+    def call(*arguments):
+        described = [_describe(argument, tensors) for argument in arguments]
+        stem.with_suffix(".json").write_text(json.dumps(described))
+
+    return call
+
+
+def _without_autotuner() -> None:
+    """Stand in for quack's autotuner: imported, not used here, and it would need triton (290 MB)."""
+    autotuner = types.ModuleType("quack.autotuner")
+    autotuner.autotune = lambda *args, **kwargs: lambda function: function
+    autotuner.AutotuneConfig = dict
+    sys.modules[autotuner.__name__] = autotuner
+
+
+def _describe(argument: Any, tensors: dict[str, Any]) -> Any:
+    if isinstance(argument, (tuple, list)):
+        return [_describe(member, tensors) for member in argument]
+    if not hasattr(argument, "untyped_storage"):
+        return argument
+    storage = argument.untyped_storage()._cdata
+    (name,) = (name for name, tensor in tensors.items() if tensor.untyped_storage()._cdata == storage)
+    return {"tensor": name}
+
+
+if __name__ == "__main__":
+    requested = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
+                 for case in json.load(sys.stdin)]
+    _record(requested, Path(sys.argv[1]))

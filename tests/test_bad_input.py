@@ -1,0 +1,416 @@
+"""Every bad input is refused by name, with what was given and what is allowed; nothing is launched."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import cute_flash
+from cute_flash import ALiBi, Causal, Document, PrefixLM, Softcap, ops, request
+from cute_flash.masks import Mask
+
+HALF = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def no_launch(monkeypatch):
+    """An emulated device, on which a launch fails the test."""
+
+    def launched(*key):
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(ops, "executable", launched)
+    with cute_flash.emulated("sm80"):
+        yield
+
+
+def tensor(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def dense(**changed: Any) -> Any:
+    """A call that is right but for what is changed."""
+    given = {"q": tensor(2, 8, 4, 64), "k": tensor(2, 16, 2, 64), "v": tensor(2, 16, 2, 64)} | changed
+    return cute_flash.flash_attn_func(**given)
+
+
+def packed(**changed: Any) -> Any:
+    """A packed call that is right but for what is changed."""
+    given = {
+        "q": tensor(10, 4, 64),
+        "k": tensor(20, 2, 64),
+        "v": tensor(20, 2, 64),
+        "cu_seqlens_q": ints(0, 4, 10),
+        "cu_seqlens_k": ints(0, 15, 20),
+        "max_seqlen_q": 6,
+        "max_seqlen_k": 15,
+    } | changed
+    return cute_flash.flash_attn_varlen_func(**given)
+
+
+def test_the_unchanged_calls_would_be_launched():
+    for call in (dense, packed):
+        with pytest.raises(AssertionError, match="launched"):
+            call()
+
+
+@dataclass(frozen=True)
+class Listed(Mask):
+    allowed: Any
+
+    def visible(self, q, k):
+        return k <= q
+
+
+class Undecorated(Mask):
+    def visible(self, q, k):
+        return k <= q
+
+
+HELD = [1, 2]
+
+
+def with_list(q, k):
+    return HELD[0] <= k
+
+
+# name -> (arguments, exception, what its text says)
+DENSE = {
+    "q_not_a_tensor": ({"q": [1.0]}, TypeError, r"q is list; allowed: torch\.Tensor"),
+    "q_rank": ({"q": tensor(8, 4, 64)}, ValueError, r"q has shape \(8, 4, 64\); allowed: \(batch, seqlen"),
+    "v_rank": ({"v": tensor(2, 16, 2, 64, 1)}, ValueError, r"v has shape .*; allowed: \(batch, seqlen"),
+    "q_dtype": (
+        {"q": tensor(2, 8, 4, 64, dtype=torch.float32)},
+        TypeError,
+        r"q has dtype torch.float32; allowed: torch.float16, torch.bfloat16",
+    ),
+    "k_dtype_differs": (
+        {"k": tensor(2, 16, 2, 64, dtype=torch.bfloat16)},
+        TypeError,
+        r"k has dtype torch.bfloat16, q has torch.float16: they must be equal",
+    ),
+    "k_device": (
+        {"k": torch.zeros(2, 16, 2, 64, dtype=HALF, device="meta")},
+        ValueError,
+        r"k is on meta, q is on cpu: they must be on one device",
+    ),
+    "batch": ({"k": tensor(3, 16, 2, 64), "v": tensor(3, 16, 2, 64)}, ValueError, "k has batch 3, q has 2"),
+    "v_seqlen": (
+        {"v": tensor(2, 15, 2, 64)},
+        ValueError,
+        r"v has shape \(2, 15, 2, 64\), k has \(2, 16, 2, 64\)",
+    ),
+    "v_heads": ({"v": tensor(2, 16, 4, 64)}, ValueError, r"v has shape \(2, 16, 4, 64\), k has \(2, 16, 2"),
+    "k_head_dim": ({"k": tensor(2, 16, 2, 32)}, ValueError, "k has head_dim 32, q has 64"),
+    "gqa": (
+        {"k": tensor(2, 16, 3, 64), "v": tensor(2, 16, 3, 64)},
+        ValueError,
+        "q has 4 heads, k has 3: q's must be a multiple",
+    ),
+    "no_kv_heads": (
+        {"k": tensor(2, 16, 0, 64), "v": tensor(2, 16, 0, 64)},
+        ValueError,
+        "q has 4 heads, k has 0",
+    ),
+    "scale_nan": ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan; allowed: a finite number"),
+    "scale_inf": ({"softmax_scale": math.inf}, ValueError, "softmax_scale is inf; allowed: a finite number"),
+    "scale_zero": ({"softmax_scale": 0.0}, ValueError, "softmax_scale is 0.0; .* above 0"),
+    "scale_negative": ({"softmax_scale": -1.0}, ValueError, "softmax_scale is -1.0; .* above 0"),
+    "scale_text": ({"softmax_scale": "1"}, TypeError, r"softmax_scale is '1' \(str\); allowed: a number"),
+    "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap is -1.0; .* from 0.0 on"),
+    "softcap_nan": ({"softcap": math.nan}, ValueError, "softcap is nan"),
+    "dropout_one": ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; allowed: 0 <= dropout_p"),
+    "dropout_almost_one": ({"dropout_p": 1 - 2.0**-18}, ValueError, "dropout_p is 0.99999.*; allowed"),
+    "dropout_negative": (
+        {"dropout_p": -0.1},
+        ValueError,
+        "dropout_p is -0.1; allowed: a finite number from 0",
+    ),
+    "dropout_nan": ({"dropout_p": math.nan}, ValueError, "dropout_p is nan"),
+    "window_negative": (
+        {"window_size": (-2, 0)},
+        ValueError,
+        r"window_size is \(-2, 0\); allowed: 0 or more",
+    ),
+    "window_float": ({"window_size": (1.5, 0)}, TypeError, r"window_size is \(1.5, 0\); allowed: ints"),
+    "window_single": ({"window_size": 5}, TypeError, r"window_size is 5; allowed: \(left, right\)"),
+    "alibi_dtype": (
+        {"alibi_slopes": tensor(4)},
+        TypeError,
+        "alibi_slopes has dtype torch.float16; allowed: torch.float32",
+    ),
+    "alibi_shape": (
+        {"alibi_slopes": torch.zeros(3)},
+        ValueError,
+        r"ALiBi.slopes has shape \(3,\); allowed: heads 4",
+    ),
+    "alibi_batch": (
+        {"alibi_slopes": torch.zeros(3, 4)},
+        ValueError,
+        r"shape \(3, 4\); allowed: heads 4 or batch 2, heads 4",
+    ),
+    "alibi_strided": ({"alibi_slopes": torch.zeros(8)[::2]}, ValueError, r"alibi_slopes has strides \(2,\)"),
+    "sink_shape": (
+        {"learnable_sink": torch.zeros(2)},
+        ValueError,
+        "learnable_sink has 2 numbers; allowed: 4",
+    ),
+    "sink_dtype": (
+        {"learnable_sink": torch.zeros(4).double()},
+        TypeError,
+        "learnable_sink has dtype torch.float64; allowed",
+    ),
+    "sink_device": (
+        {"learnable_sink": torch.zeros(4, device="meta")},
+        ValueError,
+        "learnable_sink is on meta",
+    ),
+    "mask_class": ({"mask": Causal}, TypeError, r"mask is <class .*Causal'> \(type\); allowed: a Mask"),
+    "mask_tensor": (
+        {"mask": torch.ones(8, 16)},
+        TypeError,
+        r"mask is tensor.*\(Tensor\); allowed: a Mask object",
+    ),
+    "mask_is_a_score": ({"mask": Softcap(1.0)}, TypeError, r"mask is Softcap\(cap=1.0\).*a Mask object"),
+    "mask_arguments": ({"mask": lambda q: q}, TypeError, r"mask is .*<lambda>\(q\); allowed: .*\(q, k\)"),
+    "mask_uses_a_list": (
+        {"mask": with_list},
+        TypeError,
+        r"with_list uses \[1, 2\] \(list\); besides its arguments a rule's",
+    ),
+    "mask_field": ({"mask": Listed([1])}, TypeError, r"Listed.allowed is \[1\] \(list\); a rule's fields"),
+    "mask_undecorated": ({"mask": Undecorated()}, TypeError, r"Undecorated is no dataclass: .*frozen=True"),
+    "score_arguments": (
+        {"score": lambda s, q, k: s},
+        TypeError,
+        r"allowed: a function of \(s, batch, head, q, k",
+    ),
+    "document_short": (
+        {"mask": Document(torch.zeros(2, 8, dtype=torch.int32))},
+        ValueError,
+        r"Document.ids has shape \(2, 8\); allowed: batch 2, seqlen_k 16",
+    ),
+    "document_inside_both": (
+        {"mask": Causal() & Document(torch.zeros(3, 16, dtype=torch.int32))},
+        ValueError,
+        r"Document.ids has shape \(3, 16\)",
+    ),
+    "document_dtype": (
+        {"mask": Document(torch.zeros(2, 16, dtype=torch.float64))},
+        TypeError,
+        "Document.ids has dtype torch.float64; allowed",
+    ),
+    "prefix_device": (
+        {"mask": PrefixLM(torch.zeros(2, dtype=torch.int32, device="meta"))},
+        ValueError,
+        "PrefixLM.prefix is on meta",
+    ),
+    "score_table_shape": ({"score": ALiBi(torch.zeros(5))}, ValueError, r"ALiBi.slopes has shape \(5,\)"),
+    "out_shape": (
+        {"out": tensor(2, 8, 4, 32)},
+        ValueError,
+        r"out has shape .*32\); allowed: \(2, 8, 4, 64\)",
+    ),
+    "out_dtype": (
+        {"out": tensor(2, 8, 4, 64, dtype=torch.float32)},
+        TypeError,
+        "out has dtype torch.float32",
+    ),
+    "out_device": (
+        {"out": torch.zeros(2, 8, 4, 64, dtype=HALF, device="meta")},
+        ValueError,
+        "out is on meta",
+    ),
+    "out_not_a_tensor": ({"out": 3}, TypeError, "out is int; allowed"),
+    "head_dim_step": (
+        {"q": tensor(2, 8, 4, 60), "k": tensor(2, 16, 2, 60), "v": tensor(2, 16, 2, 60)},
+        NotImplementedError,
+        r"sm80.forward: head_dim 60 is not in 8…256 in steps of 8",
+    ),
+    "head_dim_large": (
+        {"v": tensor(2, 16, 2, 264)},
+        NotImplementedError,
+        "head_dim_v 264 is not in 8…256",
+    ),
+    "q_last_dim_strided": (
+        {"q": tensor(2, 8, 64, 4).transpose(2, 3)},
+        ValueError,
+        r"q has strides \(.*, 1, 4\): the last dimension must be contiguous",
+    ),
+    "k_strides": (
+        {"k": tensor(2, 16, 2, 68)[..., :64]},
+        ValueError,
+        r"k has strides \(.*, 68, 1\): all but the last must be multiples of 16 bytes, 8 elements",
+    ),
+    "v_misaligned": (
+        {"v": tensor(2 * 16 * 2 * 64 + 1)[1:].view(2, 16, 2, 64)},
+        ValueError,
+        r"v begins at address 0x.*: it must be a multiple of 16 bytes",
+    ),
+    "out_misaligned": (
+        {"out": tensor(2 * 8 * 4 * 64 + 4)[4:].view(2, 8, 4, 64)},
+        ValueError,
+        "out begins at address",
+    ),
+    "q_requires_grad": (
+        {"q": tensor(2, 8, 4, 64).requires_grad_()},
+        NotImplementedError,
+        r"q requires a gradient, and there is no backward yet: call within torch.no_grad\(\)",
+    ),
+    "sink_requires_grad": (
+        {"learnable_sink": torch.zeros(4).requires_grad_()},
+        NotImplementedError,
+        "learnable_sink requires",
+    ),
+    "table_requires_grad": (
+        {"score": ALiBi(torch.zeros(4).requires_grad_())},
+        NotImplementedError,
+        "a rule's tensor requires",
+    ),
+    "many_sequences": (
+        {name: torch.zeros(1, dtype=HALF).expand(65536, 8, 1, 64) for name in ("q", "k", "v")},
+        NotImplementedError,
+        "q has 65536 sequences and 1 heads; allowed: 65535 of each",
+    ),
+}
+
+PACKED = {
+    "q_rank": (
+        {"q": tensor(1, 10, 4, 64)},
+        ValueError,
+        r"q has shape .*; allowed: \(total, heads, head_dim\)",
+    ),
+    "cu_dtype": (
+        {"cu_seqlens_q": ints(0, 4, 10).long()},
+        TypeError,
+        "cu_seqlens_q has dtype torch.int64; allowed: torch.int32",
+    ),
+    "cu_list": ({"cu_seqlens_k": [0, 15, 20]}, TypeError, "cu_seqlens_k is list"),
+    "cu_rank": ({"cu_seqlens_q": ints(0, 4, 10)[None]}, ValueError, r"cu_seqlens_q has shape \(1, 3\)"),
+    "cu_empty": ({"cu_seqlens_q": ints()}, ValueError, "cu_seqlens_q is empty"),
+    "cu_strided": (
+        {"cu_seqlens_q": ints(0, 0, 4, 4, 10, 10)[::2]},
+        ValueError,
+        r"cu_seqlens_q has strides \(2,\)",
+    ),
+    "cu_counts": ({"cu_seqlens_k": ints(0, 20)}, ValueError, "cu_seqlens_q has 3 numbers and cu_seqlens_k 2"),
+    "cu_start": (
+        {"cu_seqlens_q": ints(1, 4, 10)},
+        ValueError,
+        "cu_seqlens_q starts with 1; it must start with 0",
+    ),
+    "cu_decreasing": ({"cu_seqlens_k": ints(0, 15, 12)}, ValueError, "cu_seqlens_k decreases from 15 to 12"),
+    "cu_beyond": (
+        {"cu_seqlens_q": ints(0, 4, 11)},
+        ValueError,
+        "cu_seqlens_q ends with 11, the tensor has 10 rows",
+    ),
+    "max_q": ({"max_seqlen_q": 5}, ValueError, "max_seqlen_q is 5, the longest sequence has 6"),
+    "max_k": ({"max_seqlen_k": 14}, ValueError, "max_seqlen_k is 14, the longest sequence has 15"),
+    "max_negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q is -1; allowed: 0 or more"),
+    "max_float": ({"max_seqlen_q": 6.0}, TypeError, r"max_seqlen_q is 6.0 \(float\); allowed: an int"),
+    "used_shape": ({"seqused_k": ints(1)}, ValueError, "seqused_k has 1 numbers, cu_seqlens has 2 sequences"),
+    "used_dtype": ({"seqused_q": ints(1, 1).long()}, TypeError, "seqused_q has dtype torch.int64"),
+    "used_large": ({"seqused_k": ints(15, 6)}, ValueError, r"seqused_k\[1\] is 6; allowed: 0 to 5"),
+    "used_negative": ({"seqused_q": ints(-1, 6)}, ValueError, r"seqused_q\[0\] is -1; allowed: 0 to 4"),
+    "document_short": (
+        {"mask": Document(torch.zeros(2, 14, dtype=torch.int32))},
+        ValueError,
+        "allowed: batch 2, seqlen_k 15",
+    ),
+    "block_table": ({"block_table": ints(0)}, NotImplementedError, "block_table is given; allowed: None"),
+    "attn_probs": ({"return_attn_probs": True}, NotImplementedError, "return_attn_probs is True; allowed"),
+    "alignment": (
+        {"k": tensor(20 * 2 * 64 + 2)[2:].view(20, 2, 64)},
+        ValueError,
+        "k begins at address",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense(name):
+    changed, error, text = DENSE[name]
+    with pytest.raises(error, match=text):
+        dense(**changed)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed(name):
+    changed, error, text = PACKED[name]
+    with pytest.raises(error, match=text):
+        packed(**changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"q": tensor(2, 8, 4, 192)[..., 64:128]},  # a slice of packed q, k and v
+        {"q": tensor(2, 4, 8, 64).transpose(1, 2)},
+        {"k": tensor(1, 16, 2, 64).expand(2, -1, -1, -1)},
+        {
+            "q": tensor(1, 8, 4, 64),
+            "k": tensor(1, 16, 2, 64),
+            "v": tensor(1, 16, 2, 64).as_strided((1, 16, 2, 64), (3, 128, 64, 1)),
+        },  # the stride of a dimension of size 1 is never used
+        {"mask": Document(torch.zeros(2, 99, dtype=torch.int32))},
+        {"window_size": (None, -1), "dropout_p": 0, "softcap": 0, "softmax_scale": 2},
+        {"learnable_sink": torch.zeros(4, dtype=torch.bfloat16)},
+    ],
+)
+def test_unusual_but_right(changed):
+    with pytest.raises(AssertionError, match="launched"):
+        dense(**changed)
+
+
+def test_gradients_are_no_matter_without_grad_mode():
+    with torch.no_grad(), pytest.raises(AssertionError, match="launched"):
+        dense(q=tensor(2, 8, 4, 64).requires_grad_())
+
+
+def test_rows_beyond_the_last_sequence_are_allowed():
+    with pytest.raises(AssertionError, match="launched"):
+        packed(cu_seqlens_q=ints(0, 4, 9))
+
+
+@pytest.mark.parametrize("function", [cute_flash.flash_attn_with_kvcache, cute_flash.flash_attn_combine])
+def test_what_comes_later_refuses(function):
+    with pytest.raises(NotImplementedError, match=f"{function.__name__} does not exist yet"):
+        function(tensor(2, 8, 4, 64), None)
+
+
+class OnTheGpu:
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, held: torch.Tensor):
+        self.held = held
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.held, name)
+
+
+@pytest.mark.parametrize("asked, capturing, checked", [(None, 0, 0), ("0", 0, 0), ("1", 0, 1), ("1", 1, 0)])
+def test_numbers_on_the_gpu_are_checked_where_asked(monkeypatch, asked, capturing, checked):
+    given = {"q": tensor(10, 4, 64), "k": tensor(20, 2, 64), "v": tensor(20, 2, 64)}
+    options = request.Options(0.0, None, False, (-1, -1), 0.0, None, None, None, None, False, None)
+    packing = request.Packing(ints(1, 4, 10), ints(0, 15, 20), 6, 15, None, None)
+    call = request.varlen(**given, packing=packing, options=options)
+    call = call._replace(q=OnTheGpu(call.q))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.delenv("CUTE_FLASH_CHECK", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("CUTE_FLASH_CHECK", asked)
+    expected = pytest.raises(ValueError, match="starts with 1") if checked else contextlib.nullcontext()
+    with expected:
+        request.check_tensors(call, tensor(10, 4, 64))

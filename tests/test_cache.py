@@ -1,0 +1,224 @@
+"""Compiled kernels on disk: a second process compiles nothing, racing ones once, damage is not trusted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from cute_flash import cache, dispatch, executable
+from cute_flash.arch.problem import Problem
+from cute_flash.cache import Artifact, CorruptArtifact
+from tests.tiny import Tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEM = Problem("float16", 64, 64, lse=False)
+A100 = dispatch.EMULATED["sm80"]
+CONFIG = Tiny.config(PROBLEM, A100)
+MADE = Artifact(b"\x7fELF host code", b".version 8.0", b"\x7fELF cubin", {"kernel": "made up", "π": [1]})
+
+# A process that calls attention once, on an emulated GPU, and says what it compiled and imported. The
+# kernel is the tiny one, or with "real" the one that ships.
+CALL = """
+import sys
+if "no_compiler" in sys.argv:
+    sys.modules["cutlass"] = None
+import torch, cute_flash
+from cute_flash import arch, executable
+if "real" not in sys.argv:
+    from tests.tiny import Tiny
+    arch.load = lambda device: (Tiny,)
+q = torch.full((2, 3, 2, 64), 2.0).half()
+with cute_flash.emulated("sm80"):
+    out = cute_flash.flash_attn_func(q, q, q, softmax_scale=0.5)
+print(len(executable.compiled), sys.modules.get("cutlass") is not None, out.unique().tolist())
+"""
+
+
+def start(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    script = tmp_path / "call.py"
+    script.write_text(CALL)
+    told = os.environ | {"PYTHONPATH": str(ROOT), "CUTE_FLASH_CACHE": str(tmp_path / "cache")} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(script), *arguments], env=told, cwd=ROOT, **pipes)
+
+
+def call(tmp_path: Path, *arguments: str, **environment: str) -> str:
+    """What the process says; its errors, where it fails."""
+    process = start(tmp_path, *arguments, **environment)
+    said, errors = process.communicate()
+    return said.strip() if process.returncode == 0 else errors
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("*.kernel"))
+
+
+def test_a_second_process_compiles_nothing_and_imports_no_compiler(tmp_path):
+    assert call(tmp_path) == "1 True [1.0]"
+    assert len(kept(tmp_path)) == 1
+    assert call(tmp_path) == "0 False [1.0]"
+    assert call(tmp_path, "no_compiler") == "0 False [1.0]"
+
+
+def test_the_same_for_a_kernel_that_ships(tmp_path):
+    assert call(tmp_path, "real") == "1 True [2.0]"
+    assert call(tmp_path, "real") == "0 False [2.0]"
+
+
+def test_racing_processes_compile_once(tmp_path):
+    racing = [start(tmp_path) for _ in range(3)]
+    said = sorted(process.communicate()[0].strip() for process in racing)
+    assert said == ["0 False [1.0]", "0 False [1.0]", "1 True [1.0]"]
+    assert [path.suffix for path in sorted(kept(tmp_path)[0].parent.iterdir())] == [".kernel", ".lock"]
+
+
+def test_a_cache_that_is_off_keeps_nothing(tmp_path):
+    off = {"CUTE_FLASH_CACHE": "0", "HOME": str(tmp_path)}
+    assert call(tmp_path, **off) == call(tmp_path, **off) == "1 True [1.0]"
+    assert not kept(tmp_path) and not (tmp_path / ".cache").exists()
+
+
+def test_the_cache_is_in_the_home_directory_by_default(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUTE_FLASH_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.cache_directory() == tmp_path / ".cache" / "cute_flash"
+    monkeypatch.setenv("CUTE_FLASH_CACHE", "~/elsewhere")
+    assert cache.cache_directory() == tmp_path / "elsewhere"
+
+
+def test_a_bundle_serves_without_the_compiler(tmp_path):
+    assert call(tmp_path) == "1 True [1.0]"
+    bundle = tmp_path / "bundle"
+    kept(tmp_path)[0].parent.rename(bundle)
+    empty = {"CUTE_FLASH_CACHE": str(tmp_path / "empty")}
+    errors = call(tmp_path, "no_compiler", **empty)
+    assert call(tmp_path, "no_compiler", CUTE_FLASH_BUNDLE=str(bundle), **empty) == "0 False [1.0]"
+    assert not list((tmp_path / "empty").rglob("*.kernel"))
+    for words in (
+        "RuntimeError",
+        "tests.tiny-",
+        "head_dim=64",
+        "nvidia-cutlass-dsl, which compiles it, is not installed",
+        "python -m cute_flash compile --arch sm80 --dtype float16 --head-dim 64x64 --features",
+        "CUTE_FLASH_BUNDLE",
+    ):
+        assert words in errors
+
+
+def test_a_bundle_is_found_whatever_compiled_it(tmp_path, monkeypatch):
+    """File names hold no version of the compiler; the cache keeps each version's files apart."""
+    key = executable.key_of(Tiny, PROBLEM, CONFIG, A100)
+    tag = cache.compiler_tag()
+    monkeypatch.setattr(cache, "versions", lambda: {"nvidia-cutlass-dsl": "4.7.0", "apache-tvm-ffi": None})
+    assert executable.key_of(Tiny, PROBLEM, CONFIG, A100) == key
+    assert cache.compiler_tag() == "dsl4.7.0-ffiNone" != tag
+
+
+def test_the_key_holds_every_source(tmp_path):
+    """A kernel compiled from other sources is another kernel."""
+    source = tmp_path / "kernel.py"
+    source.write_text("a = 1")
+    before = cache.sources_digest(source)
+    source.write_text("a = 2")
+    cache.sources_digest.cache_clear()
+    assert cache.sources_digest(source) != before
+    names = [cache.key_of("k", "sources", "part"), cache.key_of("k", "other", "part"),
+             cache.key_of("k", "sources", "other"), cache.key_of("j", "sources", "part")]  # fmt: skip
+    assert len(set(names)) == 4 and names[0].startswith("k-")
+    cache.sources_digest.cache_clear()
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    cache.write(tmp_path / "k.kernel", MADE)
+    assert cache.read(tmp_path / "k.kernel") == MADE
+    assert [path.name for path in tmp_path.iterdir()] == ["k.kernel"]
+    with zipfile.ZipFile(tmp_path / "k.kernel") as archive:
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_writing_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def failing(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(cache.os, "replace", failing)
+    with pytest.raises(OSError, match="disk full"):
+        cache.write(tmp_path / "k.kernel", MADE)
+    assert not list(tmp_path.iterdir())
+
+
+def without(path: Path, member: str) -> None:
+    """Leave a member out of a zip."""
+    with zipfile.ZipFile(path) as archive:
+        data = {name: archive.read(name) for name in archive.namelist() if name != member}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in data.items():
+            archive.writestr(name, content)
+
+
+def replaced(path: Path, member: str, content: bytes) -> None:
+    """Replace a member of a zip; the zip itself stays right."""
+    without(path, member)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(member, content)
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "no_zip": lambda path: path.write_bytes(b"x" * 1000),
+    "bit_flipped": lambda path: path.write_bytes(path.read_bytes().replace(b"host code", b"host cope")),
+    "member_missing": lambda path: without(path, "kernel.cubin"),
+    "member_replaced": lambda path: replaced(path, "kernel.o", b"\x7fELF other"),
+    "member_added": lambda path: replaced(path, "kernel.sass", b"more"),
+    "sums_missing": lambda path: without(path, "SHA256SUMS"),
+    "sums_garbled": lambda path: replaced(path, "SHA256SUMS", b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed(tmp_path, monkeypatch, damage):
+    """It is compiled again, with a warning, and the file replaced."""
+    monkeypatch.setenv("CUTE_FLASH_CACHE", str(tmp_path))
+    built = []
+
+    def build():
+        built.append(1)
+        return MADE
+
+    assert cache.get("k", build) == cache.get("k", build) == MADE and len(built) == 1
+    path = tmp_path / cache.compiler_tag() / "k.kernel"
+    DAMAGE[damage](path)
+    with pytest.raises(CorruptArtifact, match="k.kernel"):
+        cache.read(path)
+    with pytest.warns(UserWarning, match="corrupt kernel file ignored: .*k.kernel"):
+        assert cache.get("k", build) == MADE
+    assert len(built) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.get("k", build) == MADE
+    assert len(built) == 2
+
+
+def test_a_damaged_bundle_is_not_trusted_either(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUTE_FLASH_CACHE", "0")
+    monkeypatch.setenv("CUTE_FLASH_BUNDLE", str(tmp_path))
+    other = MADE._replace(ptx=b"from the bundle")
+    cache.write(tmp_path / "k.kernel", other)
+    assert cache.get("k", lambda: MADE) == other
+    DAMAGE["truncated"](tmp_path / "k.kernel")
+    with pytest.warns(UserWarning, match="corrupt kernel file ignored"):
+        assert cache.get("k", lambda: MADE) == MADE
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUTE_FLASH_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="kernels are not kept: the cache .* cannot be written") as found:
+        assert cache.get("k", lambda: MADE) == MADE
+    assert len(found) == 1

@@ -1,0 +1,293 @@
+"""What `python -m profiling static` and `cycles` read from machine code and the emulator, without a GPU.
+
+The golden file says what each followed kernel's registers, spills and hot loop were. When a change of the
+kernels or of the compiler moves them on purpose, look at the difference and write the file anew:
+
+    python -m profiling static --golden
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nvidia.cu13", reason="cuobjdump and nvdisasm come with NVIDIA's packages on PyPI")
+
+from profiling import __main__ as command
+from profiling import cycles, flash_attn_4, rates, sass, static
+
+GOLDEN = json.loads(static.GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("row", GOLDEN["rows"])
+def test_golden(row):
+    arch, case = row.split("/")
+    found = static.moves(GOLDEN["rows"][row], static.figures(static.CASES[case], arch))
+    hint = f"made with {GOLDEN['versions']}; on purpose? python -m profiling static --golden"
+    assert not found, "\n".join([*found, hint])
+
+
+def test_golden_follows_what_it_should():
+    assert set(GOLDEN["rows"]) == {f"{arch}/{case}" for arch, case in static.FOLLOWED}
+
+
+def figures_of(row: dict) -> static.Figures:
+    return static.Figures(**{**row, "loops": tuple(row["loops"])})
+
+
+@pytest.mark.parametrize(
+    "name, change, noticed",
+    [
+        ("stack", lambda row: row.update(stack=row["stack"] + 8), True),
+        ("registers", lambda row: row.update(registers=row["registers"] - 8), True),
+        ("registers", lambda row: row.update(registers=row["registers"] - 1), False),
+        ("config", lambda row: row.update(config="tile_m=16"), True),
+        ("local", lambda row: row["loops"][0].update(local=row["loops"][0]["local"] + 1), True),
+        ("mma", lambda row: row["loops"][0].update(mma=row["loops"][0]["mma"] * 2), True),
+        ("fp32", lambda row: row["loops"][0].update(fp32=round(row["loops"][0]["fp32"] * 1.04)), True),
+        ("fp32", lambda row: row["loops"][0].update(fp32=round(row["loops"][0]["fp32"] * 0.96)), True),
+        ("fp32", lambda row: row["loops"][0].update(fp32=round(row["loops"][0]["fp32"] * 1.02)), False),
+        ("hot loops", lambda row: row["loops"].append(row["loops"][0]), True),
+    ],
+)
+def test_moves_are_noticed(name, change, noticed):
+    was = GOLDEN["rows"]["sm80/d64"]
+    now = copy.deepcopy(was)
+    change(now)
+    found = static.moves(was, figures_of(now))
+    assert len(found) == noticed
+    assert not noticed or name in found[0]
+
+
+# A nest of two loops; the inner one waits on a barrier whose slow path the compiler put behind the end.
+NEST = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*0040*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0050*/                   MUFU.EX2 R4, R4 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0080*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0090*/               @P2 BRA `(.L_x_0) ;
+        /*00a0*/                   STG.E [R2], R4 ;
+        /*00b0*/                   EXIT ;
+.L_x_3:
+        /*00c0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;
+        /*00d0*/               @P0 BRA `(.L_x_2) ;
+        /*00e0*/                   BRA `(.L_x_3) ;
+.L_x_4:
+        /*00f0*/                   BRA `(.L_x_4) ;
+"""
+
+
+def test_loops_are_natural_loops():
+    wait, inner, outer = sass.loops(NEST)
+    assert wait.counts == {"barrier": 1, "control": 2}
+    assert inner.counts == {"mma": 1, "mufu": 1, "barrier": 2, "control": 4}
+    assert outer.size == inner.size + 4
+    assert outer.counts["mma"] == 3 and outer.counts["global"] == 0
+    assert sass.hottest([wait, inner, outer], "mma") is inner
+    assert inner.flops == 2 * 16 * 8 * 16
+
+
+def test_without_a_matrix_instruction_there_is_no_hot_loop():
+    with pytest.raises(ValueError, match="class mma"):
+        sass.hottest(sass.loops(NEST.replace("HMMA.16816.F32.BF16", "FFMA")), "mma")
+
+
+def test_a_switch_has_all_its_targets():
+    text = NEST.replace("MOV R1, c[0x0][0x28]", 'BRX R4 -0xa40 (*"BRANCH_TARGETS .L_x_0,.L_x_2"*)')
+    assert sass.parse(text)[0].next(0) == (1, 5)
+    assert not [loop for loop in sass.loops(text) if loop.counts["mma"] == 1], "entered in two places"
+
+
+@pytest.mark.parametrize(
+    "opcode, kind, flops",
+    [
+        ("HMMA.16816.F32.BF16", "mma", 4096), ("HGMMA.64x128x16.F32.BF16", "mma", 65536),
+        ("UTCHMMA", "mma", 0), ("MUFU.EX2", "mufu", 0), ("FFMA2", "fp32", 0), ("FMNMX", "fp32", 0),
+        ("F2FP.BF16.F32.PACK_AB", "conversion", 0),
+        ("LDSM.16.MT88.4", "shared", 0), ("LDGSTS.E.BYPASS.128", "copy", 0), ("BAR.SYNC", "barrier", 0),
+        ("STL.64", "local", 0), ("UIADD3", "integer", 0), ("BRA", "control", 0), ("SHFL.BFLY", "shuffle", 0),
+    ],
+)  # fmt: skip
+def test_opcodes(opcode, kind, flops):
+    assert (sass.classify(opcode), sass.matrix_flops(opcode)) == (kind, flops)
+
+
+@pytest.mark.parametrize("opcode, size", [("LDL", 4), ("STL.64", 8), ("LDL.LU.128", 16), ("LDS.128", 0)])
+def test_bytes_of_spills(opcode, size):
+    assert sass.local_bytes(opcode) == size
+
+
+def test_spills_are_seen():
+    from tests.spilling_kernel import compile_for
+
+    cubin = compile_for("sm_80")
+    assert sass.resources(cubin).stack > 0
+    opcodes = Counter(sass.classify(i.opcode) for i in sass.parse(sass.disassembly(cubin)))
+    assert opcodes["local"] > 0
+
+
+def test_the_cubin_inside_an_object():
+    from cute_flash import executable
+
+    answer = static.CASES["d64"].problem("sm80")
+    built = executable.artifact(answer.kernel, answer.problem, answer.config, answer.device)
+    assert sass.embedded_cubin(built.object).rstrip(b"\0") == built.cubin.rstrip(b"\0")
+    with pytest.raises(ValueError, match="found 0"):
+        sass.embedded_cubin(built.object.replace(b"\x7fELF\x02\x01", b"\x7fELF\x01\x01"))
+
+
+@pytest.mark.parametrize(
+    "capability, threads, registers, shared_memory, ctas, bound",
+    [
+        ((8, 0), 128, 255, 48 << 10, 2, "registers"),
+        ((8, 0), 128, 128, 48 << 10, 3, "shared memory"),
+        ((8, 0), 128, 128, 163 << 10, 1, "shared memory"),
+        ((8, 6), 128, 168, 96 << 10, 1, "shared memory"),
+        ((8, 6), 256, 32, 0, 6, "warps"),
+        ((9, 0), 384, 168, 164 << 10, 1, "registers"),
+        ((9, 0), 32, 32, 0, 32, "CTAs"),
+        ((9, 0), 32, 96, 0, 20, "registers"),
+        ((12, 0), 128, 255, 64 << 10, 1, "shared memory"),
+    ],
+)
+def test_occupancy(capability, threads, registers, shared_memory, ctas, bound):
+    assert rates.occupancy(capability, threads, registers, shared_memory) == rates.Occupancy(ctas, bound)
+
+
+@pytest.mark.parametrize(
+    "gpu, peak", [("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("B200", 2250e12), ("GB300", 2500e12)]
+)
+def test_rates_give_the_data_sheets_peak(gpu, peak):
+    assert rates.GPUS[gpu].peak == pytest.approx(peak, rel=0.005)
+
+
+def test_every_emulated_device_has_limits():
+    assert {device.capability for device in static.EMULATED.values()} <= set(rates.LIMITS)
+
+
+@pytest.mark.parametrize("arch", static.EMULATED)
+def test_every_config_of_the_tuning_tables_has_a_case(arch, monkeypatch):
+    assert static.unreached(arch) == []
+    monkeypatch.setattr(static, "CASES", {})
+    assert static.unreached(arch) != []
+
+
+@pytest.mark.parametrize("what", ["static", "cycles"])
+def test_unknown_cases_are_told_what_there_is(what, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main([what, "--case", "d63"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert "d63" in told and "d64_causal" in told
+
+
+@pytest.mark.parametrize("what", ["static", "cycles"])
+def test_a_missing_tool_is_named(what, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sass.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        command.main([what])
+    assert stopped.value.code == 2
+    assert "pip install nvidia-cuda-cuobjdump" in capsys.readouterr().err
+
+
+def test_a_missing_peer_is_named(monkeypatch):
+    def none() -> str:
+        raise flash_attn_4.Missing("not installed")
+
+    monkeypatch.setattr(flash_attn_4, "version", none)
+    mine, peer = static.survey(["sm80"], ["d64"], peer=True)
+    assert mine.kernel == "sm80.forward"
+    assert "flash-attn-4: missing, not installed" in peer
+
+
+@pytest.fixture(scope="module")
+def tile() -> cycles.Tile:
+    return cycles.ours(static.CASES["d64"], "sm80")
+
+
+def test_a_tile_costs_what_the_algorithm_says(tile):
+    elements = tile.tile_m * tile.tile_n
+    assert tile.kinds["flops"] == 2 * elements * (64 + 64)
+    # One exponential per score, and at most one per row and lane for rescaling: four lanes share a row.
+    assert elements <= tile.kinds["mufu"] * 32 <= elements + 4 * tile.tile_m
+    assert tile.kinds["copy"] * 32 * 16 == 2 * tile.tile_n * (64 + 64)
+    # K and V are copied in once and read by every warp; Q is read by the warp whose it is.
+    warps, keys_and_values = len(tile.totals.opcodes), 2 * tile.tile_n * (64 + 64)
+    queries = 0 if static.CASES["d64"].problem("sm80").config.q_in_registers else 2 * tile.tile_m * 64
+    assert tile.totals.shared_bytes == keys_and_values * (1 + warps) + queries
+    assert tile.totals.wavefronts <= 1.01 * tile.totals.ideal, "bank conflicts"
+    assert sum(count for count, _ in tile.totals.roles.values()) == len(tile.totals.opcodes)
+
+
+def test_bounds(tile):
+    gpu = rates.GPUS["A100"]
+    clocks = tile.cycles(gpu)
+    assert clocks["matrix"] == tile.kinds["flops"] / 2048
+    assert clocks["shared"] == tile.totals.wavefronts + tile.local / 128
+    assert replace(tile, local=tile.local + 1280).cycles(gpu)["shared"] == clocks["shared"] + 10
+    binds, ceiling, in_turn = tile.ceilings(gpu)
+    assert clocks[binds] == max(clocks.values())
+    assert in_turn < ceiling <= gpu.peak / 1e12 * 1.0001
+    starved = replace(gpu, mufu=1)
+    assert tile.ceilings(starved)[0] == "mufu"
+    assert tile.ceilings(starved)[1] < ceiling
+
+
+def test_bank_conflicts_are_counted():
+    watch = cycles.Watch()
+    step = SimpleNamespace(where=SimpleNamespace(line=7))
+    m = SimpleNamespace(at=0, code=SimpleNamespace(steps=[step]))
+    g = SimpleNamespace(slot=np.zeros(32, int), lane=np.arange(32))
+    watch.shared_read(m, g, np.arange(32) * 4, 4)
+    assert (watch.totals().wavefronts, watch.totals().ideal) == (1, 1)
+    watch.shared_read(m, g, np.arange(32) * 128, 4)
+    assert (watch.totals().wavefronts, watch.totals().ideal, watch.totals().shared_bytes) == (33, 2, 256)
+
+
+def test_a_loop_that_is_not_the_steady_one_is_refused(tile):
+    opcodes = tuple(
+        Counter({name: count * (1 + 0.1 * name.startswith("ex2")) for name, count in warp.items()})
+        for warp in tile.totals.opcodes
+    )
+    loops = (sass.Loop(frozenset(range(9)), ("HMMA.16816.F32.BF16",) * 8 + ("MUFU.EX2",) * 4 + ("FFMA",)),)
+    flops, mufu = tile.kinds["flops"], tile.kinds["mufu"]
+    fitting = (replace(loops[0], opcodes=("HMMA.16816.F32",) * int(flops / 4096) + ("MUFU",) * int(mufu)),)
+    assert cycles.tile("x", (1, 1), tile.totals, fitting).fma == 0
+    with pytest.raises(ValueError, match="exponentials"):
+        cycles.tile("x", (1, 1), replace(tile.totals, opcodes=opcodes), fitting)
+    with pytest.raises(ValueError, match="exponentials"):
+        cycles.tile("x", (1, 1), tile.totals, loops)
+
+
+def test_measurements_stand_beside(monkeypatch, tmp_path):
+    def report(name: str, started: str, dry_run: bool, tflops: float) -> None:
+        shape = {"head_dim": 64, "head_dim_v": 64, "causal": False, "seqlen": 8192}
+        peers = {"cute_flash": {"tflops": tflops}, "flash-attn-4": {"state": "missing"}}
+        row = {"kind": "row", "key": "d64-full-s8192", "state": "ok", "shape": shape, "peers": peers}
+        shorter = {**row, "shape": {**shape, "seqlen": 512}, "peers": {"cute_flash": {"tflops": 1.0}}}
+        data = {"format": 1, "started": started, "machine": "NVIDIA H200", "dry_run": dry_run,
+                "stages": {"speed": {"rows": [row, shorter]}}}  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+
+    monkeypatch.setattr(cycles, "RESULTS", tmp_path)
+    case = static.CASES["d64"]
+    assert cycles.measured(case, "H200") == {}
+    report("old", "2026-01-01", False, 100.0)
+    report("new", "2026-02-01", False, 200.0)
+    report("dry", "2026-03-01", True, 300.0)
+    assert cycles.measured(case, "H200") == {"cute_flash": ("d64-full-s8192", 200.0)}
+    assert cycles.measured(case, "A100") == {} == cycles.measured(static.CASES["d64_causal"], "H200")

@@ -1,0 +1,193 @@
+"""Rules on plain integers: block ranges against `visible`, and the way from object to type and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+from cute_flash.arch.common.blocks import phases
+from cute_flash.arch.common.mask import (
+    Both,
+    Causal,
+    Document,
+    Either,
+    Everything,
+    Mask,
+    PrefixLM,
+    SlidingWindow,
+)
+from cute_flash.arch.common.score import ALiBi, Chain, Score, Softcap
+from cute_flash.arch.rule import RuleType, describe
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryThird(Mask):
+    """A user's rule without block ranges."""
+
+    offset: int
+
+    def visible(self, q, k):
+        return (k + self.offset) % 3 == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TooWide(Mask):
+    """Claims more fully visible keys than there are: what the brute force must catch."""
+
+    def visible(self, q, k):
+        return k <= q
+
+    def full(self, q_first, q_last, seqlen_k):
+        return 0, q_last + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TooNarrow(Mask):
+    """Hides a visible key from the block range."""
+
+    def visible(self, q, k):
+        return k <= q
+
+    def keys(self, q_first, q_last, seqlen_k):
+        return 0, q_last
+
+
+def windows() -> list[Mask]:
+    sides = (None, -3, -1, 0, 1, 4, 17)
+    return [SlidingWindow(left, right) for left in sides for right in sides]
+
+
+SIMPLE = [Everything(), Causal(), PrefixLM(0), PrefixLM(5), PrefixLM(40), EveryThird(1), *windows()]
+PAIRED = [Causal(), SlidingWindow(4, 2), SlidingWindow(None, 1), SlidingWindow(2, None), PrefixLM(7), EveryThird(0)]
+MASKS = SIMPLE + [kind(a, b) for kind in (Both, Either) for a in PAIRED for b in PAIRED]
+MASKS += [Both(Either(Causal(), SlidingWindow(9, 9)), SlidingWindow(5, None)), Either(Both(*PAIRED[:2]), PrefixLM(3))]
+
+
+def check_ranges(mask: Mask, q_first: int, q_last: int, seqlen_k: int) -> None:
+    """`keys` and `full` against `visible`, key by key."""
+    low, high = mask.keys(q_first, q_last, seqlen_k)
+    full_low, full_high = mask.full(q_first, q_last, seqlen_k)
+    for k in range(seqlen_k):
+        seen = [bool(mask.visible(q, k)) for q in range(q_first, q_last + 1)]
+        assert low <= k < high or not any(seen), f"{mask}: key {k} is seen outside {low}..{high}"
+        assert not full_low <= k < full_high or all(seen), f"{mask}: key {k} inside full {full_low}..{full_high}"
+
+
+def places(seed: int, count: int) -> list[tuple[int, int, int]]:
+    """(first query, last query, seqlen_k), positions before the first key included."""
+    rng = random.Random(seed)
+    firsts = [(rng.randint(-30, 60), rng.choice((0, 1, 15, 31))) for _ in range(count)]
+    return [(first, first + more, rng.choice((0, 1, 16, 33, 50))) for first, more in firsts]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_ranges_hold_for_every_pair(mask):
+    for q_first, q_last, seqlen_k in places(seed=1, count=40):
+        check_ranges(mask, q_first, q_last, seqlen_k)
+
+
+@pytest.mark.parametrize("mask", [TooWide(), TooNarrow()], ids=str)
+def test_wrong_ranges_are_found(mask):
+    with pytest.raises(AssertionError, match="key"):
+        for place in places(seed=1, count=40):
+            check_ranges(mask, *place)
+
+
+@pytest.mark.parametrize("tile_n", [1, 8, 16])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_phases_visit_what_is_visible_and_mask_what_is_not(mask, tile_n):
+    for q_first, q_last, seqlen_k in places(seed=2, count=20):
+        visited = []
+        for first, last, masked in phases(mask, q_first, q_last, seqlen_k, tile_n):
+            blocks = list(range(first, last))
+            visited += reversed(blocks)
+            for k in (k for n in blocks for k in range(n * tile_n, (n + 1) * tile_n) if not masked):
+                assert k < seqlen_k
+                assert all(mask.visible(q, k) for q in range(q_first, q_last + 1))
+        assert visited == sorted(set(visited), reverse=True), "latest first, none twice"
+        covered = {k for n in visited for k in range(n * tile_n, (n + 1) * tile_n)}
+        for k in set(range(seqlen_k)) - covered:
+            assert not any(mask.visible(q, k) for q in range(q_first, q_last + 1))
+
+
+def test_phases_skip_work():
+    """Not only right but worth having: a narrow window visits few blocks, a causal row block masks few."""
+    window = phases(SlidingWindow(16, 0), 512, 527, 1024, 16)
+    assert sum(max(0, p.last - p.first) for p in window) <= 3
+    causal = phases(Causal(), 512, 527, 1024, 16)
+    assert sum(p.last - p.first for p in causal) == 33
+    assert sum(p.last - p.first for p in causal if p.masked) == 1
+    assert [p.masked for p in phases(EveryThird(0), 0, 15, 64, 16)] == [True]
+
+
+class Table:
+    """Stands for a tensor: what `describe` looks at."""
+
+    def __init__(self, dtype: str, ndim: int):
+        self.dtype, self.ndim = f"torch.{dtype}", ndim
+
+    def data_ptr(self):
+        raise AssertionError("describe must not touch data")
+
+
+TABLE = Table("float32", 2)
+ROUND_TRIPS = [
+    (Causal(), ()),
+    (SlidingWindow(3, None), ("int",)),
+    (SlidingWindow(None, 4), ("int",)),
+    (PrefixLM(5) & SlidingWindow(1, 2), ("int", "int", "int")),
+    (Document(Table("int32", 2)), ("tensor:int32:2",)),
+    (Chain((Softcap(30.0), ALiBi(TABLE))), ("float", "tensor:float32:2")),
+    (Chain(()), ()),
+]
+
+
+@pytest.mark.parametrize("rule,leaves", ROUND_TRIPS, ids=lambda v: str(v)[:40])
+def test_describe_and_build_are_inverse(rule, leaves):
+    kind, values = describe(rule)
+    assert kind.leaves() == leaves
+    assert len(values) == len(leaves)
+    assert kind.build(values) == rule
+    assert describe(kind.build(values)) == (kind, values)
+
+
+def test_values_do_not_enter_the_type_but_absence_does():
+    assert describe(SlidingWindow(3, 4))[0] == describe(SlidingWindow(5, 6))[0]
+    assert describe(SlidingWindow(3, None))[0] != describe(SlidingWindow(3, 4))[0]
+    assert describe(Causal() & PrefixLM(1))[0] != describe(PrefixLM(1) & Causal())[0]
+    assert len({describe(SlidingWindow(i, None))[0] for i in range(9)}) == 1
+
+
+def test_build_takes_exactly_its_values():
+    kind, values = describe(SlidingWindow(3, 4))
+    with pytest.raises(ValueError, match="takes 2 values, got 3"):
+        kind.build((*values, 1))
+
+
+@pytest.mark.parametrize("value", [True, "3", [1], object()])
+def test_describe_names_class_and_field(value):
+    with pytest.raises(TypeError, match=r"SlidingWindow\.left is"):
+        describe(SlidingWindow(value, None))
+
+
+def test_a_rules_code_is_its_identity():
+    def make(limit):
+        @dataclasses.dataclass(frozen=True)
+        class Local(Mask):
+            def visible(self, q, k):
+                return k < limit
+
+        return Local
+
+    assert make(3).rule_id == make(3).rule_id
+    assert make(3).rule_id != make(4).rule_id
+    assert isinstance(describe(make(3)())[0], RuleType)
+
+
+def test_softcap_and_alibi_on_host_numbers():
+    assert Softcap(2.0).score(1e9, 0, 0, 0, 0) == pytest.approx(2.0)
+    assert Softcap(2.0).score(1e-3, 0, 0, 0, 0) == pytest.approx(1e-3, rel=1e-6)
+    with pytest.raises(NotImplementedError, match="defines no score"):
+        Score().score(0.0, 0, 0, 0, 0)
