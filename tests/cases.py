@@ -96,6 +96,7 @@ MASKS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "full": lambda _: {},
     "causal": lambda _: {"causal": True},
     "window": lambda _: {"window_size": (33, 7)},
+    "wide_window": lambda _: {"window_size": (260, 20)},
     "window_left": lambda _: {"window_size": (20, None)},
     "window_right": lambda _: {"window_size": (-1, 12)},
     "causal_window": lambda _: {"causal": True, "window_size": (50, 0)},

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import cute_flash
+from cute_flash import rules
 from cute_flash.arch.rule import Rule, describe
 from tests.accuracy import assert_accurate
 from tests.cases import MASKS, SCORES, Case, Sizes
@@ -146,6 +147,27 @@ def moved(value: Any, device: str) -> Any:
         kind, values = describe(value)
         return kind.build(tuple(moved(leaf, device) for leaf in values))
     return value.to(place) if isinstance(value, torch.Tensor) else value
+
+
+def answer_for(case: Case, device: str):
+    """`cute_flash.supports` for a case: the kernel and config that serve it."""
+    sizes = Sizes(len(case.seqlens), case.heads[0], 9, torch.Generator())
+    told = MASKS[case.mask](sizes) | SCORES[case.score](sizes)
+    left, right = (None if side == -1 else side for side in told.get("window_size", (None, None)))
+    return cute_flash.supports(
+        case.dtype,
+        *case.dims,
+        device=device,
+        mask=rules.mask_of(told.get("causal", False), (left, right), told.get("mask")),
+        score=rules.score_of(told.get("softcap", 0.0), told.get("alibi_slopes"), told.get("score")),
+        varlen=case.varlen,
+        seqused_q="q" in case.used,
+        seqused_k="k" in case.used,
+        gqa=case.heads[0] != case.heads[1],
+        dropout=case.dropout > 0,
+        sink=case.sink,
+        lse=True,
+    )
 
 
 def _used_lengths(lengths: list[int], wanted: bool, generator: torch.Generator) -> list[int]:

@@ -8,25 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-import cute_flash
-from cute_flash import executable, rules
-from tests.cases import CASES, MASKS, SCORES, Case, Sizes
+from cute_flash import executable
+from cute_flash.arch.sm80 import tuning
+from tests.cases import CASES, Case
+from tests.harness import answer_for
 
 nvidia = pytest.importorskip("nvidia.cu13", reason="cuobjdump comes with the package nvidia-cuda-cuobjdump")
 CUOBJDUMP = next(Path(folder) / "bin" / "cuobjdump" for folder in nvidia.__path__)
 
-# Head dims of every row of the tuning tables, with the least and the most that a call can ask for.
-DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (160, 160), (192, 128), (192, 192), (224, 224), (256, 256))
+# The most that a call can ask for, where rules are light (see tuning.py), and where they are not.
+LIGHT = Case("light", dtype="float16", varlen=True, used="qk", heads=(4, 2), mask="window", sink=True)
 EXTREMES = {
-    "least": Case("least"),
-    "most": Case(
-        "most", dtype="float16", varlen=True, used="qk", heads=(4, 2), mask="document_causal",
-        score="own_softcap", dropout=0.1, sink=True,
-    ),
+    "light": LIGHT,
+    "heavy": replace(LIGHT, mask="document_causal", score="own_softcap", dropout=0.1),
 }
-DEVICES = (("sm80", "most"), ("sm86", "least"), ("sm86", "most"))
+# The largest head dims of every row of the tuning table, which need most registers.
+DIMS = ((64, 64), (96, 96), (256, 128), (256, 256))
+SHIPPED = (
+    *((device, rules, dims) for device in ("sm80", "sm86", "sm120") for rules in EXTREMES for dims in DIMS),
+    *((device, "heavy", dims) for device in ("sm90", "sm100") for dims in DIMS[2:]),
+)
 
 
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
@@ -36,27 +38,6 @@ def resources(cubin: bytes, path: Path) -> dict[str, int]:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (line,) = re.findall(r"REG:.*", text)
     return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
-
-
-def answer_for(case: Case, device: str):
-    """Kernel and config that serve a case."""
-    sizes = Sizes(len(case.seqlens), case.heads[0], 9, torch.Generator())
-    told = MASKS[case.mask](sizes) | SCORES[case.score](sizes)
-    left, right = (None if side == -1 else side for side in told.get("window_size", (None, None)))
-    return cute_flash.supports(
-        case.dtype,
-        *case.dims,
-        device=device,
-        mask=rules.mask_of(told.get("causal", False), (left, right), told.get("mask")),
-        score=rules.score_of(told.get("softcap", 0.0), told.get("alibi_slopes"), told.get("score")),
-        varlen=case.varlen,
-        seqused_q="q" in case.used,
-        seqused_k="k" in case.used,
-        gqa=case.heads[0] != case.heads[1],
-        dropout=case.dropout > 0,
-        sink=case.sink,
-        lse=True,
-    )
 
 
 def assert_in_registers(case: Case, device: str, path: Path) -> None:
@@ -74,11 +55,17 @@ def test_cases(case, arch, tmp_path):
     assert_in_registers(case, arch, tmp_path / "kernel.cubin")
 
 
-@pytest.mark.parametrize("dims", DIMS, ids=lambda dims: f"{dims[0]}_{dims[1]}")
-@pytest.mark.parametrize("device, extreme", DEVICES)
-def test_extremes(device, extreme, dims, tmp_path):
-    """On GPUs with 100 KB of shared memory, which get smaller tiles, too."""
-    assert_in_registers(replace(EXTREMES[extreme], dims=dims), device, tmp_path / "kernel.cubin")
+@pytest.mark.parametrize("device, rules, dims", SHIPPED, ids=lambda value: str(value).replace(", ", "_"))
+def test_extremes(device, rules, dims, tmp_path):
+    """With everything that a call may ask for at once, and for other GPUs, where code is other code."""
+    assert_in_registers(replace(EXTREMES[rules], dims=dims), device, tmp_path / "kernel.cubin")
+
+
+def test_every_row_is_covered():
+    assert {(row.head_dim, row.head_dim_v) for row in tuning.FORWARD} == set(DIMS)
+    for row in tuning.FORWARD:
+        answers = [answer_for(replace(EXTREMES[r], dims=d), device) for device, r, d in SHIPPED]
+        assert any(replace(answer.config, stages=row.config.stages) == row.config for answer in answers), row
 
 
 def test_spills_are_noticed(tmp_path):

@@ -41,5 +41,9 @@ class OutputRows(NamedTuple):
             for c in range_constexpr(cute.size(o, mode=[1])):
                 o[r, c] = where(factor == 0.0, 0.0, o[r, c] * factor)
             if const_expr(self.lse is not None):
-                if writes_lse & (row < self.end):
-                    self.lse[row] = lse
+                self._write_lse(row, lse, writes_lse & (row < self.end))
+
+    @cute.jit
+    def _write_lse(self, row: Int32, lse: Float32, due: Boolean):
+        if due:
+            self.lse[row] = lse

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
 

@@ -20,6 +20,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import CopyUniversalOp
 
+try:
+    from cutlass.memory import SmemAllocator
+except ImportError:  # before 4.8
+    from cutlass.utils import SmemAllocator
+
 from ..common.blocks import Phase, phases
 from ..common.dropout import Dropout
 from ..common.fragment import as_operand_a, rows_by_columns
@@ -77,14 +82,15 @@ class Walk(NamedTuple):
 
 
 class ForwardKernel:
-    """The kernel for one problem and config, to be compiled with operands in `Operands` order and a stream."""
+    """The kernel for one problem and config: compiled with operands in `Operands` order and a stream."""
 
     def __init__(self, problem: Problem, config: Config):
         self.problem, self.config = problem, config
         self.dtype = DTYPES[problem.dtype]
         self.dim, self.dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
-        self.copy_q, copy_k = (self.copy(rows, problem.head_dim) for rows in (config.tile_m, config.tile_n))
-        self.copy_out, copy_v = (self.copy(rows, problem.head_dim_v) for rows in (config.tile_m, config.tile_n))
+        heights = (config.tile_m, config.tile_n)
+        self.copy_q, copy_k = (self.copy(rows, problem.head_dim) for rows in heights)
+        self.copy_out, copy_v = (self.copy(rows, problem.head_dim_v) for rows in heights)
         self.row_blocks = config.tile_m // (PIECE * config.warps)
         self.kv = KvLoader(copy_k, copy_v, config.tile_n, config.stages)
 
@@ -101,8 +107,8 @@ class ForwardKernel:
         else:
             rows, batches = call.q.shape[1], call.q.shape[0]
         schedule = OneTile(cute.ceil_div(rows, self.config.tile_m), heads, batches)
-        threads = (self.config.threads, 1, 1)
-        self.kernel(call, schedule, heads // kv_heads).launch(grid=schedule.grid(), block=threads, stream=stream)
+        kernel = self.kernel(call, schedule, heads // kv_heads)
+        kernel.launch(grid=schedule.grid(), block=(self.config.threads, 1, 1), stream=stream)
 
     @cute.kernel
     def kernel(self, call: Operands, schedule: OneTile, group_size: Int32):
@@ -148,7 +154,8 @@ class ForwardKernel:
         p = as_operand_a(self.rounded(acc_s))
         self.kv.wait()
         self.kv.begin_k(walk.stream, n)
-        product(walk.mma, walk.acc_o, self.config.tile_n // PIECE, lambda k: p[None, None, k], walk.v.at(slot))
+        steps = self.config.tile_n // PIECE
+        product(walk.mma, walk.acc_o, steps, lambda k: p[None, None, k], walk.v.at(slot))
 
     @cute.jit
     def rescale(self, acc_o: cute.Tensor, factors: cute.Tensor):
@@ -229,7 +236,7 @@ class ForwardKernel:
         return lambda k: q.operand_a(k, registers, self.config.warps)
 
     def tiles(self) -> Tiles:
-        config, smem = self.config, cutlass.memory.SmemAllocator()
+        config, smem = self.config, SmemAllocator()
         wider = tile_layout(config.tile_m, max(self.dim, self.dim_v), 1)
         q_or_out = smem.allocate_tensor(self.dtype, wider, byte_alignment=128).iterator
         k = tile_layout(config.tile_n, self.dim, config.stages)

@@ -55,7 +55,7 @@ class KvLoader:
 
     def slot(self, stream: KvStream, n: Int32) -> Int32:
         """Which of the `stages` tiles block n goes to."""
-        return hidden_zero(n) if self.stages == 1 else (stream.last - 1 - n) % self.stages
+        return hidden_zero(n) if self.stages == 1 else n % self.stages
 
     def begin(self, stream: KvStream) -> None:
         """Begin the tiles that `begin_k` and `begin_v` leave out: K of the first `stages` blocks visited,

@@ -1,14 +1,20 @@
 """Tile sizes of the sm80 kernels: a table, read top to bottom; the first row that fits serves.
 
-What chose the rows: registers and spills as the compiler reports them (no row spills on any target that
-`tests/test_resources.py` compiles), and shared-memory traffic per matrix instruction. No row was timed.
+What chose the rows: registers, as the compiler reports them (no row may spill, on any target, with any
+rule that it is for), then shared-memory traffic per matrix instruction, then CTAs per SM. No row was
+timed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..problem import Device, Problem
+
+SM_REGISTERS = 65536
+RESERVED_SHARED_MEMORY = 1024  # bytes that a resident CTA costs besides its own
+# Masks that are a comparison or two per score, and leave the registers as without one.
+LIGHT_MASKS = ("Causal", "SlidingWindow")
 
 
 @dataclass(frozen=True)
@@ -35,28 +41,40 @@ class Config:
         q_or_out = self.tile_m * max(dim, dim_v)
         return 2 * (q_or_out + self.stages * self.tile_n * (dim + dim_v))
 
+    def resident(self, problem: Problem, device: Device) -> int:
+        """CTAs that an SM holds at once, at 255 registers a thread; 0 where not even one fits."""
+        by_registers = SM_REGISTERS // (256 * self.threads)
+        per_sm = device.shared_memory + RESERVED_SHARED_MEMORY
+        return min(by_registers, per_sm // (self.shared_memory(problem) + RESERVED_SHARED_MEMORY))
+
 
 @dataclass(frozen=True)
 class Row:
-    """A config for head dims up to `dim` (the larger of QK's and V's, padded).
+    """A config for head dims up to (head_dim, head_dim_v).
 
-    plain_only: for problems without score, dropout, sink or a mask other than causal, whose
-    arithmetic leaves no registers for it. majors: of the compute capabilities that it is for.
+    light: for problems without score, dropout or a mask other than LIGHT_MASKS, whose arithmetic leaves
+    no registers for more.
     """
 
-    dim: int
+    head_dim: int
+    head_dim_v: int
     config: Config
     why: str
-    plain_only: bool = False
-    majors: tuple[int, ...] = (8, 9, 10, 11, 12)
+    light: bool = False
 
 
+# Of a warp's rows a thread holds rows * head_dim_v / 32 numbers of O and rows * tile_n / 32 of S.
 FORWARD = (
-    Row(64, Config(128, 64, 4), "32 rows per warp read K and V half as often as 16: 2 CTAs per SM, 32 KB each"),
-    Row(96, Config(128, 64, 4), "as above, 48 KB each", plain_only=True, majors=(8, 9)),
-    Row(128, Config(128, 64, 4), "as above, 64 KB each; 255 registers", plain_only=True, majors=(8, 9)),
-    Row(192, Config(128, 64, 8), "32 rows per warp spill; 8 warps of 16 rows share each K and V tile"),
-    Row(256, Config(64, 64, 4), "96 KB: fits every GPU served; 248 registers"),
+    Row(64, 64, Config(128, 96, 4), "32 rows a warp: half the reads of K and V for each product that 16 rows "
+        "need; tile_n 112 spills", light=True),
+    Row(96, 96, Config(128, 64, 4), "32 rows a warp", light=True),
+    Row(256, 128, Config(128, 48, 4), "32 rows a warp; tile_n 64 leaves no register to spare, and spills "
+        "when compiled with CUDA 13", light=True),
+    Row(256, 128, Config(64, 64, 4), "16 rows a warp, for 32 spill with some rules; small CTAs hide each "
+        "other's barriers"),
+    Row(256, 256, Config(128, 64, 8), "16 rows a warp, the most that 256 columns of O allow; 8 warps share "
+        "each tile of K and V"),
+    Row(256, 256, Config(64, 64, 4), "the same for GPUs with 100 KB of shared memory"),
 )
 
 
@@ -65,17 +83,18 @@ def padded(dim: int) -> int:
     return -(-dim // 16) * 16
 
 
-def is_plain(problem: Problem) -> bool:
-    """No arithmetic per score beyond scale and, at most, the causal mask."""
-    causal_at_most = problem.mask is None or problem.mask.rule_id == "Causal"
-    return causal_at_most and not (problem.score or problem.dropout or problem.sink)
+def is_light(problem: Problem) -> bool:
+    """No arithmetic per score beyond the scale and a comparison or two."""
+    light_mask = problem.mask is None or problem.mask.rule_id in LIGHT_MASKS
+    return light_mask and not (problem.score or problem.dropout)
 
 
 def forward_config(problem: Problem, device: Device) -> Config | None:
-    """The first row that fits, or None."""
-    dim = max(padded(problem.head_dim), padded(problem.head_dim_v))
+    """The first row that fits, or None; two stages where they cost no resident CTA."""
     for row in FORWARD:
-        fits = dim <= row.dim and row.config.shared_memory(problem) <= device.shared_memory
-        if fits and device.capability[0] in row.majors and (is_plain(problem) or not row.plain_only):
-            return row.config
+        reaches = problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
+        resident = row.config.resident(problem, device)
+        if reaches and resident and (is_light(problem) or not row.light):
+            deeper = replace(row.config, stages=2)
+            return deeper if deeper.resident(problem, device) == resident else row.config
     return None

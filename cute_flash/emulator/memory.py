@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import EmulatorError, Misaligned, OutOfBounds, UninitializedRead
+from .errors import Misaligned, OutOfBounds, UninitializedRead
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -255,8 +255,3 @@ class ParameterMemory:
         if (address & (size - 1)).any():
             raise m.fault(Misaligned, g, 0, f"{size} bytes at parameter offset {int(address[0])}")
         return self.bytes.view(UNSIGNED[width]).reshape(-1, count)[address // size]
-
-
-def refuse_space(space: str) -> EmulatorError:
-    """The error for a store into a space that cannot be written."""
-    return EmulatorError(f"{space} memory cannot be written")

@@ -29,14 +29,11 @@ VIEWS = {
     "f16x2": (32, np.float16, 2),
     "u16x2": (32, np.uint16, 2),
     "s16x2": (32, np.int16, 2),
-    "u8x4": (32, np.uint8, 4),
-    "s8x4": (32, np.int8, 4),
     "u64": (64, np.uint64, 1),
     "s64": (64, np.int64, 1),
     "f64": (64, np.float64, 1),
     "f32x2": (64, np.float32, 2),
     "u32x2": (64, np.uint32, 2),
-    "u16x4": (64, np.uint16, 4),
 }
 STORAGE = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 

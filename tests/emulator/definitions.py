@@ -5,7 +5,6 @@ with.
 from __future__ import annotations
 
 import math
-import struct
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -103,8 +102,3 @@ def flushed(bits: int, form: Format) -> int:
     """A pattern with subnormal numbers made zeros of the same sign."""
     sign = bits & 1 << form.bits - 1
     return sign if bits ^ sign < 1 << form.precision - 1 else bits
-
-
-def f32_bits(value: float) -> int:
-    """Pattern of a float32."""
-    return struct.unpack("<I", struct.pack("<f", value))[0]

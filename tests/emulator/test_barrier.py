@@ -214,6 +214,16 @@ def test_more_warps_than_a_phase_takes(options):
         launch(module(HEAD + "bar.sync 1, 64;"), [], block=96, **options)
 
 
+def test_phases_may_have_different_counts():
+    code = """
+        setp.lt.u32 %p, %w, 2;
+        @%p bar.sync 1, 64;
+        bar.sync 1, 96;
+        bar.sync 1;
+    """
+    launch(module(HEAD + code), [], block=96)
+
+
 # Misuse.
 
 

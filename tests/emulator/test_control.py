@@ -211,6 +211,26 @@ def test_random_order_depends_on_the_seed_only():
     assert orders == [order(schedule="random", seed=seed) for seed in range(8)]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prefetch.global.L2 [%address];",
+        "prefetch.global.L2::evict_last [%address];",
+        "fence.acq_rel.gpu;",
+        "fence.sc.cta;",
+        "membar.gl;",
+        "nanosleep.u32 20;",
+        "setmaxnreg.inc.sync.aligned.u32 232;",
+        "griddepcontrol.wait;",
+        "griddepcontrol.launch_dependents;",
+        ".reg .b64 %c; createpolicy.fractional.L2::evict_first.b64 %c, 0f3F800000;",
+    ],
+)
+def test_what_changes_no_result(line):
+    (got,) = evaluate(line + "mov.u32 %x, %a;", np.arange(32, dtype=np.uint32), outputs=(np.uint32,))
+    assert got.tolist() == list(range(32))
+
+
 def test_trap():
     with pytest.raises(EmulatorError, match="trap"):
         evaluate("trap;", np.zeros(32), outputs=(np.uint32,))

@@ -32,13 +32,11 @@ def quotient(a: int, b: int) -> int:
     return -1 if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
-def check(
-    code: str, kind: str, function, operands: int, result: str = "", last: str = "", target="sm_80"
-) -> None:
+def check(code: str, kind: str, function, operands: int, result: str = "", **options: str) -> None:
     """Compare an instruction on `operands` inputs of `kind` (the last of `last`) with function on Python
     integers.
     """
-    result = result or kind
+    result, last, target = result or kind, options.get("last"), options.get("target", "sm_80")
     inputs = [integers(last if last and k == operands - 1 else kind, k) for k in range(operands)]
     (got,) = evaluate(code, *inputs, outputs=(dtype(result),), target=target)
     for k, values in enumerate(zip(*(v.tolist() for v in inputs), strict=True)):

@@ -6,6 +6,8 @@ with plain products of the same matrices.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -93,18 +95,42 @@ def test_a_run_of_products():
         assert sum(len(s.instructions) for s in steps if s.where.opcode == MMA) == 7
         assert sum(s.where.opcode == MMA for s in steps) == (1 if body is products else 7)
     for warp in range(2):
-        one = [w[32 * warp : 32 * warp + 32] for w in words]
-        a0, a1, b0, b1 = matrix_a(one[:4]), matrix_a(one[4:8]), matrix_b(one[8:10]), matrix_b(one[10:])
-        d1, d2 = a0 @ b1, a1 @ b0
-        d3 = a1 @ b1 + d1
-        d4 = a0 @ b0 + d3
-        expected = {12: a0 @ b0 + a1 @ b1, 16: d1, 20: d2, 24: d3, 28: d4, 0: a1 @ b0 + d4}
-        for first, matrix in expected.items():
-            for i, values in enumerate(place(matrix)):
-                for got in results:
-                    error = np.abs(got[first + i, 32 * warp : 32 * warp + 32] - values)
-                    assert error.max() < 1e-4 * np.abs(matrix).max()
+        expected = products_of([w[32 * warp : 32 * warp + 32] for w in words])
+        for got, (row, values) in itertools.product(results, expected.items()):
+            assert np.abs(got[row, 32 * warp : 32 * warp + 32] - values).max() < 1e-3
     assert all(np.array_equal(results[0][12:], r[12:]) for r in results)
+
+
+def products_of(words: list[np.ndarray]) -> dict[int, np.ndarray]:
+    """What the run above leaves in each register of one warp."""
+    a0, a1 = matrix_a(words[:4]), matrix_a(words[4:8])
+    b0, b1 = matrix_b(words[8:10]), matrix_b(words[10:])
+    d1, d2 = a0 @ b1, a1 @ b0
+    d3 = a1 @ b1 + d1
+    d4 = a0 @ b0 + d3
+    matrices = {12: a0 @ b0 + a1 @ b1, 16: d1, 20: d2, 24: d3, 28: d4, 0: a1 @ b0 + d4}
+    return {first + i: v for first, matrix in matrices.items() for i, v in enumerate(place(matrix))}
+
+
+def test_a_label_inside_a_run():
+    """D = A B once, then twice more: the second mma is where a loop begins."""
+    words = [bf16_words(30 + k, 64) for k in range(6)]
+    zero = "{0f00000000, 0f00000000, 0f00000000, 0f00000000}"
+    code = f"""
+        .reg .pred %p;
+        .reg .b32 %n;
+        mov.u32 %n, 0;
+        {MMA} {{%x, %y, %z, %u}}, {{%a, %b, %c, %d}}, {{%e, %f}}, {zero};
+        AGAIN:
+        {MMA} {{%x, %y, %z, %u}}, {{%a, %b, %c, %d}}, {{%e, %f}}, {{%x, %y, %z, %u}};
+        add.u32 %n, %n, 1;
+        setp.lt.u32 %p, %n, 2;
+        @%p bra AGAIN;
+    """
+    got = evaluate(code, *words, outputs=(np.float32,) * 4)
+    expected = place(3 * matrix_a([w[:32] for w in words[:4]]) @ matrix_b([w[:32] for w in words[4:]]))
+    for mine, values in zip(got, expected, strict=True):
+        assert np.allclose(mine[:32], values, atol=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -80,6 +80,12 @@ def test_hints_change_nothing(hints):
            "st.global.cs.v4.b32 [%d1], {%r0, %r1, %r2, %r3};", 16)  # fmt: skip
 
 
+def test_a_cache_policy_changes_nothing():
+    copied("createpolicy.fractional.L2::evict_first.b64 %d8, 0f3F800000;\n"
+           "ld.global.L2::cache_hint.v4.b32 {%r0, %r1, %r2, %r3}, [%d0], %d8;\n"
+           "st.global.L2::cache_hint.v4.b32 [%d1], {%r0, %r1, %r2, %r3}, %d8;", 16)  # fmt: skip
+
+
 def test_narrow_loads_extend():
     source = aligned(np.array([0x80, 0xFF, 0x7F, 1] * 8, np.uint8))
     target = aligned(np.zeros(64, np.uint32))
@@ -327,6 +333,24 @@ def test_accesses_across_allocations():
     assert (target == block[::2]).all()
     with pytest.raises(OutOfBounds, match="128 bytes into low"):
         run(holes=True)
+
+
+def test_an_access_over_the_end_of_one_of_several_allocations():
+    from cute_flash import emulator
+
+    block = aligned(np.zeros(64, np.uint32))
+    code = IN_OUT + "mad.wide.u32 %d0, %t, 128, %in;\nld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%d0+16];"
+    program = emulator.Program(module(code, PARAMS))
+    for size in (32, 24):
+        memory = GlobalMemory()
+        memory.add(block.ctypes.data, 64, "low")
+        memory.add(block.ctypes.data + 128, size, "high")
+        one = emulator.Launch("k", (1, 1, 1), (2, 1, 1), params=struct.pack("<2Q", block.ctypes.data, 0))
+        if size == 32:
+            emulator.run(program, one, memory)
+            continue
+        with pytest.raises(OutOfBounds, match="16 bytes into high"):
+            emulator.run(program, one, memory)
 
 
 def test_overlapping_allocations_are_one():

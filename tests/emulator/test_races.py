@@ -79,6 +79,14 @@ def test_a_barrier_orders_only_those_who_take_part():
     race(meet + "@!%p ld.shared.u32 %r0, [%s0];", "warp 2", "the write of warp 0", block=96)
 
 
+def test_phases_of_one_barrier_are_apart():
+    """Warps 2 and 3 use the barrier after warps 0 and 1: that tells them nothing of what these did."""
+    code = "@%p st.shared.u32 [%s0], 1;\nbar.sync 1, 64;\nsetp.eq.u32 %p, %w, {reader};\n"
+    code += "@%p ld.shared.u32 %r0, [%s0];"
+    run(code.replace("{reader}", "1"), block=128)
+    race(code.replace("{reader}", "2"), "warp 2", "the write of warp 0", block=128)
+
+
 def test_order_is_passed_on_through_others():
     """0 -> 1 by barrier 1, then 1 -> 2 by barrier 2: what 0 wrote is known to 2."""
     chain = """

@@ -108,6 +108,23 @@ def test_lanes_of_a_branch():
     assert (got[8:32] == 0).all()
 
 
+def test_exited_lanes_are_not_waited_for():
+    """A member mask may name them; the others go on without."""
+    code = """
+        .reg .pred %p;
+        mov.u32 %x, 0;
+        setp.lt.u32 %p, %b, 4;
+        @%p ret;
+        bar.warp.sync -1;
+        redux.sync.add.u32 %x, %a, -1;
+    """
+    lane = np.arange(64, dtype=np.uint32)
+    (got,) = evaluate(code, lane, lane % 32, outputs=(np.uint32,))
+    assert set(got[4:32]) == {sum(range(4, 32))}
+    assert set(got[36:]) == {sum(range(36, 64))}
+    assert (got[:4] == 0).all()
+
+
 def test_special_registers():
     names = ["laneid", "lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge"]
     expected = [lambda k: k, lambda k: 1 << k, lambda k: (1 << k) - 1, lambda k: (2 << k) - 1,

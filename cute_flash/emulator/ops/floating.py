@@ -112,7 +112,7 @@ def flush_f16(values: np.ndarray) -> np.ndarray:
 
 
 def _relu(values: np.ndarray) -> np.ndarray:
-    """Negative numbers become 0; NaN becomes the canonical NaN."""
+    """Negative numbers become 0; NaN stays."""
     return np.where(np.isnan(values), values, np.maximum(values, values.dtype.type(0)) + values.dtype.type(0))
 
 
@@ -150,21 +150,17 @@ def _arithmetic(name: str, fast: Callable, slow: Callable) -> None:
     def build(x: Operation) -> Callable:
         rounding = Rounding(x)
         kind, scalar = _format(x)
-        if kind == "f32" and x.modifiers:
-            return _mixed(x, rounding, lambda a, c: slow(rounding.mode)(a, c))
+        if kind == "f32" and x.modifiers and name != "mul":
+            return _mixed(x, rounding, slow(rounding.mode))
         rounding.check(x, scalar)
         view, exact = VIEW[kind], slow(rounding.mode)
         if rounding.plain and scalar in ("f32", "f64"):
             return elementwise(x, fast, view, view, view)
-        return elementwise(
-            x,
-            lambda a, b: rounding.output(
-                exact(rounding.inputs(a, scalar), rounding.inputs(b, scalar)), scalar
-            ),
-            view,
-            view,
-            view,
-        )
+
+        def general(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return rounding.output(exact(rounding.inputs(a, scalar), rounding.inputs(b, scalar)), scalar)
+
+        return elementwise(x, general, view, view, view)
 
     build.__doc__ = f"{name} d, a, b."
 

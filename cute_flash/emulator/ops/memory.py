@@ -78,7 +78,7 @@ def _home(space: str) -> str:
 
 
 def read(
-    m: Machine, g: Threads, space: str, address: np.ndarray, width: int, count: int, atomic: bool = False
+    m: Machine, g: Threads, space: str, address: np.ndarray, width: int, count: int, *, atomic: bool = False
 ) -> np.ndarray:
     """Load `count` elements of `width` bytes per thread: (n, count). Space "" means generic addresses."""
     if space == "global":
@@ -93,12 +93,12 @@ def read(
         return m.params.load(m, g, address, width, count)
     values = np.empty((len(address), count), UNSIGNED[width])
     for name, members, some in _resolve(m, g, address):
-        values[members] = read(m, some, name, address[members] - WINDOWS[name], width, count, atomic)
+        values[members] = read(m, some, name, address[members] - WINDOWS[name], width, count, atomic=atomic)
     return values
 
 
 def write(
-    m: Machine, g: Threads, space: str, address: np.ndarray, values: np.ndarray, atomic: bool = False
+    m: Machine, g: Threads, space: str, address: np.ndarray, values: np.ndarray, *, atomic: bool = False
 ) -> None:
     """Store values (n, count) per thread."""
     if space == "global":
@@ -113,7 +113,7 @@ def write(
         raise m.fault(EmulatorError, g, 0, "parameter memory cannot be written")
     else:
         for name, members, some in _resolve(m, g, address):
-            write(m, some, name, address[members] - WINDOWS[name], values[members], atomic)
+            write(m, some, name, address[members] - WINDOWS[name], values[members], atomic=atomic)
 
 
 def _resolve(m: Machine, g: Threads, address: np.ndarray) -> list[tuple[str, np.ndarray, Threads]]:
@@ -140,13 +140,7 @@ def _form(x: Operation) -> tuple[str, int, str]:
     return space, count, x.type(*TYPES)
 
 
-def _policy(x: Operation, position: int) -> None:
-    """Consume an L2 cache policy operand, which changes no result."""
-    if x.flag("L2::cache_hint"):
-        x.source(position, "u64")
-
-
-@operation("ld", "ldu")
+@operation("ld")
 def ld(x: Operation) -> Callable:
     """Load one value or a vector; narrow types are extended into wider registers."""
     hinted = x.flag("L2::cache_hint")
@@ -298,15 +292,11 @@ def isspacep(x: Operation) -> Callable:
     return step
 
 
-@operation("prefetch", "prefetchu", "discard", "applypriority")
+@operation("prefetch", "prefetchu")
 def prefetch(x: Operation) -> Callable:
     """Cache management: changes no result."""
     x.without_effect("global", "local", "L1", "L2", "L2::evict_last", "L2::evict_normal")
-    for position in range(x.count()):
-        if position == 0:
-            x.address(0)
-        else:
-            x.operand(position)
+    x.address(0)
     return lambda m, g: None
 
 

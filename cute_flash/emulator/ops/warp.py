@@ -139,10 +139,10 @@ def vote(x: Operation) -> Step:
     return x.converged(step, row)
 
 
-@operation("match.sync", "match.any.sync", "match.all.sync")
+@operation("match.any.sync", "match.all.sync")
 def match(x: Operation) -> Step:
     """Which member lanes hold the same value."""
-    mode = x.name.split(".")[1] if x.name != "match.sync" else x.one_of("any", "all")
+    mode = x.name.split(".")[1]
     view = {"b32": "u32", "b64": "u64"}[x.type("b32", "b64")]
     first, second = x.pair(0)
     d = x.dest_of(first, "u32")

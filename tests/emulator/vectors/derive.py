@@ -8,6 +8,7 @@ Nothing of the emulator is used, and no GPU: these are derived from the ISA, not
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -24,36 +25,37 @@ def half(word: int, upper: int, kind: str) -> float:
     return decode(word >> 16 * upper & 0xFFFF, FORMATS[kind])
 
 
+def operands(words: list[list[int]], in_a: int, in_b: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """A (16, 8k) and B (8k, 8) of one warp; element i of a lane is half i % 2 of its register i / 2."""
+    a, b = np.zeros((16, 4 * in_a)), np.zeros((8 * in_b, 8))
+    for lane in range(32):
+        group, t = divmod(lane, 4)
+        for i in range(2 * in_a):
+            row, column = group + 8 * (i // 2 % 2), 2 * t + i % 2 + 8 * (i // 4)
+            a[row, column] = half(words[i // 2][lane], i % 2, kind)
+        for i in range(2 * in_b):
+            b[2 * t + i % 2 + 8 * (i // 2), group] = half(words[in_a + i // 2][lane], i % 2, kind)
+    return a, b
+
+
 def mma(name: str, case: Case) -> list[np.ndarray]:
     """D = A B + C, with the fragment layouts of the ISA's figures for m16n8k8 and m16n8k16."""
     _, shape, accumulator, kind = name.split(".")
-    depth, (in_a, in_b) = int(shape[6:]), {"m16n8k16": (4, 2), "m16n8k8": (2, 1)}[shape]
+    in_a, in_b = {"m16n8k16": (4, 2), "m16n8k8": (2, 1)}[shape]
     results = [np.zeros(LANES, np.uint32) for _ in case.outputs]
-    for first in range(0, LANES, 32):
-        word = [v[first : first + 32].tolist() for v in case.inputs]
-        a, b = np.zeros((16, depth)), np.zeros((depth, 8))
-        for lane in range(32):
-            group, t = divmod(lane, 4)
-            for i in range(2 * in_a):  # elements a0, a1, … two per register
-                register, upper = divmod(i, 2)
-                row = group + (8 if register % 2 else 0)
-                column = t * 2 + upper + (8 if register >= 2 else 0)
-                a[row, column] = half(word[register][lane], upper, kind)
-            for i in range(2 * in_b):
-                register, upper = divmod(i, 2)
-                b[t * 2 + upper + 8 * register, group] = half(word[in_a + register][lane], upper, kind)
-        product = a @ b  # whole numbers far below 2**53: exact
-        for lane in range(32):
-            group, t = divmod(lane, 4)
-            for i in range(4):
-                row, column = group + (8 if i >= 2 else 0), t * 2 + i % 2
-                if accumulator == "f32":
-                    start = decode(word[in_a + in_b + i][lane], FORMATS["f32"])
-                    results[i][first + lane] = encode(product[row, column] + start, FORMATS["f32"])
-                else:
-                    start = half(word[in_a + in_b + i // 2][lane], i % 2, "f16")
-                    bits = encode(product[row, column] + start, FORMATS["f16"])
-                    results[i // 2][first + lane] |= np.uint32(bits << 16 * (i % 2))
+    for first, lane in itertools.product(range(0, LANES, 32), range(32)):
+        words = [v[first : first + 32].tolist() for v in case.inputs]
+        a, b = operands(words, in_a, in_b, kind)
+        start = words[in_a + in_b :]
+        for i in range(4):
+            row, column = lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2
+            product = a[row] @ b[:, column]  # whole numbers far below 2**53: exact
+            if accumulator == "f32":
+                value = product + decode(start[i][lane], FORMATS["f32"])
+                results[i][first + lane] = encode(value, FORMATS["f32"])
+            else:
+                value = product + half(start[i // 2][lane], i % 2, "f16")
+                results[i // 2][first + lane] |= np.uint32(encode(value, FORMATS["f16"]) << 16 * (i % 2))
     return results
 
 

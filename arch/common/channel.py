@@ -1,0 +1,42 @@
+"""Channels: one edge between a role that fills shared tiles by TMA and the warps that read them.
+
+Each stage has a `full` barrier (one arrival, and the bytes of the copies) and an `empty` one (one arrival
+per reading warp). Only a role's own loop may advance its end: an end advanced inside a helper, or held in
+a frozen dataclass, silently stands still.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import pipeline
+
+
+class Channel(NamedTuple):
+    """The two ends of an edge: `fill.acquire_and_advance()`, `read.wait_and_advance()`."""
+
+    fill: pipeline.PipelineProducer
+    read: pipeline.PipelineConsumer
+
+
+def channel(barriers: cute.Pointer, stages: int, nbytes: int, reading_warps: int) -> Channel:
+    """A channel of `stages` tiles of `nbytes` bytes; `barriers`: 2 * stages 8-byte words of shared memory.
+
+    `channels_ready` must follow before either end is used.
+    """
+    made = pipeline.PipelineTmaAsync.create(
+        barrier_storage=barriers,
+        num_stages=stages,
+        tx_count=nbytes,
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, reading_warps),
+        defer_sync=True,
+    )
+    return Channel(*made.make_participants())
+
+
+def channels_ready() -> None:
+    """All threads of the CTA see the barriers of all channels."""
+    cute.arch.mbarrier_init_fence()
+    cute.arch.sync_threads()
