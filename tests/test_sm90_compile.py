@@ -15,7 +15,7 @@ from tests.test_resources import EXTREMES, answer_for, resources
 H100 = Device((9, 0), 232448)
 
 
-@pytest.mark.parametrize("extreme, dims", [("least", (64, 64)), ("least", (128, 128)), ("most", (192, 128))])
+@pytest.mark.parametrize("extreme, dims", [("light", (64, 64)), ("light", (128, 128)), ("heavy", (192, 128))])
 def test_compiles_without_spills(extreme, dims, tmp_path):
     problem = answer_for(replace(EXTREMES[extreme], dims=dims), "sm90").problem
     assert Forward.reasons(problem, H100) == ()
