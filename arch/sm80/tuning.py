@@ -72,8 +72,8 @@ FORWARD = (
         "when compiled with CUDA 13", light=True),
     Row(256, 128, Config(64, 64, 4), "16 rows a warp, for 32 spill with some rules; small CTAs hide each "
         "other's barriers"),
-    Row(256, 192, Config(128, 64, 8), "16 rows a warp; 8 warps share each tile of K and V"),
-    Row(256, 256, Config(128, 64, 8), "as above; with a score rule and a prefix mask it spilled", light=True),
+    Row(256, 256, Config(128, 64, 8), "16 rows a warp; 8 warps share each tile of K and V; with a score rule "
+        "and a prefix mask it spilled", light=True),
     Row(256, 256, Config(64, 64, 4), "16 rows a warp, the most that 256 columns of O allow; fits 100 KB"),
 )
 
