@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..problem import Device, Problem
@@ -46,8 +47,14 @@ class Config:
 
 
 def forward_config(problem: Problem, device: Device) -> Config | None:
-    """The first row that serves and fits, or None."""
-    return next((row.config for row in ROWS if row.serves(problem, device)), None)
+    """The first row that serves, fits and divides the blocks of a block mask, or None."""
+    fitting = fitting_configs(problem, device)
+    return next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
+
+
+def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
+    """Rows that serve and fit, block mask aside."""
+    return (row.config for row in ROWS if row.serves(problem, device))
 
 
 PLAIN, NUMBERS, TABLES = range(3)

@@ -22,11 +22,11 @@ from ...common.operand import Operand, padded, transposed
 from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
-from ...elementwise import minimum, where
+from ...elementwise import where
 from ...problem import Problem
 from ..mma import ROWS, accumulator, begin, hold, operand_a, pin, tiled_mma, wait
 from ..tuning import Config
-from .job import Job, Tiles, phases_of
+from .job import Job, Tiles, visits_of
 
 ROW_LANES = (1, 2)  # wgmma gives a row of the accumulator to 4 neighbouring lanes
 TURN, STORE = 1, 4  # first of the named barriers, one per warpgroup
@@ -75,21 +75,22 @@ class Compute:
 
     @cute.jit
     def overlapped(self, job: Job, state: State, ends: ComputeEnds, warpgroup: Int32):
-        blocks = phases_of(self.problem, self.config, job, state.rules)
-        first, last = blocks[-1].first, blocks[0].last
-        if first < last:
+        visits = visits_of(self.problem, self.config, job, state.rules)
+        if visits.any():
             ends.q.wait_and_advance()
             k = ends.k.wait_and_advance()
             self.begin_s(state, k)
             wait(0, state.s)
             k.release()
-            self.softmax(state, self.first_row(job, warpgroup), last - 1, True)
+            self.softmax(state, self.first_row(job, warpgroup), visits.block(visits.start), True)
             self.to_p(state)
-            # Without a mask only the last block is partly hidden, and that is done.
-            rest = blocks if self.problem.mask else blocks[1:]
-            for p in cutlass.range_constexpr(len(rest)):
-                top = minimum(rest[p].last, last - 1)
-                for i in cutlass.range(top - rest[p].first, unroll=1):
+            rest = visits.rest()
+            # Without a mask only the first block visited is partly hidden, and that is done.
+            phases = rest.phases if self.problem.mask else rest.phases[1:]
+            for p in cutlass.range_constexpr(len(phases)):
+                masked = phases[p].masked
+                for i in cutlass.range(phases[p].visits, unroll=1):
+                    n = rest.block(rest.nth(phases[p], i))
                     k = ends.k.wait_and_advance()
                     self.await_turn(warpgroup)
                     self.begin_s(state, k)
@@ -98,8 +99,7 @@ class Compute:
                     self.end_turn(warpgroup)
                     wait(1, state.s)
                     k.release()
-                    n = top - 1 - i
-                    rescale = self.softmax(state, self.first_row(job, warpgroup), n, rest[p].masked)
+                    rescale = self.softmax(state, self.first_row(job, warpgroup), n, masked)
                     hold(state.softmax.row_sum[0] + state.softmax.row_sum[1])
                     wait(0, state.o)
                     v.release()
@@ -111,19 +111,21 @@ class Compute:
 
     @cute.jit
     def in_order(self, job: Job, state: State, ends: ComputeEnds, warpgroup: Int32):
-        blocks = phases_of(self.problem, self.config, job, state.rules)
-        if blocks[-1].first < blocks[0].last:
+        visits = visits_of(self.problem, self.config, job, state.rules)
+        if visits.any():
             ends.q.wait_and_advance()
-        for p in cutlass.range_constexpr(len(blocks)):
-            for i in cutlass.range(blocks[p].last - blocks[p].first, unroll=1):
+        phases = visits.phases
+        for p in cutlass.range_constexpr(len(phases)):
+            masked = phases[p].masked
+            for i in cutlass.range(phases[p].visits, unroll=1):
+                n = visits.block(visits.nth(phases[p], i))
                 k = ends.k.wait_and_advance()
                 self.await_turn(warpgroup)
                 self.begin_s(state, k)
                 self.end_turn(warpgroup)
                 wait(0, state.s)
                 k.release()
-                n = blocks[p].last - 1 - i
-                rescale = self.softmax(state, self.first_row(job, warpgroup), n, blocks[p].masked)
+                rescale = self.softmax(state, self.first_row(job, warpgroup), n, masked)
                 self.rescale(state.o, rescale)
                 self.to_p(state)
                 v = ends.v.wait_and_advance()

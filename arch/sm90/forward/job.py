@@ -7,12 +7,10 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 
-from ...common.blocks import Phase, phases
-from ...common.mask import Everything
+from ...common import blocks
 from ...common.operand import Mapped
 from ...common.rules import Rules
 from ...common.sequence import Sequence
-from ...elementwise import minimum, where
 from ...problem import Operands, Problem
 from ..tuning import Config
 
@@ -46,11 +44,6 @@ class Job(NamedTuple):
     first_row: Int32
 
 
-def phases_of(problem: Problem, config: Config, job: Job, rules: Rules) -> list[Phase]:
-    """The KV blocks to visit, from last to first."""
-    sequence, first_row, seqlen_k = job.sequence, job.first_row, job.sequence.seqlen_k
-    end_row = minimum(first_row + config.tile_m, sequence.seqlen_q)
-    if problem.seqused_q:
-        seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
-    q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
-    return phases(rules.mask or Everything(), q_first, q_last, seqlen_k, config.tile_n)
+def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:
+    """The KV blocks to visit, in their order."""
+    return blocks.visits_of(problem, config, job.call, rules, job.sequence, job.first_row)
