@@ -16,6 +16,7 @@ from .special import value_of
 from .state import LANES, STORAGE, Registers, Threads, ThreadSets
 from .sync import AsyncCopies, NamedBarriers
 from .translate import CONTROL
+from .warpgroup import Products
 
 if TYPE_CHECKING:
     from .execute import Launch, Options
@@ -54,6 +55,7 @@ class Machine:
         self.barriers = NamedBarriers(self)
         self.copies = AsyncCopies(self)
         self.engine = Engine(self)
+        self.products = Products(self)
         self.parked = Parked(self)
         self.stalls = Stalls(self)
         constants = {

@@ -1,6 +1,6 @@
 """One file per instruction family. Importing this package registers every operation."""
 
-from . import arith, barrier, bits, compare, control, convert, cp_async, floating, memory, mma, warp
+from . import arith, barrier, bits, compare, control, convert, cp_async, floating, memory, mma, warp, wgmma
 
 __all__ = [
     "arith",
@@ -14,4 +14,5 @@ __all__ = [
     "memory",
     "mma",
     "warp",
+    "wgmma",
 ]
