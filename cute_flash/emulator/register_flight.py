@@ -44,7 +44,7 @@ class Effect:
 
 
 class State(NamedTuple):
-    """dirty: bits of registers written since a fence. open, groups: bits of products, youngest group first."""
+    """dirty: bits of registers written since a fence. open, groups (youngest first): of products."""
 
     dirty: int
     open: int = 0
