@@ -20,6 +20,7 @@ from .state import LANES, STORAGE, Registers, Threads, ThreadSets
 from .sync import AsyncCopies, NamedBarriers
 from .tensor_map import TensorMap
 from .translate import CONTROL
+from .warpgroup import Products
 
 if TYPE_CHECKING:
     from .execute import Launch, Options
@@ -65,6 +66,7 @@ class Machine:
         self.tensor_maps: dict[bytes, TensorMap] = {}
         self.register_pool = RegisterPool(self)
         self.engine = Engine(self)
+        self.products = Products(self)
         self.parked = Parked(self)
         self.stalls = Stalls(self)
         constants = {

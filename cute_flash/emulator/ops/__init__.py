@@ -15,6 +15,7 @@ from . import (
     memory,
     mma,
     warp,
+    wgmma,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "memory",
     "mma",
     "warp",
+    "wgmma",
 ]
