@@ -154,8 +154,10 @@ class _Grid(NamedTuple):
     @staticmethod
     def of(rule, planes, seqlens, block_size, device) -> _Grid:
         grid = _Grid(rule, planes, seqlens, block_size, device)
-        if 0 in (*planes, *seqlens):
+        if 0 in seqlens:
             return grid._replace(planes=(1, 1))
+        if 0 in planes:
+            return grid
         zero = torch.zeros(1, 1, dtype=torch.long, device=device)
         batch, head = grid._places(2)
         shape = rule.at(batch, head, *seqlens).visible(zero, zero).shape

@@ -37,7 +37,7 @@ from ..problem import Operands, Problem
 from .copy import TileCopy, tile_layout
 from .kv import KvLoader, KvStream, Source, hidden_zero
 from .mma import PIECE, Pieces, product, tiled_mma
-from .tuning import Config, padded
+from .tuning import LARGEST_SHARED_MEMORY, Config, padded
 
 DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 ROW_LANES = (1, 2)  # mma.sync spreads a row of the accumulator over 4 neighbouring lanes
@@ -106,7 +106,18 @@ class ForwardKernel:
             rows, batches = call.q.shape[1], call.q.shape[0]
         schedule = OneTile(cute.ceil_div(rows, self.config.tile_m), heads, batches)
         kernel = self.kernel(call, schedule, heads // kv_heads)
-        kernel.launch(grid=schedule.grid(), block=(self.config.threads, 1, 1), stream=stream)
+        threads = (self.config.threads, 1, 1)
+        kernel.launch(
+            grid=schedule.grid(), block=threads, stream=stream, min_blocks_per_mp=self.least_resident()
+        )
+
+    def least_resident(self) -> int:
+        """CTAs of an SM that the compiler must leave registers for; 0: it decides.
+
+        With some block masks it spills to make room for a third one, though there is no shared memory for it.
+        """
+        third_fits = 3 * self.config.shared_memory(self.problem) <= LARGEST_SHARED_MEMORY
+        return 0 if third_fits or not self.problem.block_size else 1
 
     @cute.kernel
     def kernel(self, call: Operands, schedule: OneTile, group_size: Int32):

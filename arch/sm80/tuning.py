@@ -14,6 +14,7 @@ from ..problem import Device, Problem
 
 SM_REGISTERS = 65536
 RESERVED_SHARED_MEMORY = 1024  # bytes that a resident CTA costs besides its own
+LARGEST_SHARED_MEMORY = 166912  # bytes that CTAs share on the largest multiprocessor of these, A100's
 # Masks that are a comparison or two per score, and leave the registers as without one.
 LIGHT_MASKS = ("Causal", "SlidingWindow")
 
