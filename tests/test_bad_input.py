@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -473,17 +474,25 @@ class OnTheGpu:
         return getattr(self.held, name)
 
 
-@pytest.mark.parametrize("asked, capturing, checked", [(None, 0, 0), ("0", 0, 0), ("1", 0, 1), ("1", 1, 0)])
-def test_numbers_on_the_gpu_are_checked_where_asked(monkeypatch, asked, capturing, checked):
-    given = {"q": tensor(10, 4, 64), "k": tensor(20, 2, 64), "v": tensor(20, 2, 64)}
+def calls_with_wrong_numbers() -> Iterator[tuple[request.Call, str]]:
+    """Calls that cannot be told from right ones without reading tensors, and what is said of them."""
     options = request.Options(0.0, None, False, (-1, -1), 0.0, None, None, None, None, False, None)
     packing = request.Packing(ints(1, 4, 10), ints(0, 15, 20), 6, 15, None, None)
-    call = request.varlen(**given, packing=packing, options=options)
+    yield request.varlen(*map(tensor, (10, 20, 20), (4, 2, 2), (64,) * 3), packing, options), "starts with 1"
+    wrong = replace(blocks(1, 1), indices=ints(7).view(1, 1, 1, 1))
+    dense = (tensor(2, 8, 4, 64), tensor(2, 16, 2, 64), tensor(2, 16, 2, 64))
+    yield request.dense(*dense, options._replace(block_mask=wrong)), "indices has numbers from 7 to 7"
+
+
+@pytest.mark.parametrize("call, text", list(calls_with_wrong_numbers()), ids=["packed", "blocks"])
+@pytest.mark.parametrize("asked, capturing, checked", [(None, 0, 0), ("0", 0, 0), ("1", 0, 1), ("1", 1, 0)])
+def test_numbers_on_the_gpu_are_checked_where_asked(monkeypatch, call, text, asked, capturing, checked):
+    out = torch.zeros_like(call.q)
     call = call._replace(q=OnTheGpu(call.q))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     monkeypatch.delenv("CUTE_FLASH_CHECK", raising=False)
     if asked is not None:
         monkeypatch.setenv("CUTE_FLASH_CHECK", asked)
-    expected = pytest.raises(ValueError, match="starts with 1") if checked else contextlib.nullcontext()
+    expected = pytest.raises(ValueError, match=text) if checked else contextlib.nullcontext()
     with expected:
-        request.check_tensors(call, tensor(10, 4, 64))
+        request.check_tensors(call, out)
