@@ -135,19 +135,13 @@ class Products:
         return found
 
     def check_warpgroups(self, g: Threads) -> None:
-        """Raise unless every warp of the set has three companions that are alive."""
+        """Raise unless every warp of the set belongs to a warpgroup."""
         m = self.machine
         whole = m.warps // WARPS * WARPS
         if m.warps % WARPS and (g.warp_at >= whole).any():
             k = int(np.flatnonzero(g.warp_at >= whole)[0])
             text = f"the CTA's {m.warps} warps leave this one without a warpgroup of {WARPS}"
             raise m.warp_fault(WarpgroupError, g, k, text)
-        if m.exits and whole:
-            alive = m.live[:whole].any(axis=2).reshape(-1, WARPS, m.ctas).all(axis=1)
-            gone = ~alive[g.warp_at // WARPS, g.cta_at]
-            if gone.any():
-                k = int(np.flatnonzero(gone)[0])
-                raise m.warp_fault(WarpgroupError, g, k, "a warp of this warpgroup has exited")
 
     # Commit and completion.
 
@@ -310,7 +304,7 @@ class Products:
         """Tell observers what each warp's product reads in shared memory."""
         m, g, form = self.machine, product.g, product.form
         for k, (warp, cta) in enumerate(zip(g.warp_at.tolist(), g.cta_at.tolist(), strict=True)):
-            unit = Unit(cta, "products", warp // WARPS, int(self.committed[warp, cta]), warp)
+            unit = Unit(cta, "products", warp // WARPS, int(self.committed[warp, cta]) + 1, warp)
             for at in addresses(form, product.a, product.b, k, warp % WARPS):
                 m.watch.async_read(m, unit, cta, at, CHUNK)
 
@@ -318,7 +312,7 @@ class Products:
         m = self.machine
         for warp, cta, over in zip(g.warp_at.tolist(), g.cta_at.tolist(), target.tolist(), strict=True):
             if over > 0:
-                m.watch.unit_done(m, (cta, warp), Unit(cta, "products", warp // WARPS, over - 1, warp))
+                m.watch.unit_done(m, (cta, warp), Unit(cta, "products", warp // WARPS, over, warp))
 
     def check_untouched(self, g: Threads, touched: frozenset[int], by: Form | None) -> None:
         """Raise RegisterInFlight if a warp of `g` has a product under way that uses one of `touched`.
@@ -398,6 +392,14 @@ class Ledger:
             number, *rest = (int(v[k]) for v in values)
             self._one(g, k, (cta, warp // WARPS, number), (form, *rest))
             self.issued[warp, cta] += 1
+
+    def check_complete(self) -> None:
+        """At the end of a wave: raise WarpgroupError if a product was issued by some warps of four only."""
+        for (cta, warpgroup, _), (key, left) in self.events.items():
+            where = key[0].where
+            text = f"{left} of 4 warps of warpgroup {warpgroup} of CTA {self.machine.cta_name(cta)} exit"
+            error = WarpgroupError(f"{text} without issuing a product that the others issued")
+            raise error.at(where.line, where.text)
 
     def _one(self, g: Threads, k: int, name: tuple[int, int, int], key: tuple) -> None:
         event = self.events.setdefault(name, [key, WARPS])
