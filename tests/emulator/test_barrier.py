@@ -274,6 +274,14 @@ def test_arriving_twice_in_one_phase():
     fails(code, BarrierError, "arrives twice at barrier 1")
 
 
+def test_arriving_for_ones_own_sync():
+    """Warp 0 arrives and then waits, which counts twice: flash-attn-4's schedulers begin like this."""
+    code = "setp.eq.u32 %p, %w, 0;\n@!%p bra DONE;\nbar.arrive 1, {n};\nbar.sync 1, {n};\nDONE:"
+    for options in SCHEDULES:
+        launch(module(HEAD + code.replace("{n}", "64"), ".param .u64 out"), [np.zeros(1)], block=96, **options)
+        fails(code.replace("{n}", "96"), Deadlock, "64 of 96 threads arrived", block=96, **options)
+
+
 def test_reduction_and_sync_in_one_phase():
     code = """
         setp.eq.u32 %p, %w, 0;
