@@ -1,7 +1,7 @@
 """Named barriers and cp.async groups of one wave.
 
 Named barrier, per CTA and number: a warp arrives when all its live lanes execute the instruction, and
-counts as 32 threads, each time. When the expected count is there, everyone who waits goes on and the barrier starts
+counts as 32 threads, each time anew: hardware counts arrivals and does not know whose they are. When the expected count is there, everyone who waits goes on and the barrier starts
 its next phase. A barrier without a count expects every warp of the CTA that has not exited; one with a
 count gets no help from warps that exit.
 """
@@ -61,7 +61,7 @@ class NamedBarriers:
         self.expected = np.zeros(shape, np.int64)  # threads; 0 while nobody has arrived
         self.everyone = np.zeros(shape, bool)  # no count was given
         self.use = np.zeros(shape, np.int8)
-        self.present = np.zeros((*shape, m.warps), np.int8)  # arrivals of each warp
+        self.present = np.zeros((*shape, m.warps), np.int64)  # arrivals of each warp in this phase
         self.holding = np.zeros((*shape, 2), np.int64)  # threads whose predicate holds, threads
         self.waiting: list[Waiting] = []
 
@@ -134,14 +134,6 @@ class NamedBarriers:
         warp, cta, number = g.warp_at, g.cta_at, arrival.number
         everyone = arrival.count is None
         count = np.full(g.warps, m.warps * LANES) if everyone else arrival.count
-        again = self.present[cta, number, warp] > 0
-        if arrival.wait and not everyone:
-            # A warp may arrive for its own next sync: schedulers that take turns begin so.
-            again &= False
-        if again.any():
-            k = int(np.flatnonzero(again)[0])
-            text = f"this warp arrives twice at barrier {int(number[k])} before the barrier is complete"
-            raise m.warp_fault(BarrierError, g, k, text)
         use = PLAIN if arrival.holds is None else REDUCTION
         # Where several are first together with different counts, the last one written stays: the others fail.
         fresh = self.expected[cta, number] == 0
