@@ -71,7 +71,7 @@ class Group(Operation):
 
 def _continues(one: Product, other: Product) -> bool:
     """Whether two products that follow each other can be one sum."""
-    same = one.g is other.g and one.form.chains_with(other.form) and np.array_equal(one.form.d, other.form.d)
+    same = one.g is other.g and one.form.chains_with(other.form)
     return same and bool(other.keep.all()) and not other.fresh.any()
 
 
@@ -128,7 +128,7 @@ class Products:
         """Per warp: whether an earlier product on the same accumulator has not happened yet."""
         found = np.zeros(product.g.warps, bool)
         for other in reversed(self._under_way()):
-            if np.array_equal(other.form.d, product.form.d):
+            if other.form.accumulator is product.form.accumulator:
                 if other.g is product.g:
                     return np.ones(product.g.warps, bool)
                 found |= other.g.warp_mask[product.g.warp_at, product.g.cta_at]
@@ -209,7 +209,7 @@ class Products:
         m, g = self.machine, product.g
         left = np.ones(g.warps, bool)
         for other in self._under_way() if not self.eager else ():
-            if not np.array_equal(other.form.d, product.form.d):
+            if other.form.accumulator is not product.form.accumulator:
                 continue
             waiting = ~other.fresh & g.warp_mask[other.g.warp_at, other.g.cta_at]
             if not waiting.any():
@@ -347,14 +347,16 @@ class Products:
 
 def _conflicts(form: Form, by: Form | None) -> frozenset[int]:
     """Rows of a product under way that `by` must not touch."""
-    d, a = frozenset(form.d.tolist()), frozenset(() if form.a is None else form.a.tolist())
+    d, a = frozenset(form.accumulator), _rows_of_a(form)
     if by is None:
         return d | a
-    if np.array_equal(by.d, form.d):
-        return a - frozenset(() if by.a is None else by.a.tolist()) | d & frozenset(
-            () if by.a is None else by.a.tolist()
-        )
-    return d | a & frozenset(by.d.tolist())
+    if by.accumulator is form.accumulator:
+        return a & frozenset(by.accumulator) | d & _rows_of_a(by)
+    return d | a & frozenset(by.accumulator)
+
+
+def _rows_of_a(form: Form) -> frozenset[int]:
+    return frozenset(() if form.a is None else form.a.tolist())
 
 
 def _accumulate(total: np.ndarray, start: np.ndarray, keep: np.ndarray, half: bool) -> np.ndarray:
