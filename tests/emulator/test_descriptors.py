@@ -44,7 +44,7 @@ def test_every_element_is_where_the_canonical_layout_has_it(tile, width, encodin
             at = swizzled(start + canonical(row, element, tile, width, strides), width)
             memory.bytes[owner, at : at + size] = wanted[row, column * size : column * size + size]
             memory.written[owner, at : at + size] = 1
-        words = descriptor(encoding, start, *strides, width)
+        words = descriptor(encoding.name, start, *strides, width)
         chunks = locate(words, encoding, tile)
         got = read(memory, np.array([owner]), chunks, tile, lambda kind, k, text: kind(text))
         assert got.shape == (1, tile.rows, columns)
@@ -55,34 +55,34 @@ def test_every_element_is_where_the_canonical_layout_has_it(tile, width, encodin
 def test_many_tiles_at_once():
     """Descriptors that differ in address, in phase and in layout give what each gives alone."""
     tile = Tile(64, 16, 16)
-    same = [descriptor(WGMMA, 1024 * k, 0, 1024, 128) for k in range(1, 4)]
-    phases = [descriptor(WGMMA, 1024 + 32 * k, 0, 1024, 128) for k in range(4)]
-    mixed = [*phases, descriptor(WGMMA, 4096, 2048, 128, 16), descriptor(WGMMA, 4096, 0, 512, 64)]
+    same = [descriptor("wgmma", 1024 * k, 0, 1024, 128) for k in range(1, 4)]
+    phases = [descriptor("wgmma", 1024 + 32 * k, 0, 1024, 128) for k in range(4)]
+    mixed = [*phases, descriptor("wgmma", 4096, 2048, 128, 16), descriptor("wgmma", 4096, 0, 512, 64)]
     for words in (same, phases, mixed):
         together = locate(np.concatenate(words), WGMMA, tile)
         assert (together == np.concatenate([locate(w, WGMMA, tile) for w in words])).all()
 
 
 def test_start_addresses_reach_256_kilobytes():
-    word = descriptor(WGMMA, 0x3FFF0, 0, 0, 16)
+    word = descriptor("wgmma", 0x3FFF0, 0, 0, 16)
     assert start_address(word).tolist() == [0x3FFF0]
 
 
 @pytest.mark.parametrize(
     ("word", "tile", "what"),
     [
-        (descriptor(WGMMA, 1024, 0, 1024, 128, 1 << 49), Tile(64, 16, 16), "base offset 1"),
-        (descriptor(WGMMA, 1024, 0, 1024, 128, 1 << 46), Tile(64, 16, 16), "as wgmma fixes them"),
-        (descriptor(WGMMA, 1024, 0, 1024, 128, 1 << 61), Tile(64, 16, 16), "as wgmma fixes them"),
-        (descriptor(WGMMA, 1024 + 128, 0, 1024, 128), Tile(64, 16, 16), "starts in row 1"),
-        (descriptor(WGMMA, 1024 + 112, 0, 1024, 128), Tile(64, 16, 16), "crosses the swizzle's width"),
-        (descriptor(WGMMA, 1024 + 16, 0, 256, 32), Tile(64, 16, 16), "crosses the swizzle's width"),
-        (descriptor(WGMMA, 1024, 0, 512, 128), Tile(64, 16, 16), "stride byte offset 512 breaks"),
-        (descriptor(WGMMA, 1024, 128, 1024, 128), Tile(128, 16, 16, True), "leading byte offset 128 breaks"),
-        (descriptor(WGMMA, 1024 + 64, 0, 1024, 128), Tile(64, 16, 16, True), "crosses the swizzle's width"),
-        (descriptor(WGMMA, 1024, 0, 1024, 128), Tile(64, 8, 32, True), "32-bit elements"),
-        (descriptor(WGMMA, 1024, 0, 1024, 128), Tile(12, 16, 16), "not whole chunks"),
-        (descriptor(WGMMA, 1024, 0, 1024, 128), Tile(64, 8, 16), "not whole chunks"),
+        (descriptor("wgmma", 1024, 0, 1024, 128, 1 << 49), Tile(64, 16, 16), "base offset 1"),
+        (descriptor("wgmma", 1024, 0, 1024, 128, 1 << 46), Tile(64, 16, 16), "as wgmma fixes them"),
+        (descriptor("wgmma", 1024, 0, 1024, 128, 1 << 61), Tile(64, 16, 16), "as wgmma fixes them"),
+        (descriptor("wgmma", 1024 + 128, 0, 1024, 128), Tile(64, 16, 16), "starts in row 1"),
+        (descriptor("wgmma", 1024 + 112, 0, 1024, 128), Tile(64, 16, 16), "crosses the swizzle's width"),
+        (descriptor("wgmma", 1024 + 16, 0, 256, 32), Tile(64, 16, 16), "crosses the swizzle's width"),
+        (descriptor("wgmma", 1024, 0, 512, 128), Tile(64, 16, 16), "stride byte offset 512 breaks"),
+        (descriptor("wgmma", 1024, 128, 1024, 128), Tile(128, 16, 16, True), "leading byte offset 128"),
+        (descriptor("wgmma", 1024 + 64, 0, 1024, 128), Tile(64, 16, 16, True), "crosses the swizzle's width"),
+        (descriptor("wgmma", 1024, 0, 1024, 128), Tile(64, 8, 32, True), "32-bit elements"),
+        (descriptor("wgmma", 1024, 0, 1024, 128), Tile(12, 16, 16), "not whole chunks"),
+        (descriptor("wgmma", 1024, 0, 1024, 128), Tile(64, 8, 16), "not whole chunks"),
     ],
 )
 def test_what_no_kernel_uses_is_refused(word, tile, what):
@@ -95,17 +95,17 @@ def test_what_no_kernel_uses_is_refused(word, tile, what):
 )
 def test_tcgen05_forms_without_a_model(extra, what):
     with pytest.raises(UnmodelledInstruction, match=what):
-        locate(descriptor(TCGEN05, 1024, 0, 1024, 128, extra), TCGEN05, Tile(64, 16, 16))
+        locate(descriptor("tcgen05", 1024, 0, 1024, 128, extra), TCGEN05, Tile(64, 16, 16))
     with pytest.raises(UnmodelledInstruction, match="as tcgen05"):
-        locate(descriptor(WGMMA, 1024, 0, 1024, 64), TCGEN05, Tile(64, 16, 16))
+        locate(descriptor("wgmma", 1024, 0, 1024, 64), TCGEN05, Tile(64, 16, 16))
 
 
 def test_part_of_a_pattern_is_enough():
     """32 rows of 16 bits, MN-major, in either half of a 128-byte row."""
     tile, half = Tile(32, 16, 16, True), 64
-    low, high = (locate(descriptor(WGMMA, 1024 + k, 0, 1024, 128), WGMMA, tile) for k in (0, half))
+    low, high = (locate(descriptor("wgmma", 1024 + k, 0, 1024, 128), WGMMA, tile) for k in (0, half))
     assert len(np.intersect1d(low, high)) == 0
-    whole = locate(descriptor(WGMMA, 1024, 8192, 1024, 128), WGMMA, Tile(64, 16, 16, True))
+    whole = locate(descriptor("wgmma", 1024, 8192, 1024, 128), WGMMA, Tile(64, 16, 16, True))
     assert (np.union1d(low, high) == np.unique(whole)).all()
 
 
@@ -114,7 +114,7 @@ def test_bounds_and_initialisation_are_checked():
     tile = Tile(64, 16, 16)
 
     def fetch(start: int, stride: int = 256) -> np.ndarray:
-        chunks = locate(descriptor(WGMMA, start, 128, stride, 16), WGMMA, tile)
+        chunks = locate(descriptor("wgmma", start, 128, stride, 16), WGMMA, tile)
         return read(memory, np.array([0]), chunks, tile, lambda kind, k, text: kind(f"{k}: {text}"))
 
     with pytest.raises(UninitializedRead, match="0: shared byte 0x400 "):

@@ -15,11 +15,10 @@ from cute_flash.emulator import (
     UnmodelledInstruction,
     WarpgroupError,
 )
-from cute_flash.emulator.descriptors import WGMMA, Tile
 from cute_flash.emulator.formats import matrix_bits, matrix_values
 
 from .evaluate import aligned, launch, module
-from .tiles import BASE, descriptor, place
+from .tiles import BASE, Tile, descriptor, place
 
 MODES = [
     {"asynchrony": "eager"},
@@ -139,7 +138,7 @@ class Case:
         for step in range(self.steps):
             values = np.ascontiguousarray(self.raw[which][:, step * self.k :][:, : self.k])
             place(self.image, at, values, tile, (width, strides))
-            self.words[which].append(int(descriptor(WGMMA, at, *strides, width)[0]))
+            self.words[which].append(int(descriptor("wgmma", at, *strides, width)[0]))
             blocks = -(-span // width) * 2 if mn_major else rows // 8
             at += max(8 * width * blocks, strides[0] * 2 if width == 16 else 0)
             at = -(-at // 1024) * 1024

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from cute_flash.emulator.descriptors import TCGEN05, WGMMA, Encoding, Tile
-
 BASE = 1024  # where shared memory begins from sm_90 on
-CODES = {WGMMA: {16: 0, 128: 1, 64: 2, 32: 3}, TCGEN05: {16: 0, 128: 2, 64: 4, 32: 6}}
+CODES = {"wgmma": {16: 0, 128: 1, 64: 2, 32: 3}, "tcgen05": {16: 0, 128: 2, 64: 4, 32: 6}}
+
+
+class Tile(NamedTuple):
+    """An operand's shape, element width in bits and direction, as the emulator's own."""
+
+    rows: int
+    k: int
+    bits: int
+    mn_major: bool = False
 
 
 def descriptor(
-    encoding: Encoding, address: int, leading: int, stride: int, width: int, extra: int = 0
+    family: str, address: int, leading: int, stride: int, width: int, extra: int = 0
 ) -> np.ndarray:
     """One descriptor with the fields of the PTX ISA's tables."""
-    code = CODES[encoding][width]
+    code = CODES[family][width]
     word = address >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | extra
-    word |= code << 62 if encoding is WGMMA else code << 61 | 1 << 46
+    word |= code << 62 if family == "wgmma" else code << 61 | 1 << 46
     return np.array([word], np.uint64)
 
 
