@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .blas import one_thread
 from .errors import EmulatorError
 from .machine import Machine
 from .memory import GlobalMemory
@@ -106,7 +107,7 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     executed = np.zeros(len(code.steps), np.int64)
     for name, held in program.storage.items():
         memory.add(held.ctypes.data, held.nbytes, name)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), one_thread():
         for first in range(0, total, wave):
             m = Machine(code, launch, memory, options, first, min(wave, total - first))
             _run_wave(m)

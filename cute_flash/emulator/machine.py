@@ -174,6 +174,7 @@ class Machine:
     def finish(self) -> None:
         """Every thread has exited: check what must not be left over."""
         self.register_pool.check_warpgroups()
+        self.products.ledger.check_complete()
         barrier = self.mbarriers.unfinished()
         if barrier is not None:
             name = self.cta_name(barrier.cta)
