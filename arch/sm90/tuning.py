@@ -106,10 +106,15 @@ L2_FOR_SECTION = 25 << 20
 def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     """The order of the tiles.
 
-    Tiles of different lengths (masks, packed sequences) go longest first to whichever multiprocessor is free,
-    which the hardware sees to. Equal tiles leave nothing to balance.
+    Tiles of different lengths (masks, packed sequences) go longest first to whichever multiprocessor is free:
+    the hardware gives a CTA for each its place. Equal tiles leave nothing to balance, so CTAs may persist: O
+    leaves while the next tile's Q, K and V arrive, if there is shared memory for Q and O at once.
     """
-    return replace(config, longest_first=problem.mask is not None or problem.varlen)
+    if problem.mask is not None or problem.varlen:
+        return replace(config, longest_first=True)
+    persistent = replace(config, persistent=device.multiprocessors)
+    fits = persistent.shared_memory(problem) <= device.shared_memory
+    return persistent if fits and device.multiprocessors > 1 and not problem.split_kv else config
 
 
 # In units of the time that one KV block takes: what a tile costs besides its blocks (Q's way in, the pipeline's

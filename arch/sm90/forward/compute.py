@@ -123,7 +123,7 @@ class Compute:
                     k.release()
                     n = top - 1 - i
                     rescale = self.softmax(job, state, n, rest[p].masked, warpgroup)
-                    hold(state.softmax.row_sum[0] + state.softmax.row_sum[1])
+                    hold(state.softmax.row_sum[0], state.softmax.row_sum[1])
                     wait(0, state.o)
                     v.release()
                     self.rescale(state.o, rescale)
