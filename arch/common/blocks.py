@@ -52,6 +52,8 @@ class Range:
         """The last place."""
         return self.phases[-1].first
 
+    lowest = end
+
     @property
     def total(self):
         """How many visits there are, where there are any."""
@@ -99,6 +101,8 @@ class Listed:
     def start(self):
         return self.phases[0].first
 
+    lowest = start
+
     @property
     def end(self):
         return self.phases[-1].last - 1
@@ -133,21 +137,24 @@ class Listed:
         return replace(self, phases=[p._replace(first=maximum(p.first, second)) for p in self.phases])
 
 
-def visits_of(problem: Problem, config, call: Operands, rules, sequence, first_row) -> Range | Listed:
-    """What the tile_m rows from `first_row` on visit. rules, sequence: the row block's."""
+def visits_of(
+    problem: Problem, tile: tuple[int, int], call: Operands, rules, sequence, first_row
+) -> Range | Listed:
+    """What rows visit. tile: how many, from `first_row` on, and keys of a block. rules, sequence: theirs."""
+    rows, tile_n = tile
     if problem.block_size:
         block_q, block_k = problem.block_size
         batches, heads = call.block_counts.shape[:2]  # each may be 1: the same lists for all
         row = minimum(rules.batch, batches - 1), minimum(rules.head, heads - 1), first_row // block_q
         counts, indices = (table[(*row, None)] for table in (call.block_counts, call.block_indices))
-        tiles = _ceil_div(rules.seqlen_k, config.tile_n)
-        return listed(indices, counts, block_k // config.tile_n, tiles, rules.mask is not None)
+        tiles = _ceil_div(rules.seqlen_k, tile_n)
+        return listed(indices, counts, block_k // tile_n, tiles, rules.mask is not None)
     seqlen_k = rules.seqlen_k
-    end_row = minimum(first_row + config.tile_m, sequence.seqlen_q)
+    end_row = minimum(first_row + rows, sequence.seqlen_q)
     if problem.seqused_q:
         seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
     q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
-    return Range(phases(rules.mask or Everything(), q_first, q_last, seqlen_k, config.tile_n))
+    return Range(phases(rules.mask or Everything(), q_first, q_last, seqlen_k, tile_n))
 
 
 def phases(mask: Mask, q_first, q_last, seqlen_k, tile_n: int) -> list[Phase]:
@@ -177,6 +184,14 @@ def listed(indices, counts, steps: int, tiles, has_rule: bool) -> Listed:
     first = maximum((indices[0] + 1) * steps - tiles, 0)
     middle = partial if has_rule else minimum(first + 1, last)
     return Listed([Phase(first, middle, True), Phase(middle, last, False)], indices, steps)
+
+
+def part_of(visits: Range | Listed, part, parts) -> Range | Listed:
+    """Of these visits, the `part`-th of `parts` parts, as equal as whole blocks allow."""
+    first, count = visits.lowest, maximum(visits.total, 0)
+    low, high = first + count * part // parts, first + count * (part + 1) // parts
+    clipped = [Phase(maximum(p.first, low), minimum(p.last, high), p.masked) for p in visits.phases]
+    return replace(visits, phases=clipped)
 
 
 def _never_positive(bound) -> bool:

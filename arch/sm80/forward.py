@@ -133,7 +133,8 @@ class ForwardKernel:
     def row_block(self, block: RowBlock):
         tiles = self.tiles()
         rules = Rules.of(self.problem, block.call, block.sequence, block.head)
-        visits = visits_of(self.problem, self.config, block.call, rules, block.sequence, block.first_row)
+        tile = self.config.tile_m, self.config.tile_n
+        visits = visits_of(self.problem, tile, block.call, rules, block.sequence, block.first_row)
         stream = self.stream(block, tiles, visits)
         walk = self.walk(block, tiles, stream, rules)
         if visits.any():
