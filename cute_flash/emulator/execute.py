@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 WAVE_BYTES = 64 << 20  # registers, shared and local memory of the CTAs that run together
 WAVE_CTAS = 256
-ASYNCHRONY = ("eager", "late", "random")
+ASYNCHRONY = ("eager", "late", "late_copies", "late_products", "random")
 UNINITIALIZED = ("error", "poison")
-DRIFT = 0.02  # chance per scheduling decision that a pending copy lands, when asynchrony is random
+DRIFT = 0.02  # chance per scheduling decision that a pending operation happens, when asynchrony is random
+SPINNING = 20000  # scheduling decisions without an event after which a pending operation happens by itself
 
 
 @dataclass(frozen=True)
 class Options:
     """How to run.
 
-    asynchrony: when asynchronous copies land: "eager" at issue, "late" when a wait forces them, "random"
-    anywhere between. schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a
+    asynchrony: when asynchronous copies and products happen: "eager" at issue, "late" when a wait forces
+    them, "random" anywhere between; "late_copies" with eager products, "late_products" with eager copies.
+    schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a
     time). seed: of everything random. races: raise where accesses to shared memory conflict without an order.
     observers: objects with hooks, see observe.py. ctas_per_wave: how many CTAs are resident together; None
     lets their size decide. uninitialized: "error" raises where shared or local memory is read that nothing
@@ -127,11 +129,23 @@ def _cta_bytes(code: Code, launch: Launch) -> int:
 def _run_wave(m: Machine) -> None:
     schedule = SCHEDULES[m.options.schedule](m)
     drifting = m.options.asynchrony == "random"
-    while (choice := schedule.pick()) is not None:
-        pc, threads, limit = choice
-        schedule.put(m.advance(pc, threads, limit))
+    turns, progress = 0, 0
+    while (choice := schedule.pick()) is not None or m.stalls.resolve(schedule.gathered()):
+        if choice is not None:
+            pc, threads, limit = choice
+            schedule.put(m.advance(pc, threads, limit))
         if drifting and m.copies.pending:
             m.copies.drift(DRIFT)
+        if drifting and m.engine.pending:
+            m.engine.drift(DRIFT)
+        turns = turns + 1 if m.progress == progress else 0
+        if turns > SPINNING:
+            # Somebody polls for what a pending operation will bring.
+            m.engine.advance()
+            turns = 0
+        progress = m.progress
+        if m.parked.woken:
+            schedule.put(m.parked.take())
 
 
 def _check_launch(program: Program, launch: Launch) -> None:

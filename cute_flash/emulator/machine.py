@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .engine import Engine, Parked, Stalls, Waiter
 from .errors import EmulatorError
 from .memory import OwnedMemory, ParameterMemory
 from .observe import Observers
@@ -40,6 +42,7 @@ class Machine:
             (np.arange(self.warps * LANES) < threads).reshape(self.warps, 1, LANES), self.sets.shape
         ).copy()
         self.exits = 0
+        self.progress = 0  # counts events that may let waiting threads go on
         self.random = np.random.default_rng([options.seed, first])
         self.at = 0  # the running step, kept only while somebody watches
         self.watch = watchers(options)
@@ -50,6 +53,9 @@ class Machine:
         self.params = ParameterMemory(launch.params)
         self.barriers = NamedBarriers(self)
         self.copies = AsyncCopies(self)
+        self.engine = Engine(self)
+        self.parked = Parked(self)
+        self.stalls = Stalls(self)
         constants = {
             width: [self.constant(c, width) for c in values]
             for width, values in code.layout.constants.items()
@@ -100,9 +106,23 @@ class Machine:
 
     # Asynchrony.
 
-    def lands_at_issue(self) -> bool:
+    def lands_at_issue(self, kind: str) -> bool:
+        """Whether an operation of this kind, "copy" or "product", is done the moment it is issued."""
         mode = self.options.asynchrony
-        return mode == "eager" or (mode == "random" and self.random.random() < 0.5)
+        if mode == "random":
+            return self.random.random() < 0.5
+        return mode == "eager" or mode == {"copy": "late_products", "product": "late_copies"}[kind]
+
+    def park(self, here: int, threads: Threads, key: Hashable, give_up: Callable | None = None) -> None:
+        """Suspend threads at control step `here`, which they execute again after `wake(key)`.
+
+        give_up(machine, threads): what ends a bounded wait whose event does not come.
+        """
+        self.parked.park(key, Waiter(here, threads, give_up))
+
+    def wake(self, key: Hashable) -> None:
+        """Let those go on who are parked under `key`."""
+        self.parked.wake(key)
 
     # Execution.
 
@@ -110,6 +130,7 @@ class Machine:
         """The threads of `g` are done. Returns the sets that this lets go on."""
         self.live &= ~g.mask
         self.exits += 1
+        self.progress += 1
         return self.barriers.release() if self.barriers.waiting else []
 
     def advance(self, pc: int, g: Threads, limit: int) -> list[tuple[int, Threads]]:

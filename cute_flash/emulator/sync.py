@@ -172,6 +172,7 @@ class NamedBarriers:
         if not complete.any():
             return []
         m = self.machine
+        m.progress += 1
         if m.watch is not None:
             m.watch.barrier_complete(m, complete & (self.expected > 0))
         remaining, going = [], []
@@ -254,7 +255,7 @@ class AsyncCopies:
         m.memory.check(m, g, copy.source, copy.filled, copy.size)
         if m.watch is not None:
             m.watch.copy_issue(m, g, copy)
-        if m.lands_at_issue():
+        if m.lands_at_issue("copy"):
             self.land(copy)
         else:
             m.shared.bytes.reshape(-1, copy.size)[at] = POISON
