@@ -33,12 +33,15 @@ class Operation:
 
     kind: str = "copy"
     queue: Hashable = None
-    where: Instruction | None = None  # for messages
+    where: Instruction  # for messages
     landed = False
 
     def land(self, m: Machine) -> None:
         """Do it: read the sources as they are now, write the results, signal the completion."""
         raise NotImplementedError
+
+    def abandoned(self, m: Machine) -> None:
+        """Raise if this cannot be done any more because the threads that need it have exited."""
 
 
 class Engine:
@@ -85,6 +88,11 @@ class Engine:
         """No thread can run: do one operation, the oldest or (random asynchrony) any; False without one."""
         if not self.pending:
             return False
+        for operation in self.pending:
+            try:
+                operation.abandoned(self.machine)
+            except EmulatorError as error:
+                raise error.at(operation.where.line, operation.where.text) from None
         number = 0
         if self.machine.options.asynchrony == "random":
             number = int(self.machine.random.integers(len(self.pending)))

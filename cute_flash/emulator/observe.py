@@ -32,6 +32,14 @@ class Unit(NamedTuple):
     warp: int
 
 
+class Span(NamedTuple):
+    """Consecutive bytes of a CTA's shared memory."""
+
+    cta: int
+    address: int
+    size: int
+
+
 class Observer:
     """Base class: every hook does nothing."""
 
@@ -58,8 +66,8 @@ class Observer:
     def async_read(self, m: Machine, unit: Unit, cta: int, address: np.ndarray, size: int) -> None:
         """A unit begins to read `size` bytes at each address of `cta`'s shared memory (async proxy)."""
 
-    def async_write(self, m: Machine, warp: tuple[int, int], barrier: Barrier, span: tuple[int, int, int]) -> None:
-        """A copy issued by (cta, warp) begins to write shared memory: span (cta, first byte, bytes).
+    def async_write(self, m: Machine, warp: tuple[int, int], barrier: Barrier, span: Span) -> None:
+        """A copy issued by (cta, warp) begins to write a part of shared memory.
 
         It is over when the barrier's current phase is.
         """
@@ -67,14 +75,20 @@ class Observer:
     def unit_done(self, m: Machine, warp: tuple[int, int], unit: Unit) -> None:
         """(cta, warp) has waited for a unit's steps up to unit.epoch."""
 
-    def proxy_fence(self, m: Machine, g: Threads) -> None:
-        """Each warp orders its generic accesses, and those it knows of, before asynchronous ones."""
+    def proxy_fence(self, m: Machine, g: Threads, barriers_only: bool) -> None:
+        """Each warp orders its generic accesses, and those it knows of, before asynchronous ones.
+
+        barriers_only: its initialisations of mbarriers only.
+        """
+
+    def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
+        """A unit arrives at a barrier when its steps up to unit.epoch are over."""
 
     def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         """(cta, warp) initialises a barrier."""
 
-    def mbarrier_use(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
-        """(cta, warp) is about to use a barrier, in any way."""
+    def mbarrier_use(self, m: Machine, warp: tuple[int, int], barrier: Barrier, by_unit: bool) -> None:
+        """(cta, warp) is about to use a barrier, or to let a copy or a product signal it (by_unit)."""
 
     def mbarrier_arrive(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         """(cta, warp) arrives at a barrier."""
@@ -88,7 +102,7 @@ class Observer:
     def cluster_arrive(self, m: Machine, g: Threads, release: bool) -> None:
         """Each warp arrives at its cluster's barrier."""
 
-    def cluster_wait(self, m: Machine, g: Threads, acquire: bool) -> None:
+    def cluster_wait(self, m: Machine, g: Threads) -> None:
         """Each warp leaves its cluster's barrier."""
 
     def barrier_arrive(self, m: Machine, g: Threads, number: np.ndarray) -> None:

@@ -42,6 +42,8 @@ class Code:
     shared_static: int
     local_bytes: int
     shared_granule: int
+    shared_symbols: frozenset[str]
+    directives: dict[str, tuple[int, ...]]
     runs: list = field(default_factory=list)
     next_control: list[int] = field(default_factory=list)
     next_converged: list[int] = field(default_factory=list)
@@ -109,8 +111,9 @@ def _translate(program: Program, module: Module, entry: EntryText) -> Code:
             symbols[variable.name] = _storage(program, variable)
     steps = _steps(translation, entry.instructions)
     code = Code(
-        steps, translation.layout, symbols, reserved, end - reserved, local_bytes, translation.shared_granule
-    )
+        steps, translation.layout, symbols, reserved, end - reserved, local_bytes, translation.shared_granule,
+        frozenset(v.name for v in (*static, *dynamic)), entry.directives,
+    )  # fmt: skip
     code.runs = [step.run for step in steps]
     code.next_control = _next(steps, CONTROL)
     code.next_converged = _next(steps, CONVERGED)

@@ -118,7 +118,12 @@ class Translation:
 
     def architecture(self) -> int:
         """The target's number: 80 for sm_80, 100 for sm_100a."""
-        return int("".join(c for c in self.module.target if c.isdigit()))
+        return architecture(self.module.target)
+
+
+def architecture(target: str) -> int:
+    """A target's number: 80 for sm_80, 100 for sm_100a."""
+    return int("".join(c for c in target if c.isdigit()))
 
 
 class Operation:
