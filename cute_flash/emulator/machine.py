@@ -10,7 +10,7 @@ import numpy as np
 from .bulk import BulkGroups
 from .cluster import ClusterBarriers, RegisterPool
 from .engine import Engine, Parked, Stalls, Waiter
-from .errors import BarrierError, EmulatorError, OutOfBounds
+from .errors import EmulatorError, OutOfBounds
 from .mbarrier import MBarriers
 from .memory import RANK_SHIFT, OwnedMemory, ParameterMemory
 from .observe import Observers
@@ -19,6 +19,8 @@ from .special import value_of
 from .state import LANES, STORAGE, Registers, Threads, ThreadSets
 from .sync import AsyncCopies, NamedBarriers
 from .tensor_map import TensorMap
+from .tensor_memory import TensorMemory
+from .tensor_products import TensorUnit
 from .translate import CONTROL
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class Machine:
         self.bulk_groups = BulkGroups(self)
         self.tensor_maps: dict[bytes, TensorMap] = {}
         self.register_pool = RegisterPool(self)
+        self.tensor = TensorMemory(self)
+        self.tensor_unit = TensorUnit()
         self.engine = Engine(self)
         self.parked = Parked(self)
         self.stalls = Stalls(self)
@@ -172,10 +176,7 @@ class Machine:
     def finish(self) -> None:
         """Every thread has exited: check what must not be left over."""
         self.register_pool.check_warpgroups()
-        barrier = self.mbarriers.unfinished()
-        if barrier is not None:
-            name = self.cta_name(barrier.cta)
-            raise BarrierError(f"CTA {name} exits while {barrier!r} waits for bytes that never came")
+        self.tensor.finish()
 
     def advance(self, pc: int, g: Threads, limit: int) -> list[tuple[int, Threads]]:
         """Run `g` from step pc up to its next control step (included) or up to step `limit`."""

@@ -141,7 +141,7 @@ def _table(name: str) -> Callable:
 
 
 def _padded(name: str) -> Callable:
-    """Sixteen elements of fewer than 8 bits lie at the start of a 16-byte chunk, the first in the low bits."""
+    """Sixteen elements of fewer than 8 bits lie at the start of a 16-byte chunk, the first one lowest."""
     narrow = FORMATS[name]
     table = narrow.table[: 1 << narrow.bits]
     weights = 1 << np.arange(narrow.bits)

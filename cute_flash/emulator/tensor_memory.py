@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import OutOfBounds, TensorMemoryError, UninitializedRead
+from .observe import Columns
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -43,8 +44,8 @@ class TensorMemory:
         self.last = [COLUMNS] * m.ctas  # columns of the latest allocation
         self.relinquished = [False] * m.ctas
         self.granted: dict[tuple[int, int], int] = {}  # (cta, warp) of a pair -> its first column
-        self.stores: dict[tuple[int, int], list] = {}  # (cta, warp) -> its tcgen05.st since its last wait::st
-        self.asking: dict[int, tuple[int, int]] = {}  # cta of a pair that waits for its peer -> (warp, columns)
+        self.stores: dict[tuple[int, int], list] = {}  # (cta, warp) -> stores since its last wait
+        self.asking: dict[int, tuple[int, int]] = {}  # cta that waits for its peer -> (warp, columns)
 
     @cached_property
     def words(self) -> np.ndarray:
@@ -106,8 +107,8 @@ class TensorMemory:
                 return base
         return None
 
-    def release(self, cta: int, address: int, columns: int) -> None:
-        """Give an allocation back: its address and its whole size."""
+    def release(self, cta: int, address: int, columns: int) -> Columns:
+        """Give an allocation back: its address and its whole size. Returns what was freed."""
         lane, base = split(address)
         if lane or self.blocks[cta].get(base) != columns:
             have = ", ".join(f"{n} columns at {b}" for b, n in self.blocks[cta].items()) or "none"
@@ -118,6 +119,7 @@ class TensorMemory:
         self.words[cta, :, base : base + columns] = POISON
         self.written[cta, :, base : base + columns] = False
         self.machine.wake(self.key(cta))
+        return Columns(cta, slice(0, LANES), base, columns)
 
     def finish(self) -> None:
         """Every thread has exited: nothing may still be allocated."""

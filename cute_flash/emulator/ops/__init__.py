@@ -14,6 +14,8 @@ from . import (
     mbarrier,
     memory,
     mma,
+    tcgen05,
+    tcgen05_mma,
     warp,
 )
 
@@ -31,5 +33,7 @@ __all__ = [
     "mbarrier",
     "memory",
     "mma",
+    "tcgen05",
+    "tcgen05_mma",
     "warp",
 ]

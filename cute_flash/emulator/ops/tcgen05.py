@@ -11,6 +11,7 @@ import numpy as np
 
 from ..engine import Operation as Pending
 from ..errors import TensorMemoryError
+from ..observe import Columns
 from ..state import LANES
 from ..tensor_memory import COLUMNS, POISON
 from ..translate import Operation, Step, operation
@@ -96,9 +97,10 @@ def dealloc(x: Operation) -> Step:
     def step(m: Machine, g: Threads) -> None:
         addresses = uniform(m, g, address, "addresses").tolist()
         for k, columns in enumerate(uniform(m, g, count, "numbers of columns").tolist()):
+            cta, warp = int(g.cta_at[k]), int(g.warp_at[k])
+            freed = m.tensor.release(cta, addresses[k], columns)
             if m.watch is not None:
-                m.watch.tensor_free(m, (int(g.cta_at[k]), int(g.warp_at[k])), addresses[k] & 0xFFFF, columns)
-            m.tensor.release(int(g.cta_at[k]), addresses[k], columns)
+                m.watch.tensor_free(m, (cta, warp), freed)
 
     return x.converged(step)
 
@@ -185,19 +187,24 @@ def _registers(x: Operation, position: int, form: Reach) -> tuple:
 class _Target:
     """The address operand of ld and st."""
 
-    def __init__(self, x: Operation, position: int, form: Reach):
+    def __init__(self, x: Operation, position: int, form: Reach, write: bool):
+        self.write = write
         self.row, view, self.offset = x.address(position)
         if view != "u32":
             raise x.unmodelled("an address that is not a 32-bit register")
         self.form, self.name = form, x.name
 
     def columns(self, m: Machine, g: Threads) -> tuple[np.ndarray, np.ndarray]:
-        """(first lane, first column) of each warp, checked."""
+        """(first lane, first column) of each warp, checked and told to observers."""
         address = uniform(m, g, self.row, "addresses") + self.offset
         lane, column = m.tensor.starts(g, address, self.form.lanes)
-        for k, cta in enumerate(g.cta_at.tolist()):
+        for k, (cta, first) in enumerate(zip(g.cta_at.tolist(), lane.tolist(), strict=True)):
+            lanes = slice(first, first + self.form.lanes)
             for offset, count in self.form.windows:
-                m.tensor.check_columns(cta, int(column[k]) + offset, count, self.name)
+                columns = Columns(cta, lanes, int(column[k]) + offset, count)
+                m.tensor.check_columns(cta, columns.first, count, self.name)
+                if m.watch is not None:
+                    m.watch.tensor_access(m, (cta, int(g.warp_at[k])), columns, self.write)
         return lane, column
 
     def index(self, g: Threads, lane: np.ndarray, column: np.ndarray) -> np.ndarray:
@@ -211,13 +218,11 @@ def load(x: Operation) -> Step:
     """Registers from tensor memory, at once: reading the registers waits for them."""
     form = _form(x, "pack::16b", 2)
     dests = np.array([x.dest_of(item, "u32") for item in _registers(x, 0, form)])
-    target = _Target(x, 1, form)
+    target = _Target(x, 1, form, False)
 
     def step(m: Machine, g: Threads) -> None:
         lane, column = target.columns(m, g)
         index = target.index(g, lane, column)
-        if m.watch is not None:
-            m.watch.tensor_access(m, g, index, False)
         if m.tensor.strict:
             flags = m.tensor.written.reshape(-1)[index]
             if not flags.all():
@@ -238,14 +243,18 @@ def _unwritten(m: Machine, position: int) -> Exception:
 
 @dataclass(eq=False)
 class Store(Pending):
-    """A tcgen05.st of one warp on its way."""
+    """A tcgen05.st of one warp on its way; warp: (cta, warp)."""
 
     index: np.ndarray
     words: np.ndarray
-    queue: tuple
+    warp: tuple[int, int]
     where: Instruction
 
     kind = "product"
+
+    @property
+    def queue(self) -> tuple:
+        return "tensor stores", *self.warp
 
     def land(self, m: Machine) -> None:
         m.tensor.words.reshape(-1)[self.index] = self.words
@@ -256,7 +265,7 @@ class Store(Pending):
 def store(x: Operation) -> Step:
     """Registers to tensor memory; done when wait::st says so, and nothing is there until then."""
     form = _form(x, "unpack::16b", 1)
-    target = _Target(x, 0, form)
+    target = _Target(x, 0, form, True)
     last = x.count() - 1
     sources = np.array([x.bank_row(item, "u32") for item in _registers(x, last, form)])
     where = x.instruction
@@ -267,13 +276,11 @@ def store(x: Operation) -> Step:
         words = g.gather(m.banks[32], sources)[:, None]
         if index.shape[1] == 2:
             words = np.concatenate([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=1)
-        if m.watch is not None:
-            m.watch.tensor_access(m, g, index, True)
         m.tensor.words.reshape(-1)[index] = POISON
         m.tensor.written.reshape(-1)[index] = False
-        for k, (cta, warp) in enumerate(zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True)):
-            pending = Store(index[:, :, k], words[:, :, k], ("tensor stores", cta, warp), where)
-            m.tensor.stores.setdefault((cta, warp), []).append(pending)
+        for k, warp in enumerate(zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True)):
+            pending = Store(index[:, :, k], words[:, :, k], warp, where)
+            m.tensor.stores.setdefault(warp, []).append(pending)
             m.engine.issue(pending)
 
     return x.converged(step)

@@ -15,7 +15,7 @@ from ..tensor_formats import KINDS, form
 from ..tensor_memory import split
 from ..tensor_products import COPIES, Commit, Product, SharedToTensor, group
 from ..translate import Operation, operation
-from .memory import Access
+from .mbarrier import Word
 from .tcgen05 import cta_group
 
 if TYPE_CHECKING:
@@ -108,23 +108,18 @@ class _Mma:
         for k, (issuer, d, a, b, word, enable) in enumerate(columns):
             one = form(word, self.kind, self.ctas, self.scales)
             ctas = group(m, issuer.cta, self.ctas)
-            m.tensor_unit.collect(ctas[0], self.usage, (a, word, self.a.in_tensor_memory))
+            m.tensor_unit.collect(ctas[0], self.usage, (a, self.a.in_tensor_memory, one.a))
             locate = descriptors.locate
             where_a = a
             if not self.a.in_tensor_memory:
                 where_a = locate(np.array([a], np.uint64), descriptors.TCGEN05, one.a.tile)
-            where_b = locate(np.array([b], np.uint64), descriptors.TCGEN05, _part(one))
+            where_b = locate(np.array([b], np.uint64), descriptors.TCGEN05, one.b.tile)
             skip = _lanes([int(words[k]) for words in masks], self.ctas) if masks else None
             keep = 2.0**-self.shift if enable else 0.0
             product = Product(issuer, ctas, self.where, one, d, where_a, where_b, keep, skip, factors[k])
             _check_lanes(product)
             found.append(product)
         return found
-
-
-def _part(one) -> descriptors.Tile:
-    """The rows of B that each CTA of a group holds: as many in each."""
-    return one.b.tile
 
 
 def _lanes(words: list[int], ctas: int) -> np.ndarray:
@@ -188,18 +183,15 @@ def commit(x: Operation) -> Callable:
     """Let one arrival at an mbarrier follow the thread's earlier mma and cp; multicast: in several CTAs."""
     ctas = cta_group(x)
     x.one_of("mbarrier::arrive::one")
-    space = x.one_of("shared::cluster", default="")
+    space = x.one_of("shared::cluster")
     multicast = x.flag("multicast::cluster")
     x.type("b64")
-    access, where = Access(x, 0, space, 8), x.instruction
+    barrier, where = Word(x, 0, space), x.instruction
     mask = x.source(1, "u16") if multicast else None
 
     def step(m: Machine, g: Threads) -> None:
-        home, address = m.place(g, access.shared(m, g), True)
         masks = m.rows["u16"][mask][g.index].reshape(-1).tolist() if multicast else [None] * g.size
-        for issuer, cta, place, word in zip(
-            issuers(g), home.tolist(), address.tolist(), masks, strict=True
-        ):
+        for issuer, (cta, address), word in zip(issuers(g), barrier.places(m, g), masks, strict=True):
             if multicast:
                 first = cta - int(m.rank[cta])
                 if word >> m.cluster:
@@ -207,7 +199,7 @@ def commit(x: Operation) -> Callable:
                 targets = [first + rank for rank in range(m.cluster) if word >> rank & 1]
             else:
                 targets = [cta]
-            barriers = [m.mbarriers.find(target, place) for target in targets]
+            barriers = [m.mbarriers.find(target, address) for target in targets]
             unit = m.tensor_unit.commit(issuer)
             Commit(issuer, group(m, issuer.cta, ctas), where, unit, barriers).begin(m)
 
