@@ -90,6 +90,9 @@ class Observer:
         barriers_only: its initialisations of mbarriers only.
         """
 
+    def unit_commit(self, m: Machine, unit: Unit) -> None:
+        """A step of a unit ends: what its issuer knows to be over now is over when the step is."""
+
     def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
         """A unit arrives at a barrier when its steps up to unit.epoch are over."""
 

@@ -111,6 +111,8 @@ class Commit(Work):
         for barrier in self.barriers:
             if m.watch is not None:
                 m.watch.mbarrier_use(m, (self.issuer.cta, self.issuer.warp), barrier, True)
+        if m.watch is not None:
+            m.watch.unit_commit(m, self.unit)
         m.engine.issue(self)
 
     def land(self, m: Machine) -> None:
