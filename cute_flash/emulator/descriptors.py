@@ -161,14 +161,16 @@ def _check(place: Layout, tile: Tile, phase: int) -> None:
 def locate(words: np.ndarray, encoding: Encoding, tile: Tile) -> np.ndarray:
     """Addresses of the 16-byte chunks of tiles: int64 (n, outer, inner) for descriptors uint64 (n,)."""
     start = start_address(words)
-    rest = words & np.uint64(0xFFFFFFFFFFFFC000)
-    first = int(rest[0])
     phase = start % PERIOD
-    if (rest == rest[0]).all() and (phase == phase[0]).all():
-        found = table(layout(first, encoding), tile, int(phase[0]))
-        return found[None] + (start - phase)[:, None, None]
-    each = [table(layout(int(r), encoding), tile, int(p)) for r, p in zip(rest, phase, strict=True)]
-    return np.stack(each) + (start - phase)[:, None, None]
+    keys = words & np.uint64(0xFFFFFFFFFFFFC000) | (phase // CHUNK).astype(np.uint64)
+    base = (start - phase)[:, None, None]
+    if (keys == keys[0]).all():
+        return table(layout(int(keys[0]) & -1 << 14, encoding), tile, int(phase[0])) + base
+    unique, inverse = np.unique(keys, return_inverse=True)
+    tables = [
+        table(layout(key & -1 << 14, encoding), tile, (key & 0x3FFF) * CHUNK) for key in unique.tolist()
+    ]
+    return np.stack(tables)[inverse] + base
 
 
 def read(

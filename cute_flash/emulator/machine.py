@@ -22,6 +22,7 @@ from .tensor_map import TensorMap
 from .tensor_memory import TensorMemory
 from .tensor_products import TensorUnit
 from .translate import CONTROL
+from .warpgroup import Products
 
 if TYPE_CHECKING:
     from .execute import Launch, Options
@@ -69,6 +70,7 @@ class Machine:
         self.tensor = TensorMemory(self)
         self.tensor_unit = TensorUnit()
         self.engine = Engine(self)
+        self.products = Products(self)
         self.parked = Parked(self)
         self.stalls = Stalls(self)
         constants = {

@@ -10,6 +10,7 @@ from . import ops
 from .analysis import Definedness, check_guard, is_branch, watch_registers
 from .errors import EmulatorError, UnmodelledInstruction
 from .parse import EntryText, Instruction, Module, Variable, parse
+from .register_flight import RegisterFlight
 from .translate import CONTROL, CONVERGED, PLAIN, Layout, Operation, Step, Translation
 
 RESERVED_SHARED = 1024  # bytes at the start of shared memory that belong to the system from sm_90 on
@@ -158,6 +159,7 @@ def _steps(translation: Translation, instructions: list[Instruction]) -> list[St
     for operation, step, needs in zip(operations, steps, definedness.needs, strict=True):
         step.where, step.instructions = operation.instruction, (operation.instruction,)
         watch_registers(operation, step, flags, needs)
+    RegisterFlight(operations, definedness.starts).instrument(steps, translation.layout)
     return _link(translation, operations, steps, (set(definedness.starts), flags))
 
 

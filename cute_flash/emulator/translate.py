@@ -21,6 +21,7 @@ from .state import VIEWS
 
 if TYPE_CHECKING:
     from .machine import Machine
+    from .register_flight import Effect
     from .state import Threads
 
 PlainStep = Callable[["Machine", "Threads"], None]
@@ -137,6 +138,7 @@ class Operation:
         self.reads: list[Register] = []
         self.writes: list[Register] = []
         self.copies: list[Register] = []  # sources that are only moved: they may be undefined
+        self.effect: Effect | None = None  # on asynchronous products
         self.used: set[int] = set()
         self.name, self.function, self.modifiers = self._find(instruction.opcode.split("."))
 

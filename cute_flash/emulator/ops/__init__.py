@@ -17,6 +17,7 @@ from . import (
     tcgen05,
     tcgen05_mma,
     warp,
+    wgmma,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "tcgen05",
     "tcgen05_mma",
     "warp",
+    "wgmma",
 ]

@@ -179,6 +179,7 @@ def copy(x: Operation) -> Callable:
     """Copy consecutive bytes: global to shared, shared to global, or to another CTA's shared memory."""
     to, source = _spaces(x)
     if to == "global":
+        x.one_of("bulk_group")
         return _bytes_store(x, None)
     x.one_of("mbarrier::complete_tx::bytes")
     where = x.instruction
@@ -207,12 +208,12 @@ def reduce_copy(x: Operation) -> Callable:
     if to != "global":
         raise x.unmodelled("a reduction into shared memory")
     name = x.one_of(*REDUCTIONS)
+    x.one_of("bulk_group")
     x.flag("noftz")
-    return _bytes_store(x, bulk.Combine(name, x.type(*(t for t in TYPES if t in x.modifiers))))
+    return _bytes_store(x, bulk.Combine(name, x.type(*TYPES)))
 
 
 def _bytes_store(x: Operation, combine: bulk.Combine | None) -> Callable:
-    x.one_of("bulk_group")
     target, source, where = Access(x, 0, "global", 16), Access(x, 1, "shared", 16), x.instruction
     size = x.source(2, "u32")
     _hint(x, 3)
