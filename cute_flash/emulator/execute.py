@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .cluster import Unlaunched
 from .errors import EmulatorError
 from .machine import Machine
 from .memory import GlobalMemory
@@ -107,8 +108,11 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     for name, held in program.storage.items():
         memory.add(held.ctypes.data, held.nbytes, name)
     with np.errstate(all="ignore"):
-        for first in range(0, total, wave):
-            m = Machine(code, launch, memory, options, first, min(wave, total - first))
+        unlaunched = Unlaunched(0, total, cluster)
+        while unlaunched.first < total:
+            first = unlaunched.take(wave)
+            m = Machine(code, launch, memory, options, first, unlaunched.first - first)
+            m.unlaunched = unlaunched
             _run_wave(m)
             executed += np.cumsum(m.executed[:-1])
             report.waves += 1

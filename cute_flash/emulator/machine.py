@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bulk import BulkGroups
-from .cluster import ClusterBarriers, RegisterPool
+from .cluster import ClusterBarriers, RegisterPool, Unlaunched
 from .engine import Engine, Parked, Stalls, Waiter
 from .errors import EmulatorError, OutOfBounds
 from .mbarrier import MBarriers
@@ -67,6 +67,8 @@ class Machine:
         self.bulk_groups = BulkGroups(self)
         self.tensor_maps: dict[bytes, TensorMap] = {}
         self.register_pool = RegisterPool(self)
+        self.unlaunched = Unlaunched(0, 0, self.cluster)
+        self.refused: set[int] = set()  # CTAs that have been told that nothing is left to launch
         self.tensor = TensorMemory(self)
         self.tensor_unit = TensorUnit()
         self.engine = Engine(self)
@@ -89,8 +91,12 @@ class Machine:
     # Geometry and constants.
 
     def cta_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, y, z of every CTA of the wave; the CTAs of a cluster are neighbours in a wave."""
-        size, linear = self.launch.cluster, np.arange(self.first, self.first + self.ctas)
+        """x, y, z of every CTA of the wave."""
+        return self.coordinates(np.arange(self.first, self.first + self.ctas))
+
+    def coordinates(self, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x, y, z of CTAs by their numbers in the order of launch: the CTAs of a cluster are neighbours."""
+        size = self.launch.cluster
         clusters = [n // c for n, c in zip(self.launch.grid, size, strict=True)]
         which, rank = linear // self.cluster, linear % self.cluster
         x = which % clusters[0] * size[0] + rank % size[0]
