@@ -81,6 +81,17 @@ BLACKWELL = (
     Case("sm100_d192_dv128", (256,), (256,), dim=192, dim_v=128, causal=True, arch="sm_100a"),
     Case("sm100_d256", (256,), (256,), heads=1, heads_kv=1, dim=256, arch="sm_100a"),
 )
+HOPPER = (
+    Case("sm90_d64", (256,), (256,), arch="sm_90a"),
+    Case("sm90_d64_causal", (192,), (192,), causal=True, arch="sm_90a"),
+    Case("sm90_d128", (256,), (256,), dim=128, arch="sm_90a"),
+    Case("sm90_d128_causal_gqa", (200,), (200,), heads=4, heads_kv=2, dim=128, causal=True, arch="sm_90a"),
+    Case("sm90_d64_ragged_fp16", (77,), (203,), heads=4, heads_kv=1, dtype="float16", arch="sm_90a"),
+    Case("sm90_d96_window", (300,), (300,), dim=96, window=(40, 10), arch="sm_90a"),
+    Case("sm90_d64_varlen_causal", (65, 1, 130), (97, 64, 130), causal=True, arch="sm_90a"),
+    Case("sm90_d192_dv128", (256,), (256,), dim=192, dim_v=128, causal=True, arch="sm_90a"),
+    Case("sm90_d256", (128,), (256,), heads=1, heads_kv=1, dim=256, arch="sm_90a"),
+)
 CASES = (
     Case("d64", (256,), (256,)),
     Case("d64_causal", (192,), (192,), causal=True),
