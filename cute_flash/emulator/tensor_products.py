@@ -216,21 +216,26 @@ class Product(Work):
     def _scale_a(self, m: Machine, cta: int, a: np.ndarray) -> np.ndarray:
         """A times its scale factors: those of row r lie in lane r, column r / 32."""
         row = np.arange(len(a))
-        columns = slice(split(self.scales[0])[1], split(self.scales[0])[1] + -(-len(a) // QUARTER))
-        m.tensor.check_written(cta, EVERY_LANE, columns, "tcgen05.mma")
-        words = m.tensor.words[cta, row, columns.start + row // QUARTER]
+        words = self._scale_words(m, cta, row, split(self.scales[0])[1] + row // QUARTER)
         return _scaled(a, scale_factors(words, self.form.a, self.form))
 
     def _scale_b(self, m: Machine, cta: int, b: np.ndarray) -> np.ndarray:
         """B times its scale factors: those of column n in lane n % 32 of every quarter, column n / 32."""
-        n = np.arange(len(b))
-        columns = slice(split(self.scales[1])[1], split(self.scales[1])[1] + -(-len(b) // QUARTER))
-        m.tensor.check_written(cta, EVERY_LANE, columns, "tcgen05.mma")
-        held = m.tensor.words[cta, :, columns].reshape(4, QUARTER, -1)
-        if (held != held[0]).any():
+        n, first = np.arange(len(b)), split(self.scales[1])[1]
+        lanes = n % QUARTER + np.arange(0, LANES, QUARTER)[:, None]
+        words = self._scale_words(m, cta, lanes, first + n // QUARTER + 0 * lanes)
+        factors = scale_factors(words, self.form.b, self.form).reshape(4, len(b), -1)
+        if not np.array_equal(factors, np.broadcast_to(factors[0], factors.shape), equal_nan=True):
             text = f"the lane quarters of CTA {m.cta_name(cta)} hold different scale factors of B"
-            raise TensorMemoryError(f"{text} from column {columns.start} on")
-        return _scaled(b, scale_factors(held[0][n % QUARTER, n // QUARTER], self.form.b, self.form))
+            raise TensorMemoryError(f"{text} from column {first} on")
+        return _scaled(b, factors[0])
+
+    def _scale_words(self, m: Machine, cta: int, lanes: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Words that hold scale factors."""
+        missing = ~m.tensor.written[cta, lanes, columns]
+        if m.tensor.strict and missing.any():
+            raise m.tensor.unwritten("tcgen05.mma", cta, int(lanes[missing][0]), int(columns[missing][0]))
+        return m.tensor.words[cta, lanes, columns]
 
     def _accumulate(
         self, m: Machine, cta: int, piece: Piece, product: np.ndarray, skip: np.ndarray | None

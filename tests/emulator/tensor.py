@@ -1,8 +1,9 @@
 """Kernels around a few tcgen05 instructions: tensor and shared memory filled before them, read after them.
 
-A CTA has four warps. Thread 0 makes two mbarriers; warp 0 allocates all columns. Registers that code may use:
-%t %w %l thread, warp and lane; %tm the first column; %rank; %data the shared image; %bar, %bar+8 the barriers;
-%r0 … %r9, %s0 … %s9, %p0 … %p9; predicates %first (thread 0) and %issuer (thread 0 of the even CTA).
+A CTA has four warps. Thread 0 makes two mbarriers; warp 0 allocates all columns. Registers for the code:
+%t, %w, %l thread, warp and lane; %tm the first column; %rank; %data the shared image, at IMAGE_AT; %bar and
+%bar+8 the barriers; %r0 … %r9, %s0 … %s9, %p0 … %p9; predicates %first (thread 0) and %issuer (thread 0 of
+the even CTA).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .test_mbarrier import wait as _wait
 
 LANES, COLUMNS, THREADS = 128, 512, 128
 IMAGE = 64 * 1024  # bytes of the shared image
+IMAGE_AT = 1024  # its shared address
 REGISTERS = ", ".join(f"%v{k}" for k in range(32))
 
 HEAD = f"""
@@ -106,7 +108,7 @@ def together(ctas: int) -> str:
 
 def commit(ctas: int = 1, barrier: str = "%bar", parity: int = 0, guard: str = "@%issuer") -> str:
     """One thread commits; everybody waits for what it has issued."""
-    form = "tcgen05.commit.cta_group::%d.mbarrier::arrive::one.shared::cluster" % ctas
+    form = f"tcgen05.commit.cta_group::{ctas}.mbarrier::arrive::one.shared::cluster"
     form += f".multicast::cluster.b64 [{barrier}], %both;" if ctas == 2 else f".b64 [{barrier}];"
     name = f"committed{barrier.strip('%').replace('+', '_')}_{parity}"
     return f"{guard} {form}\nmov.b32 %b, {barrier.split('+')[0]};\n" + _wait(parity, name).replace(
@@ -114,7 +116,7 @@ def commit(ctas: int = 1, barrier: str = "%bar", parity: int = 0, guard: str = "
     )
 
 
-def kernel(code: str, ctas: int = 1, fill: bool = True) -> str:
+def kernel(code: str, ctas: int = 1) -> str:
     """The whole kernel around `code`."""
     group = f"cta_group::{ctas}"
     begin = f"""
@@ -135,7 +137,7 @@ def kernel(code: str, ctas: int = 1, fill: bool = True) -> str:
     tcgen05.dealloc.{group}.sync.aligned.b32 %tm, {COLUMNS};
     done:
     """
-    filling = FILL_SHARED + (FILL_TENSOR if fill else "")
+    filling = FILL_SHARED + FILL_TENSOR
     ready = f"fence.proxy.async.shared::cta;\n{together(ctas)}"
     params = ".param .u64 image_of, .param .u64 tensor_of, .param .u64 out_of"
     return module(HEAD + begin + filling + ready + code + end, params, "sm_100a", VARIABLES)
@@ -154,6 +156,12 @@ def run(
         image = random.integers(0, 256, (ctas, IMAGE), np.uint8)
     if tensor is None:
         tensor = random.integers(0, 1 << 32, (ctas, LANES, COLUMNS), np.uint32)
+    return execute(kernel(code, ctas), image, tensor, **options)
+
+
+def execute(text: str, image: np.ndarray, tensor: np.ndarray, **options) -> np.ndarray:
+    """Run a kernel's text, as `run` does."""
+    ctas = len(image)
     arrays = [aligned(np.ascontiguousarray(a).reshape(-1)) for a in (image, tensor)]
     arrays.append(aligned(np.zeros(ctas * LANES * COLUMNS, np.uint32)))
     memory = emulator.GlobalMemory()
@@ -161,6 +169,5 @@ def run(
         memory.add(array.ctypes.data, array.nbytes, name)
     params = struct.pack("<3Q", *(a.ctypes.data for a in arrays))
     one = emulator.Launch("k", (ctas, 1, 1), (THREADS, 1, 1), (ctas, 1, 1), 0, params)
-    options = {"races": True, **options}
-    emulator.run(emulator.Program(kernel(code, ctas)), one, memory, Options(**options))
+    emulator.run(emulator.Program(text), one, memory, Options(**{"races": True, **options}))
     return arrays[2].reshape(ctas, LANES, COLUMNS)
