@@ -14,6 +14,7 @@ from .machine import Machine
 from .memory import GlobalMemory
 from .schedule import SCHEDULES
 from .state import LANES
+from .tensor_memory import NBYTES as TENSOR_BYTES
 from .translate import architecture
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _cta_bytes(code: Code, launch: Launch) -> int:
     threads = -(-(launch.block[0] * launch.block[1] * launch.block[2]) // LANES) * LANES
     registers = sum(n * max(width // 8, 1) for width, n in code.layout.counts.items())
     shared = code.shared_base + code.shared_static + launch.shared_memory
-    return threads * (registers + 2 * code.local_bytes) + 2 * shared
+    return threads * (registers + 2 * code.local_bytes) + 2 * shared + TENSOR_BYTES * code.tensor_memory
 
 
 def _run_wave(m: Machine) -> None:

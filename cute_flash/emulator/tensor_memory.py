@@ -22,6 +22,7 @@ LANES, COLUMNS = 128, 512
 QUARTER = 32  # lanes that one warp of a warpgroup reaches
 SMALLEST = 32  # columns
 POISON = 0xFFFFFFFF
+NBYTES = 5 * LANES * COLUMNS  # of host memory per CTA: words, and a flag for each
 
 
 def split(address: int) -> tuple[int, int]:

@@ -101,7 +101,10 @@ class Work(Operation):
 
 @dataclass(eq=False)
 class Commit(Work):
-    """An arrival at mbarriers once the thread's earlier work is done."""
+    """An arrival at mbarriers once the thread's earlier work is done.
+
+    A CTA may exit before its own last commits have arrived: nobody waits for them any more.
+    """
 
     unit: Unit
     barriers: list[Barrier]
@@ -114,6 +117,11 @@ class Commit(Work):
         if m.watch is not None:
             m.watch.unit_commit(m, self.unit)
         m.engine.issue(self)
+
+    def abandoned(self, m: Machine) -> None:
+        for barrier in self.barriers:
+            if barrier.cta != self.issuer.cta and not m.live[:, barrier.cta].any():
+                raise EmulatorError(f"CTA {m.cta_name(barrier.cta)} exits before a commit has reached it")
 
     def land(self, m: Machine) -> None:
         for barrier in self.barriers:
@@ -146,13 +154,17 @@ class Product(Work):
     def begin(self, m: Machine) -> None:
         """Issue, after the checks that do not depend on when it happens."""
         for cta in self.ctas:
-            for columns, _ in self._columns(cta):
-                m.tensor.check_columns(cta, columns.first, columns.count, "tcgen05.mma")
+            self._check_columns(m, cta)
             for chunks in self._chunks():
                 descriptors.check_bounds(m.shared, chunks, _fault(m, [cta]))
         if m.watch is not None:
             self._announce(m)
         m.engine.issue(self)
+
+    def _check_columns(self, m: Machine, cta: int) -> None:
+        """Everything must be allocated, when the product is issued and still when it happens."""
+        for columns, _ in self._columns(cta):
+            m.tensor.check_columns(cta, columns.first, columns.count, "tcgen05.mma")
 
     def _chunks(self) -> list[np.ndarray]:
         return [self.b] if isinstance(self.a, int) else [self.a, self.b]
@@ -189,6 +201,7 @@ class Product(Work):
         form = self.form
         b = np.concatenate([self._operand(m, cta, self.b, form.b) for cta in self.ctas])
         for number, cta in enumerate(self.ctas):
+            self._check_columns(m, cta)
             skip = None if self.skip is None else self.skip[number]
             scaled = self._scale_b(m, cta, b) if form.scales else b
             a = None if isinstance(self.a, int) else self._operand(m, cta, self.a, form.a)
@@ -302,6 +315,7 @@ class SharedToTensor(Work):
         tile = descriptors.Tile(rows, 4 * width, 32)
         columns = slice(self.column, self.column + 4 * width)
         for cta in self.ctas:
+            m.tensor.check_columns(cta, self.column, 4 * width, "tcgen05.cp")
             words = descriptors.read(m.shared, np.array([cta]), self.chunks, tile, _fault(m, [cta]))[0]
             for number, targets in enumerate(self.quarters):
                 part = words[number * QUARTER : (number + 1) * QUARTER]

@@ -20,7 +20,7 @@ from .test_mbarrier import wait as _wait
 
 LANES, COLUMNS, THREADS = 128, 512, 128
 IMAGE = 64 * 1024  # bytes of the shared image
-IMAGE_AT = 1024  # its shared address
+IMAGE_AT = 1024  # its shared address; behind it are 4 KiB that nothing writes
 REGISTERS = ", ".join(f"%v{k}" for k in range(32))
 
 HEAD = f"""
@@ -52,7 +52,8 @@ HEAD = f"""
     @%first fence.mbarrier_init.release.cluster;
 """
 VARIABLES = (
-    f".shared .align 1024 .b8 image[{IMAGE}];\n.shared .align 8 .b8 bars[16];\n.shared .align 4 .b8 slot[4];"
+    f".shared .align 1024 .b8 image[{IMAGE}];\n.shared .align 16 .b8 empty[4096];\n"
+    ".shared .align 8 .b8 bars[16];\n.shared .align 4 .b8 slot[4];"
 )
 FILL_SHARED = f"""
     shl.b32 %i, %t, 4;

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from cute_flash.emulator import TensorMemoryError, UninitializedRead, UnmodelledInstruction
+from cute_flash.emulator import OutOfBounds, TensorMemoryError, UninitializedRead, UnmodelledInstruction
 
 from . import tensor
 from .test_convert_narrow import value
@@ -241,11 +241,18 @@ def test_copies_that_there_are_not(form, error, words):
         tensor.run(f"mov.b64 %s0, 0;\n@%issuer tcgen05.cp.cta_group::1.{form} [%tm], %s0;")
 
 
-def test_a_copy_reads_what_was_written():
+@pytest.mark.parametrize(
+    ("at", "error", "words"),
+    [
+        (tensor.IMAGE_AT + tensor.IMAGE - 512, UninitializedRead, "of an operand was never written"),
+        (0x20000, OutOfBounds, "an operand's bytes at shared 0x20000"),
+    ],
+)
+def test_a_copy_reads_what_was_written(at, error, words):
     code = f"""
-    mov.b64 %s0, {(tensor.IMAGE_AT + tensor.IMAGE - 512) >> 4 | 1 << 16 | 8 << 32 | 1 << 46:#x};
+    mov.b64 %s0, {at >> 4 | 1 << 16 | 8 << 32 | 1 << 46:#x};
     @%issuer tcgen05.cp.cta_group::1.128x128b [%tm], %s0;
     {tensor.commit()}
     """
-    with pytest.raises(UninitializedRead, match="of an operand was never written"):
+    with pytest.raises(error, match=words):
         tensor.run(code)

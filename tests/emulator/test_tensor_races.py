@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cute_flash.emulator import DataRace
+from cute_flash.emulator import DataRace, EmulatorError
 
 from . import tensor
 from .test_mbarrier import ORDERS
@@ -108,14 +108,19 @@ def test_an_earlier_commit_does_not_cover_a_later_product():
     execute(["MMA", "DONE", "MMA", DONE2, LOAD])
 
 
+def unread(code: str) -> str:
+    """A kernel that does not look at tensor memory in the end."""
+    text = tensor.kernel(code)
+    assert tensor.READ_TENSOR in text
+    return text.replace(tensor.READ_TENSOR, "")
+
+
 def test_columns_that_are_given_back_must_be_idle():
     """The product is still writing when warp 0 deallocates."""
     operands, mma, _, (images, before, _) = parts(CASE)
-    code = "\n".join([operands, mma])
-    text = tensor.kernel(code)
-    assert tensor.READ_TENSOR in text
+    text = unread("\n".join([operands, mma]))
     with pytest.raises(DataRace, match="deallocates columns 0 to 511, .* the write of work"):
-        tensor.execute(text.replace(tensor.READ_TENSOR, ""), images, before)
+        tensor.execute(text, images, before)
 
 
 def test_two_warps_of_one_quarter():
@@ -127,3 +132,19 @@ def test_two_warps_of_one_quarter():
     allocate(code, block=128, races=True)
     with pytest.raises(DataRace, match="stores to columns 0 to 0, lanes 0 to 31 .* warp [04]"):
         allocate(code, block=160, races=True)
+
+
+def test_work_must_be_over_before_its_columns_and_its_cta_are_gone():
+    """Without the detector, too: a late product finds its columns given back."""
+    operands, mma, done, (images, before, _) = parts(CASE)
+    late = {"races": False, "asynchrony": "late"}
+    tensor.execute(unread("\n".join([operands, mma, done])), images, before, **late)
+    with pytest.raises(EmulatorError, match="exits while tensor work of its is under way"):
+        tensor.execute(unread("\n".join([operands, mma])), images, before, **late)
+
+
+def test_a_last_commit_may_arrive_when_nobody_waits():
+    operands, mma, done, (images, before, after) = parts(CASE)
+    commit = done.strip().split("\n", 1)[0].replace("[%bar]", "[%bar+8]")
+    code = "\n".join([operands, mma, done, commit])
+    assert np.array_equal(tensor.run(code, images, before, asynchrony="late"), after)

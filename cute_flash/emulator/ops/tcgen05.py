@@ -243,11 +243,13 @@ def _unwritten(m: Machine, position: int) -> Exception:
 
 @dataclass(eq=False)
 class Store(Pending):
-    """A tcgen05.st of one warp on its way; warp: (cta, warp)."""
+    """A tcgen05.st of one warp on its way; warp: (cta, warp); column: the first one, count: how many."""
 
     index: np.ndarray
     words: np.ndarray
     warp: tuple[int, int]
+    column: int
+    count: int
     where: Instruction
 
     kind = "product"
@@ -257,6 +259,7 @@ class Store(Pending):
         return "tensor stores", *self.warp
 
     def land(self, m: Machine) -> None:
+        m.tensor.check_columns(self.warp[0], self.column, self.count, "tcgen05.st")
         m.tensor.words.reshape(-1)[self.index] = self.words
         m.tensor.written.reshape(-1)[self.index] = True
 
@@ -276,12 +279,14 @@ def store(x: Operation) -> Step:
         words = g.gather(m.banks[32], sources)[:, None]
         if index.shape[1] == 2:
             words = np.concatenate([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=1)
-        m.tensor.words.reshape(-1)[index] = POISON
-        m.tensor.written.reshape(-1)[index] = False
+        count = form.windows[0][1]
         for k, warp in enumerate(zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True)):
-            pending = Store(index[:, :, k], words[:, :, k], warp, where)
+            pending = Store(index[:, :, k], words[:, :, k], warp, int(column[k]), count, where)
             m.tensor.stores.setdefault(warp, []).append(pending)
             m.engine.issue(pending)
+            if not pending.landed:
+                m.tensor.words.reshape(-1)[pending.index] = POISON
+                m.tensor.written.reshape(-1)[pending.index] = False
 
     return x.converged(step)
 
