@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .blas import one_thread
 from .cluster import Unlaunched
 from .errors import EmulatorError
 from .machine import Machine
@@ -108,7 +109,7 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     executed = np.zeros(len(code.steps), np.int64)
     for name, held in program.storage.items():
         memory.add(held.ctypes.data, held.nbytes, name)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), one_thread():
         unlaunched = Unlaunched(0, total, cluster)
         while unlaunched.first < total:
             first = unlaunched.take(wave)

@@ -184,6 +184,7 @@ class Machine:
     def finish(self) -> None:
         """Every thread has exited: check what must not be left over."""
         self.register_pool.check_warpgroups()
+        self.products.ledger.check_complete()
         self.tensor.finish()
 
     def advance(self, pc: int, g: Threads, limit: int) -> list[tuple[int, Threads]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -47,10 +48,21 @@ class Form:
     keep: tuple[int, bool] | bool
     where: Instruction
 
+    @cached_property
+    def accumulator(self) -> tuple[int, ...]:
+        """The rows of D; forms with the same ones have the same tuple."""
+        return _the_one(tuple(self.d.tolist()))
+
     def chains_with(self, other: Form) -> bool:
         """Whether a product of this form and then one of `other` can be summed in one go."""
         same = self.tiles == other.tiles and self.kinds == other.kinds and self.sign == other.sign
+        same = same and self.accumulator is other.accumulator
         return same and not self.half and (self.a is None) == (other.a is None)
+
+
+@cache
+def _the_one(rows: tuple[int, ...]) -> tuple[int, ...]:
+    return rows
 
 
 class Crew:

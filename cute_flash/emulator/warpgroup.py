@@ -71,7 +71,7 @@ class Group(Operation):
 
 def _continues(one: Product, other: Product) -> bool:
     """Whether two products that follow each other can be one sum."""
-    same = one.g is other.g and one.form.chains_with(other.form) and np.array_equal(one.form.d, other.form.d)
+    same = one.g is other.g and one.form.chains_with(other.form)
     return same and bool(other.keep.all()) and not other.fresh.any()
 
 
@@ -128,26 +128,20 @@ class Products:
         """Per warp: whether an earlier product on the same accumulator has not happened yet."""
         found = np.zeros(product.g.warps, bool)
         for other in reversed(self._under_way()):
-            if np.array_equal(other.form.d, product.form.d):
+            if other.form.accumulator is product.form.accumulator:
                 if other.g is product.g:
                     return np.ones(product.g.warps, bool)
                 found |= other.g.warp_mask[product.g.warp_at, product.g.cta_at]
         return found
 
     def check_warpgroups(self, g: Threads) -> None:
-        """Raise unless every warp of the set has three companions that are alive."""
+        """Raise unless every warp of the set belongs to a warpgroup."""
         m = self.machine
         whole = m.warps // WARPS * WARPS
         if m.warps % WARPS and (g.warp_at >= whole).any():
             k = int(np.flatnonzero(g.warp_at >= whole)[0])
             text = f"the CTA's {m.warps} warps leave this one without a warpgroup of {WARPS}"
             raise m.warp_fault(WarpgroupError, g, k, text)
-        if m.exits and whole:
-            alive = m.live[:whole].any(axis=2).reshape(-1, WARPS, m.ctas).all(axis=1)
-            gone = ~alive[g.warp_at // WARPS, g.cta_at]
-            if gone.any():
-                k = int(np.flatnonzero(gone)[0])
-                raise m.warp_fault(WarpgroupError, g, k, "a warp of this warpgroup has exited")
 
     # Commit and completion.
 
@@ -215,7 +209,7 @@ class Products:
         m, g = self.machine, product.g
         left = np.ones(g.warps, bool)
         for other in self._under_way() if not self.eager else ():
-            if not np.array_equal(other.form.d, product.form.d):
+            if other.form.accumulator is not product.form.accumulator:
                 continue
             waiting = ~other.fresh & g.warp_mask[other.g.warp_at, other.g.cta_at]
             if not waiting.any():
@@ -310,7 +304,7 @@ class Products:
         """Tell observers what each warp's product reads in shared memory."""
         m, g, form = self.machine, product.g, product.form
         for k, (warp, cta) in enumerate(zip(g.warp_at.tolist(), g.cta_at.tolist(), strict=True)):
-            unit = Unit(cta, "products", warp // WARPS, int(self.committed[warp, cta]), warp)
+            unit = Unit(cta, "products", warp // WARPS, int(self.committed[warp, cta]) + 1, warp)
             for at in addresses(form, product.a, product.b, k, warp % WARPS):
                 m.watch.async_read(m, unit, cta, at, CHUNK)
 
@@ -318,7 +312,7 @@ class Products:
         m = self.machine
         for warp, cta, over in zip(g.warp_at.tolist(), g.cta_at.tolist(), target.tolist(), strict=True):
             if over > 0:
-                m.watch.unit_done(m, (cta, warp), Unit(cta, "products", warp // WARPS, over - 1, warp))
+                m.watch.unit_done(m, (cta, warp), Unit(cta, "products", warp // WARPS, over, warp))
 
     def check_untouched(self, g: Threads, touched: frozenset[int], by: Form | None) -> None:
         """Raise RegisterInFlight if a warp of `g` has a product under way that uses one of `touched`.
@@ -353,14 +347,16 @@ class Products:
 
 def _conflicts(form: Form, by: Form | None) -> frozenset[int]:
     """Rows of a product under way that `by` must not touch."""
-    d, a = frozenset(form.d.tolist()), frozenset(() if form.a is None else form.a.tolist())
+    d, a = frozenset(form.accumulator), _rows_of_a(form)
     if by is None:
         return d | a
-    if np.array_equal(by.d, form.d):
-        return a - frozenset(() if by.a is None else by.a.tolist()) | d & frozenset(
-            () if by.a is None else by.a.tolist()
-        )
-    return d | a & frozenset(by.d.tolist())
+    if by.accumulator is form.accumulator:
+        return a & frozenset(by.accumulator) | d & _rows_of_a(by)
+    return d | a & frozenset(by.accumulator)
+
+
+def _rows_of_a(form: Form) -> frozenset[int]:
+    return frozenset(() if form.a is None else form.a.tolist())
 
 
 def _accumulate(total: np.ndarray, start: np.ndarray, keep: np.ndarray, half: bool) -> np.ndarray:
@@ -398,6 +394,14 @@ class Ledger:
             number, *rest = (int(v[k]) for v in values)
             self._one(g, k, (cta, warp // WARPS, number), (form, *rest))
             self.issued[warp, cta] += 1
+
+    def check_complete(self) -> None:
+        """At the end of a wave: raise WarpgroupError if a product was issued by some warps of four only."""
+        for (cta, warpgroup, _), (key, left) in self.events.items():
+            where = key[0].where
+            text = f"{left} of 4 warps of warpgroup {warpgroup} of CTA {self.machine.cta_name(cta)} exit"
+            error = WarpgroupError(f"{text} without issuing a product that the others issued")
+            raise error.at(where.line, where.text)
 
     def _one(self, g: Threads, k: int, name: tuple[int, int, int], key: tuple) -> None:
         event = self.events.setdefault(name, [key, WARPS])
