@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cute_flash import emulator
-from cute_flash.emulator import EmulatorError, Options, UndefinedRegister, UninitializedRead
+from cute_flash.emulator import EmulatorError, Options, UninitializedRead
 
 from .evaluate import module
 from .test_mbarrier import ORDERS, wait
@@ -110,10 +110,15 @@ def test_nothing_is_left_when_everything_runs():
 ONCE = "@%first mbarrier.arrive.expect_tx.shared.b64 _, [%b], 16;\n@%first "
 
 
+def test_coordinates_of_nothing_are_poison():
+    """The DSL asks for coordinates before it knows whether there are any."""
+    code = f"{ONCE}{ASK}\n{wait(0)}\n{READ}\n{AXES.replace('@%more ', '')}\n"
+    assert run(code + "@%first st.global.b32 [%done], %x;", ctas_per_wave=36)[0, 0, 0] == 0xFFFFFFFF
+
+
 @pytest.mark.parametrize(
     ("code", "error", "words"),
     [
-        (f"{ONCE}{ASK}\n{wait(0)}\n{READ}\n{AXES.replace('@%more ', '')}", UndefinedRegister, "no cluster"),
         (f"{ONCE}{ASK}\n{READ}\n{wait(0)}", UninitializedRead, "was never written"),
         (f"{ONCE}{ASK}\n{wait(0)}\n{ONCE}{ASK}\n{wait(1, 'two')}", EmulatorError, "asks again"),
         (f"{ONCE}{ASK.replace('[%a]', '[%a+8]')}\n{wait(0)}", EmulatorError, "multiple of 16"),

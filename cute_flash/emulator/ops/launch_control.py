@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import bulk
-from ..errors import EmulatorError, UndefinedRegister
+from ..errors import EmulatorError
 from ..operands import Sink, Vector
 from ..translate import Operation, operation
 from .mbarrier import Word
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..state import Threads
 
 NBYTES = 16
+POISON = np.uint32(0xFFFFFFFF)
 
 
 @dataclass(eq=False)
@@ -86,7 +87,10 @@ _FIRST = "clusterlaunchcontrol.query_cancel.get_first_ctaid"
 
 @operation(_FIRST, *(f"{_FIRST}::{axis}" for axis in _FIELDS))
 def first_ctaid(x: Operation) -> Callable:
-    """Coordinates of the first CTA of the cluster that the answer names."""
+    """Coordinates of the first CTA of the cluster that the answer names; poison where it names none.
+
+    The DSL asks for them before it looks whether there are any.
+    """
     axis = x.name.removeprefix(_FIRST).removeprefix("::")
     if not axis:
         x.one_of("v4")
@@ -102,14 +106,11 @@ def first_ctaid(x: Operation) -> Callable:
 
     def step(m: Machine, g: Threads) -> None:
         words = m.rows["u64x2"][a][g.index]
-        failed = (words[..., 1] & np.uint64(1)).reshape(-1) == 0
-        if failed.any():
-            k = int(np.flatnonzero(failed)[0])
-            raise m.fault(UndefinedRegister, g, k, "the coordinates of an answer that names no cluster")
+        failed = words[..., 1] & np.uint64(1) == 0
         for d, name in dests:
             half, shift, mask = _FIELDS[name]
             value = words[..., half] >> np.uint64(shift) & np.uint64(mask)
-            m.rows["u32"][d][g.index] = value.astype(np.uint32)
+            m.rows["u32"][d][g.index] = np.where(failed, POISON, value.astype(np.uint32))
 
     return step
 
