@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,6 +63,21 @@ class ClusterBarriers:
             text = "waits at the cluster's barrier without having arrived"
             raise self.machine.warp_fault(BarrierError, g, k, text)
         return self.phase[g.cta_at // self.machine.cluster] > self.due[g.warp_at, g.cta_at]
+
+
+@dataclass
+class Unlaunched:
+    """The CTAs of a grid that have not started: first … total - 1, whole clusters of `cluster`."""
+
+    first: int
+    total: int
+    cluster: int
+
+    def take(self, ctas: int) -> int:
+        """Up to `ctas` of them start, or are taken over by running ones; the number of the first."""
+        first = self.first
+        self.first = min(first + ctas, self.total)
+        return first
 
 
 class RegisterPool:

@@ -54,21 +54,24 @@ class Tile(NamedTuple):
 class Encoding:
     """Where one family of instructions keeps the fields. swizzles: code -> width in bytes, 16 for none.
 
-    fixed: bits that must hold a value, as (mask, value).
+    fixed: bits that must hold a value, as (mask, value). any_row: whether kernels are known whose operands
+    start in the middle of a pattern's rows (NVIDIA's tutorials for Blackwell align theirs to 128 bytes).
     """
 
     name: str
     swizzle_shift: int
     swizzles: tuple[tuple[int, int], ...]
     fixed: tuple[int, int]
+    any_row: bool = False
 
 
 class Layout(NamedTuple):
-    """The fields of a descriptor but its address; bytes."""
+    """The fields of a descriptor but its address; bytes. any_row: as its encoding has it."""
 
     width: int
     leading: int
     stride: int
+    any_row: bool = False
 
 
 _BASE_OFFSET = 7 << 49
@@ -81,6 +84,7 @@ TCGEN05 = Encoding(
     61,
     ((0, 16), (2, 128), (4, 64), (6, 32)),
     (_RESERVED | 7 << 46 | _BASE_OFFSET | 0x1FF << 52, 1 << 46),
+    any_row=True,
 )
 
 
@@ -103,7 +107,7 @@ def layout(word: int, encoding: Encoding) -> Layout:
     width = dict(encoding.swizzles).get(code)
     if width is None:
         raise UnmodelledInstruction(f"descriptor {word:#018x}: swizzle code {code} is not modelled")
-    return Layout(width, (word >> 16 & 0x3FFF) * CHUNK, (word >> 32 & 0x3FFF) * CHUNK)
+    return Layout(width, *((word >> at & 0x3FFF) * CHUNK for at in (16, 32)), encoding.any_row)
 
 
 @lru_cache(maxsize=4096)
@@ -114,7 +118,7 @@ def table(place: Layout, tile: Tile, phase: int) -> np.ndarray:
     the formulas define.
     """
     _check(place, tile, phase)
-    width, leading, stride = place
+    width, leading, stride, _ = place
     outer, inner = (tile.k, tile.rows) if tile.mn_major else (tile.rows, tile.k)
     line = np.arange(outer)[:, None]
     chunk = np.arange(inner * tile.bits // (8 * CHUNK))[None, :]
@@ -132,7 +136,7 @@ def table(place: Layout, tile: Tile, phase: int) -> np.ndarray:
 
 def _check(place: Layout, tile: Tile, phase: int) -> None:
     """Raise unless the tile is one that kernels are known to use."""
-    width, leading, stride = place
+    width, leading, stride, any_row = place
     major = "MN" if tile.mn_major else "K"
     inner = (tile.rows if tile.mn_major else tile.k) * tile.bits // 8
     what = f"{major}-major, swizzle {width if width > CHUNK else 'none'}"
@@ -146,7 +150,7 @@ def _check(place: Layout, tile: Tile, phase: int) -> None:
         raise refuse(f"of {tile.bits}-bit elements is not modelled")
     if width == CHUNK:
         return
-    if phase % (8 * width) >= width:
+    if phase % (8 * width) >= width and not any_row:
         raise refuse(f"that starts in row {phase // width % 8} of its pattern is not modelled")
     whole = phase % width == 0 and inner % width == 0 and tile.mn_major
     if not whole and phase % width + inner > width:

@@ -52,8 +52,12 @@ class BarrierError(EmulatorError):
     """A barrier used with a wrong count or by the wrong warps."""
 
 
+class TensorMemoryError(EmulatorError):
+    """Tensor memory allocated, freed or reached in a way that hardware does not define."""
+
+
 class DataRace(EmulatorError):
-    """Two conflicting accesses to shared memory with no order between them."""
+    """Two conflicting accesses to shared or tensor memory with no order between them."""
 
 
 class RegisterInFlight(EmulatorError):

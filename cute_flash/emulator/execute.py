@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .blas import one_thread
+from .cluster import Unlaunched
 from .errors import EmulatorError
 from .machine import Machine
 from .memory import GlobalMemory
 from .schedule import SCHEDULES
 from .state import LANES
+from .tensor_memory import NBYTES as TENSOR_BYTES
 from .translate import architecture
 
 if TYPE_CHECKING:
@@ -108,8 +110,11 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     for name, held in program.storage.items():
         memory.add(held.ctypes.data, held.nbytes, name)
     with np.errstate(all="ignore"), one_thread():
-        for first in range(0, total, wave):
-            m = Machine(code, launch, memory, options, first, min(wave, total - first))
+        unlaunched = Unlaunched(0, total, cluster)
+        while unlaunched.first < total:
+            first = unlaunched.take(wave)
+            m = Machine(code, launch, memory, options, first, unlaunched.first - first)
+            m.unlaunched = unlaunched
             _run_wave(m)
             executed += np.cumsum(m.executed[:-1])
             report.waves += 1
@@ -128,7 +133,7 @@ def _cta_bytes(code: Code, launch: Launch) -> int:
     threads = -(-(launch.block[0] * launch.block[1] * launch.block[2]) // LANES) * LANES
     registers = sum(n * max(width // 8, 1) for width, n in code.layout.counts.items())
     shared = code.shared_base + code.shared_static + launch.shared_memory
-    return threads * (registers + 2 * code.local_bytes) + 2 * shared
+    return threads * (registers + 2 * code.local_bytes) + 2 * shared + TENSOR_BYTES * code.tensor_memory
 
 
 def _run_wave(m: Machine) -> None:

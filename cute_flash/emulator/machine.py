@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bulk import BulkGroups
-from .cluster import ClusterBarriers, RegisterPool
+from .cluster import ClusterBarriers, RegisterPool, Unlaunched
 from .engine import Engine, Parked, Stalls, Waiter
-from .errors import BarrierError, EmulatorError, OutOfBounds
+from .errors import EmulatorError, OutOfBounds
 from .mbarrier import MBarriers
 from .memory import RANK_SHIFT, OwnedMemory, ParameterMemory
 from .observe import Observers
@@ -19,6 +19,8 @@ from .special import value_of
 from .state import LANES, STORAGE, Registers, Threads, ThreadSets
 from .sync import AsyncCopies, NamedBarriers
 from .tensor_map import TensorMap
+from .tensor_memory import TensorMemory
+from .tensor_products import TensorUnit
 from .translate import CONTROL
 from .warpgroup import Products
 
@@ -65,6 +67,10 @@ class Machine:
         self.bulk_groups = BulkGroups(self)
         self.tensor_maps: dict[bytes, TensorMap] = {}
         self.register_pool = RegisterPool(self)
+        self.unlaunched = Unlaunched(0, 0, self.cluster)
+        self.refused: set[int] = set()  # CTAs that have been told that nothing is left to launch
+        self.tensor = TensorMemory(self)
+        self.tensor_unit = TensorUnit()
         self.engine = Engine(self)
         self.products = Products(self)
         self.parked = Parked(self)
@@ -85,8 +91,12 @@ class Machine:
     # Geometry and constants.
 
     def cta_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, y, z of every CTA of the wave; the CTAs of a cluster are neighbours in a wave."""
-        size, linear = self.launch.cluster, np.arange(self.first, self.first + self.ctas)
+        """x, y, z of every CTA of the wave."""
+        return self.coordinates(np.arange(self.first, self.first + self.ctas))
+
+    def coordinates(self, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x, y, z of CTAs by their numbers in the order of launch: the CTAs of a cluster are neighbours."""
+        size = self.launch.cluster
         clusters = [n // c for n, c in zip(self.launch.grid, size, strict=True)]
         which, rank = linear // self.cluster, linear % self.cluster
         x = which % clusters[0] * size[0] + rank % size[0]
@@ -175,10 +185,7 @@ class Machine:
         """Every thread has exited: check what must not be left over."""
         self.register_pool.check_warpgroups()
         self.products.ledger.check_complete()
-        barrier = self.mbarriers.unfinished()
-        if barrier is not None:
-            name = self.cta_name(barrier.cta)
-            raise BarrierError(f"CTA {name} exits while {barrier!r} waits for bytes that never came")
+        self.tensor.finish()
 
     def advance(self, pc: int, g: Threads, limit: int) -> list[tuple[int, Threads]]:
         """Run `g` from step pc up to its next control step (included) or up to step `limit`."""

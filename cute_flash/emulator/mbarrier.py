@@ -110,10 +110,6 @@ class MBarriers:
         barrier.pending = barrier.expected
         m.wake(barrier.key)
 
-    def unfinished(self) -> Barrier | None:
-        """A barrier that still waits for bytes, if there is one."""
-        return next((barrier for barrier in self.live.values() if barrier.bytes), None)
-
 
 def _check_address(m: Machine, address: int) -> None:
     if address % SIZE or not m.shared.base <= address <= m.shared.end - SIZE:

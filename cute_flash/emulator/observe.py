@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Unit(NamedTuple):
     """Who works asynchronously on shared memory: a queue of a CTA, whose work completes in numbered steps.
 
-    name, number: ("bulk", warp) for bulk stores, ("products", warpgroup) for wgmma, ("tensor", 0) for
+    name, number: ("bulk", thread) for bulk stores, ("products", warpgroup) for wgmma, ("tensor", thread) for
     tcgen05. epoch: the step that the work belongs to; whoever learns that the step is over (`unit_done`, or
     an mbarrier's phase) may touch what it touched. cta, warp: who issued it.
     """
@@ -38,6 +38,15 @@ class Span(NamedTuple):
     cta: int
     address: int
     size: int
+
+
+class Columns(NamedTuple):
+    """Columns first … first + count of some lanes of a CTA's tensor memory."""
+
+    cta: int
+    lanes: slice
+    first: int
+    count: int
 
 
 class Observer:
@@ -81,8 +90,23 @@ class Observer:
         barriers_only: its initialisations of mbarriers only.
         """
 
+    def unit_commit(self, m: Machine, unit: Unit) -> None:
+        """A step of a unit ends: what its issuer knows to be over now is over when the step is."""
+
     def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
         """A unit arrives at a barrier when its steps up to unit.epoch are over."""
+
+    def tensor_access(self, m: Machine, warp: tuple[int, int], columns: Columns, write: bool) -> None:
+        """(cta, warp) loads from tensor memory, or begins to store to it."""
+
+    def tensor_stored(self, m: Machine, g: Threads) -> None:
+        """Each warp has waited for its stores to tensor memory."""
+
+    def tensor_work(self, m: Machine, unit: Unit, columns: Columns, write: bool) -> None:
+        """A unit begins to read tensor memory, or to write it."""
+
+    def tensor_free(self, m: Machine, warp: tuple[int, int], columns: Columns) -> None:
+        """(cta, warp) deallocates columns."""
 
     def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         """(cta, warp) initialises a barrier."""

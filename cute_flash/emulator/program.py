@@ -34,6 +34,7 @@ class Code:
 
     runs[i] is steps[i].run. next_control[i]: first control step at or after i; next_converged the same for
     steps that need whole warps. symbols: address of each variable in its own space (generic for global).
+    tensor_memory: whether the entry has tcgen05 instructions.
     """
 
     steps: list[Step]
@@ -48,6 +49,7 @@ class Code:
     runs: list = field(default_factory=list)
     next_control: list[int] = field(default_factory=list)
     next_converged: list[int] = field(default_factory=list)
+    tensor_memory: bool = False
 
 
 class Program:
@@ -115,6 +117,7 @@ def _translate(program: Program, module: Module, entry: EntryText) -> Code:
         steps, translation.layout, symbols, reserved, end - reserved, local_bytes, translation.shared_granule,
         frozenset(v.name for v in (*static, *dynamic)), entry.directives,
     )  # fmt: skip
+    code.tensor_memory = translation.cta_group is not None
     code.runs = [step.run for step in steps]
     code.next_control = _next(steps, CONTROL)
     code.next_converged = _next(steps, CONVERGED)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .errors import DataRace
-from .observe import Observer, Span, Unit
+from .observe import Columns, Observer, Span, Unit
+from .tensor_races import TensorRaces
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -159,6 +160,8 @@ class RaceDetector(Observer):
         self.copy_step = np.zeros(self.cells, np.int32)
         self.reads: dict[int, History] = {}
         self.atomics: dict[int, History] = {}
+        self.closed: dict[Unit, Released] = {}
+        self.tensor = TensorRaces(self, m)
 
     # Accesses of threads.
 
@@ -211,7 +214,7 @@ class RaceDetector(Observer):
         self._check_writes(a)
         self._check_history(a, self.atomics, "atomic update")
         self._check_proxy(a)
-        agent = self._agent(unit)
+        agent = self.agent(unit)
         self._history(self.reads, agent).record(cell, unit.epoch, m.at)
 
     def async_write(self, m: Machine, warp: tuple[int, int], barrier: Barrier, span: Span) -> None:
@@ -228,9 +231,29 @@ class RaceDetector(Observer):
         self.write_step[cell] = m.at
 
     def unit_done(self, m: Machine, warp: tuple[int, int], unit: Unit) -> None:
-        cluster, number = self._one(warp)
-        agent = self._agent(unit)
+        cluster, number = self.one(warp)
+        agent = self.agent(unit)
         self.clock[cluster, number, agent] = max(self.clock[cluster, number, agent], unit.epoch)
+
+    def unit_commit(self, m: Machine, unit: Unit) -> None:
+        cluster, number = self.one((unit.cta, unit.warp))
+        agent = self.agent(unit)
+        known = self.clock[cluster, number].copy()
+        known[number] -= 1
+        known[agent] = unit.epoch
+        self.closed[unit] = Released(known, self.fenced[cluster, number].copy())
+
+    def tensor_access(self, m: Machine, warp: tuple[int, int], columns: Columns, write: bool) -> None:
+        self.tensor.access(warp, columns, write)
+
+    def tensor_stored(self, m: Machine, g: Threads) -> None:
+        self.tensor.stored(g)
+
+    def tensor_work(self, m: Machine, unit: Unit, columns: Columns, write: bool) -> None:
+        self.tensor.work(unit, columns, write)
+
+    def tensor_free(self, m: Machine, warp: tuple[int, int], columns: Columns) -> None:
+        self.tensor.free(warp, columns)
 
     def proxy_fence(self, m: Machine, g: Threads, barriers_only: bool) -> None:
         cluster, warp = self._who(g.cta_at, g.warp_at)
@@ -278,14 +301,14 @@ class RaceDetector(Observer):
             self._learn((cta, warp), self.leaving[cta // m.cluster][due])
 
     def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
-        cluster, number = self._one(warp)
+        cluster, number = self.one(warp)
         epoch = int(self.clock[cluster, number, number])
         word = Word(number, epoch, m.at, False, self._nothing(), self._nothing())
         self.words[barrier.cta, barrier.address] = word
 
     def mbarrier_use(self, m: Machine, warp: tuple[int, int], barrier: Barrier, by_unit: bool) -> None:
         word = self.words[barrier.cta, barrier.address]
-        cluster, number = self._one(warp)
+        cluster, number = self.one(warp)
         who = f"(CTA {m.cta_name(warp[0])}, warp {warp[1]})"
         made = f"its initialisation by warp {word.warp % m.warps} ({m.line(word.step)}) {who}"
         if number != word.warp and self.clock[cluster, number, word.warp] < word.epoch:
@@ -297,11 +320,9 @@ class RaceDetector(Observer):
         self._publish(warp, self.words[barrier.cta, barrier.address].arriving)
 
     def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
-        into = self.words[barrier.cta, barrier.address].arriving
-        known = np.zeros(self.clock.shape[2], np.int32)
-        known[self._agent(unit)] = unit.epoch
-        into.clock = _wider(into.clock, len(known))
-        into.join(known, np.zeros(self.warps, np.int32))
+        into, closed = self.words[barrier.cta, barrier.address].arriving, self.closed[unit]
+        into.clock = _wider(into.clock, self.clock.shape[2])
+        into.join(closed.clock, closed.fenced)
 
     def mbarrier_complete(self, m: Machine, barrier: Barrier) -> None:
         word = self.words[barrier.cta, barrier.address]
@@ -309,7 +330,7 @@ class RaceDetector(Observer):
 
     def mbarrier_wait(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         self._learn(warp, self.words[barrier.cta, barrier.address].released)
-        cluster, number = self._one(warp)
+        cluster, number = self.one(warp)
         agent = self._barrier_agent(barrier)
         self.clock[cluster, number, agent] = max(self.clock[cluster, number, agent], barrier.phase)
 
@@ -320,25 +341,26 @@ class RaceDetector(Observer):
 
     def _publish(self, warp: tuple[int, int], into: Released) -> None:
         """A warp's knowledge joins a barrier's; its next epoch begins."""
-        cluster, number = self._one(warp)
+        cluster, number = self.one(warp)
         into.clock = _wider(into.clock, self.clock.shape[2])
         into.join(self.clock[cluster, number], self.fenced[cluster, number])
         self.clock[cluster, number, number] += 1
 
     def _publish_barriers(self, warp: tuple[int, int]) -> None:
         """A relaxed arrival passes on only what fence.mbarrier_init has made visible to the cluster."""
-        cluster, number = self._one(warp)
+        cluster, number = self.one(warp)
         for (cta, _), word in self.words.items():
             if word.fenced and word.warp == number and cta // self.m.cluster == cluster:
                 word.epoch = 0
 
     def _learn(self, warp: tuple[int, int], released: Released) -> None:
-        cluster, number = self._one(warp)
+        cluster, number = self.one(warp)
         mine = self.clock[cluster, number]
         np.maximum(mine[: len(released.clock)], released.clock, out=mine[: len(released.clock)])
         np.maximum(self.fenced[cluster, number], released.fenced, out=self.fenced[cluster, number])
 
-    def _agent(self, unit: Unit) -> int:
+    def agent(self, unit: Unit) -> int:
+        """The number of a unit."""
         return self._grown(self.agents.number(unit.name, int(self.m.rank[unit.cta]), unit.number))
 
     def _barrier_agent(self, barrier: Barrier) -> int:
@@ -357,7 +379,7 @@ class RaceDetector(Observer):
         """(cluster, warp of the cluster) of each."""
         return cta // self.m.cluster, self.m.rank[cta] * self.m.warps + warp
 
-    def _one(self, warp: tuple[int, int]) -> tuple[int, int]:
+    def one(self, warp: tuple[int, int]) -> tuple[int, int]:
         """(cluster, warp of the cluster) of (cta, warp)."""
         cta, number = warp
         return cta // self.m.cluster, int(self.m.rank[cta]) * self.m.warps + number
@@ -377,7 +399,7 @@ class RaceDetector(Observer):
         return Access(self.m, g, verb, address, cell, cluster, warp)
 
     def _unit_access(self, verb: str, warp: tuple[int, int], cta: int, cell: np.ndarray) -> UnitAccess:
-        cluster, number = self._one(warp)
+        cluster, number = self.one(warp)
         base = cta * self.m.shared.stride
         return UnitAccess(
             self.m, verb, base, cell, np.full(1, cluster), np.full(1, number), self.granule

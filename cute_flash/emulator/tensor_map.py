@@ -18,8 +18,9 @@ from .memory import GlobalMemory
 # Element format -> (bytes per element, name)
 FORMATS = {
     0: (1, "u8"), 1: (2, "u16"), 2: (4, "u32"), 4: (8, "u64"), 6: (2, "f16"), 7: (4, "f32"), 9: (8, "f64"),
-    10: (2, "bf16"),
+    10: (2, "bf16"), 11: (1, "b4x2"),
 }  # fmt: skip
+FOURS = 11  # the format of 4-bit elements: two of them are one element here
 SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}  # code -> bytes of a swizzled row
 MOST_BOX = 256
 _ALWAYS = 1 << 1 | 1 << 18
@@ -28,7 +29,10 @@ _KNOWN = _ALWAYS | 7 << 4 | 15 << 7 | 3 << 13 | 1 << 21
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A decoded map. sizes, strides (bytes, dim 0 dense) and box: per dimension, dim 0 fastest."""
+    """A decoded map. sizes, strides (bytes, dim 0 dense) and box: per dimension, dim 0 fastest.
+
+    packed: how many of the program's elements are one element here, along dim 0.
+    """
 
     address: int
     element: int
@@ -37,6 +41,13 @@ class TensorMap:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     swizzle: int
+    packed: int = 1
+
+    def place(self, at: tuple[int, ...]) -> tuple[int, ...]:
+        """Coordinates as a program gives them, in elements of this map."""
+        if at[0] % self.packed:
+            raise EmulatorError(f"coordinate {at[0]} of {self.packed} elements that share a byte")
+        return (at[0] // self.packed, *at[1:])
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +117,11 @@ def decode(words: bytes) -> TensorMap:
     strides = tuple((word[3 + k] | high[k] << 32) * 16 for k in range(rank - 1))
     sizes = tuple(word[8 + k] + 1 for k in range(rank))
     box = tuple(words[55 + k] + 1 for k in range(rank))
+    packed = 2 if code == FOURS else 1
+    if sizes[0] % packed or box[0] % packed:
+        raise EmulatorError(f"rows of {sizes[0]} 4-bit elements in boxes of {box[0]} are not whole bytes")
+    sizes, box = (sizes[0] // packed, *sizes[1:]), (box[0] // packed, *box[1:])
     inner = box[0] * element
     if inner % 16 or (swizzle and inner > swizzle):
         raise EmulatorError(f"a box of {box} {name} elements does not fit a swizzle of {swizzle} bytes")
-    return TensorMap(word[0] | word[1] << 32, element, name, sizes, strides, box, swizzle)
+    return TensorMap(word[0] | word[1] << 32, element, name, sizes, strides, box, swizzle, packed)

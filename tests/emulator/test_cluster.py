@@ -137,7 +137,8 @@ def test_special_registers_and_addresses_know_the_rank():
     [
         ("mov.b32 %r2, data;\nmapa.shared::cluster.u32 %r2, %r2, %other;\n@%first st.shared.b32 [%r2], 1;",
          OutOfBounds, "lies in CTA 1 of the cluster"),
-        ("mov.b32 %r2, data;\nmapa.shared::cluster.u32 %r2, %r2, 2;", OutOfBounds, "CTA 2 of a cluster of 2"),
+        ("mov.b32 %r2, data;\nmapa.shared::cluster.u32 %r2, %r2, 2;\nld.shared::cluster.u32 %r3, [%r2];",
+         OutOfBounds, "lies in CTA 2 of the cluster"),
         ("barrier.cluster.arrive.aligned;\nbarrier.cluster.arrive.aligned;", BarrierError, "arrives twice"),
         ("barrier.cluster.wait.aligned;", BarrierError, "without having arrived"),
     ],

@@ -140,13 +140,17 @@ def test_who_waits_for_ever_is_named(options):
         ("mbarrier.init.shared.b64 [%b], 1;\nld.shared.b32 %r0, [%b];", EmulatorError, "was never written"),
         ("mbarrier.init.shared.b64 [%b], 1;\nmbarrier.inval.shared.b64 [%b];\n"
          "mbarrier.arrive.shared.b64 _, [%b];", BarrierError, "no mbarrier"),
-        ("mbarrier.init.shared.b64 [%b], 2;\nmbarrier.arrive.expect_tx.shared.b64 _, [%b], 16;",
-         BarrierError, "bytes that never came"),
     ],
 )  # fmt: skip
 def test_misuse(code, error, words):
     with pytest.raises(error, match=words):
         run(f"@!%first bra rest;\n{code}\nrest:")
+
+
+def test_a_kernel_may_leave_a_phase_open():
+    """The last acquire of a pipeline expects bytes that no copy brings; nobody waits for them."""
+    code = "mbarrier.init.shared.b64 [%b], 2;\nmbarrier.arrive.expect_tx.shared.b64 _, [%b], 16;"
+    run(f"@!%first bra rest;\n{code}\nrest:")
 
 
 def test_others_need_an_order_to_the_initialisation():

@@ -42,7 +42,8 @@ class Box:
         """(map, coordinates) of each thread."""
         maps = _values(m, g, "u64", self.map)
         at = zip(*(_values(m, g, "s32", row) for row in self.coordinates), strict=True)
-        return [(self._decoded(m, address), place) for address, place in zip(maps, at, strict=True)]
+        decoded = [self._decoded(m, address) for address in maps]
+        return [(map_, map_.place(place)) for map_, place in zip(decoded, at, strict=True)]
 
     def _decoded(self, m: Machine, address: int) -> tensor_map.TensorMap:
         words = _map_bytes(m, address)
