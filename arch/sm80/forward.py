@@ -121,7 +121,7 @@ class ForwardKernel:
 
     @cute.kernel
     def kernel(self, call: Operands, schedule: OneTile, group_size: Int32):
-        m_block, head, batch = schedule.tile(cute.arch.block_idx()[0])
+        m_block, head, batch, _ = schedule.tile(cute.arch.block_idx()[0])
         sequence = sequence_of(call, batch)
         kv_head = head // group_size if const_expr(self.problem.gqa) else head
         first_row = m_block * self.config.tile_m
