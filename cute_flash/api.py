@@ -66,9 +66,8 @@ def flash_attn_func(
         value (gpt-oss).
     return_lse: also return lse.
     out: (batch, seqlen_q, heads, head_dim_v), where the result is written; it must not overlap inputs.
-    block_mask: a `BlockMask`: only the blocks that it lists are computed, and its own rule takes the place
-        of causal, window_size and mask, which must not be given beside it. Its block sizes must be
-        multiples of a kernel's tile; 128 always is.
+    block_mask: a `BlockMask`: only its blocks are computed, and its own rule takes the place of causal,
+        window_size and mask. Its block sizes must be multiples of a kernel's tile, as 128 always is.
     num_splits: in how many parts, 1 to 128, the keys are taken at the same time and then merged in float32
         (Flash-Decoding, Dao et al. 2023): for few queries and many keys. None or 0: as many as fill the GPU,
         1 where the kernel cannot split; more than 1 there is NotImplementedError.

@@ -23,7 +23,7 @@ from cute_flash import (
     request,
     rules,
 )
-from cute_flash.arch.common.blocks import Listed, listed, phases
+from cute_flash.arch.common.blocks import Listed, Range, listed, part_of, phases
 from cute_flash.arch.common.mask import Everything, Mask
 from cute_flash.arch.elementwise import load
 from cute_flash.arch.rule import RuleType
@@ -244,7 +244,7 @@ def test_tiles_of_a_list(steps, keys):
                 assert {n // steps for n in evaluated} == set(indices[: counts[0]])
 
 
-def walked(visits: Listed) -> list[int]:
+def walked(visits: Listed | Range) -> list[int]:
     """Blocks in visiting order, by every way to walk: phases, one after another, all but the first."""
     by_phase = [n for n, _ in with_phases(visits)]
     if not visits.any():
@@ -261,7 +261,7 @@ def walked(visits: Listed) -> list[int]:
     return by_phase
 
 
-def with_phases(visits: Listed) -> list[tuple[int, bool]]:
+def with_phases(visits: Listed | Range) -> list[tuple[int, bool]]:
     """Blocks in visiting order, and whether their phase is masked."""
     return [
         (visits.block(visits.nth(p, i)), p.masked) for p in visits.phases for i in range(max(0, p.visits))
@@ -276,6 +276,22 @@ def test_lists_visit_what_ranges_visit(rule):
         by_range = {n for p in phases(rule, first, first + 15, 75, 16) for n in range(p.first, p.last)}
         counts, indices = list(rows_of(made))[row]
         assert set(walked(listed(indices, counts, 1, 5, True))) == by_range
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_parts_of_visits_are_the_whole(parts, steps):
+    visit, full = random_maps(1, 1, 30, 6)
+    keys = 40 * steps + 5
+    told = {"block_size": (16, 8 * steps), "seqlens": (30 * 16, keys), "mask": Causal()}
+    for counts, indices in rows_of(BlockMask.from_blocks(visit, full, **told)):
+        for visits in (
+            listed(indices, counts, steps, -(-keys // 8), True),
+            Range(phases(SlidingWindow(20, 3), counts[0], counts[0] + 15, 75, 8)),
+        ):
+            found = [walked(part_of(visits, i, parts)) for i in range(parts)]
+            assert sorted(n for part in found for n in part) == sorted(walked(visits))
+            assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 def tensors(seqlen_q=70, seqlen_k=90) -> list[torch.Tensor]:

@@ -142,6 +142,18 @@ def test_writing_into_out(noted):
     assert len(noted) == 1
 
 
+def test_a_block_mask_as_an_argument(noted):
+    def masked(q, k, v, block_mask):
+        return attention(q, k, v, block_mask=block_mask)
+
+    call = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    for block_mask in (BLOCKS, DOCUMENTS):
+        call(Q, K, V, block_mask)
+        problem, operands = noted[-1]
+        assert problem.block_size == (128, 128) and (problem.mask is None) == (block_mask is BLOCKS)
+        assert torch.equal(operands.block_indices, block_mask.indices)
+
+
 def test_new_sizes_and_values_do_not_compile_a_graph_each(noted):
     graphs = []
 

@@ -52,7 +52,7 @@ class Range:
         """The last place."""
         return self.phases[-1].first
 
-    lowest = end
+    lowest = end  # the smallest place
 
     @property
     def total(self):
@@ -101,7 +101,7 @@ class Listed:
     def start(self):
         return self.phases[0].first
 
-    lowest = start
+    lowest = start  # the smallest place
 
     @property
     def end(self):
