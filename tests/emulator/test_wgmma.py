@@ -274,6 +274,12 @@ def test_a_predicate_that_only_the_run_knows():
 
 
 
+def spoil_tile(base: int) -> str:
+    """PTX with which a warpgroup makes 8 KB of shared memory zero."""
+    stores = [f"st.shared.v4.b32 [%s1+{2048 * k}], {{0, 0, 0, 0}};\n" for k in range(4)]
+    return f"and.b32 %s1, %t, 127;\nmad.lo.u32 %s1, %s1, 16, {base};\n" + "".join(stores)
+
+
 def test_late_products_read_late():
     """What is stored over A after the issue is what a late product multiplies; an eager one is done."""
     case = Case(16, ("f16", "f16"), steps=1)
@@ -287,6 +293,30 @@ def test_late_products_read_late():
     assert not case.run(code, asynchrony="late").any()
     with pytest.raises(DataRace, match="product reads|read of"):
         case.run(code, races=True)
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "random"])
+def test_a_wait_of_one_warpgroup_leaves_the_other_ones_products(schedule):
+    """Both issue together; the first one waits, then A is made zero, then the second one waits."""
+    case = Case(16, ("f16", "f16"), steps=1)
+    base = int(case.words[0][0]) << 4 & 0x3FFFF
+    middle = f"""
+        {FENCE}{case.product(0, "%no")}{COMMIT}
+        setp.ge.u32 %p1, %t, 128;
+        @%p1 bra SECOND;
+        {WAIT}
+        {spoil_tile(base)}
+        bar.sync 1, 256;
+        bra BOTH;
+        SECOND:
+        bar.sync 1, 256;
+        {WAIT}
+        BOTH:
+    """
+    out = case.run(case.code(middle), block=256, asynchrony="late", schedule=schedule)
+    case.check(out[:128])
+    assert not out[128:].any()
+    case.check(case.run(case.code(middle), block=256))
 
 
 def test_groups_complete_in_order():
