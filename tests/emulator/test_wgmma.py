@@ -353,8 +353,9 @@ def test_a_group_waits_for_what_is_added_to_later():
         ((COMMIT, ""), "touches a register of the product"),
         ((WAIT, f"mov.b32 %f3, 0;\n{WAIT}"), "touches a register of the product"),
         ((WAIT, f"add.f32 %f3, %f3, %f3;\n{WAIT}"), "touches a register of the product"),
-        ((FENCE, ""), "written without a wgmma.fence since"),
-        ((FENCE, f"{FENCE}mov.b32 %f3, 0;\n"), "uses %f3, which was written without"),
+        ((FENCE, ""), "something else used without a wgmma.fence since"),
+        ((FENCE, f"mov.b32 %f3, 0;\n{FENCE}add.f32 %f9, %f3, %f3;\n"), "uses %f3, which something else used"),
+        ((FENCE, f"{FENCE}mov.b32 %f3, 0;\n"), "uses %f3, which something else used without"),
     ],
 )
 def test_accumulator_mistakes(change, what, mode):
@@ -371,7 +372,7 @@ def test_accumulator_mistakes(change, what, mode):
     [
         ((WAIT, f"mov.b32 %a1, 0;\n{WAIT}"), "touches a register of the product"),
         ((WAIT, f"mov.b32 %r1, %a1;\n{WAIT}"), "touches a register of the product"),
-        ((FENCE, f"{FENCE}add.u32 %a1, %a1, 0;\n"), "uses %a1, which was written without"),
+        ((FENCE, f"{FENCE}add.u32 %a1, %a1, 0;\n"), "uses %a1, which something else used without"),
     ],
 )
 def test_mistakes_with_a_in_registers(change, what, mode):
