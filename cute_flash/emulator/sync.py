@@ -1,8 +1,8 @@
 """Named barriers and cp.async groups of one wave.
 
 Named barrier, per CTA and number: a warp arrives when all its live lanes execute the instruction, and
-counts as 32 threads, each time anew: hardware counts arrivals and does not know whose they are. When the expected count is there, everyone who waits goes on and the barrier starts
-its next phase. A barrier without a count expects every warp of the CTA that has not exited; one with a
+counts as 32 threads, each time anew: hardware counts arrivals and does not know whose they are. When the
+expected count is there, everyone who waits goes on and the barrier starts its next phase. A barrier without a count expects every warp of the CTA that has not exited; one with a
 count gets no help from warps that exit.
 """
 
@@ -131,7 +131,7 @@ class NamedBarriers:
     def _join(self, g: Threads, arrival: Arrival) -> None:
         """Check that the warps of `g` fit into their barriers' phases; begin those they are first in."""
         m = self.machine
-        warp, cta, number = g.warp_at, g.cta_at, arrival.number
+        cta, number = g.cta_at, arrival.number
         everyone = arrival.count is None
         count = np.full(g.warps, m.warps * LANES) if everyone else arrival.count
         use = PLAIN if arrival.holds is None else REDUCTION

@@ -19,9 +19,9 @@ import tvm_ffi
 from cute_flash import emulator, objectfile
 from cute_flash.emulator.launch import Driver, View
 from tests.accuracy import LSE_ATOL, assert_accurate
-from tests.peers.flash_attn_4 import BLACKWELL, CASES, Case, Kernel, build
+from tests.peers.flash_attn_4 import BLACKWELL, CASES, HOPPER, Case, Kernel, build
 
-EVERY = (*CASES, *BLACKWELL)
+EVERY = (*CASES, *HOPPER, *BLACKWELL)
 SHARED_MEMORY = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448}  # bytes per block, by opting in
 PRODUCT = {"sm_80": "mma.sync", "sm_90a": "wgmma.mma_async", "sm_100a": "tcgen05.mma"}
 # Relative error of the polynomial that replaces some of the exponentials, and so of their sums.
@@ -101,12 +101,18 @@ def test_right_answers_in_any_order(kernels, name, options):
 
 
 @pytest.mark.parametrize("options", [*RANDOM, *MORE], ids=lambda options: f"seed{options['seed']}")
-@pytest.mark.parametrize("name", ["sm100_d64_causal", "sm100_d128", "sm100_d192_dv128", "sm100_d256"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(case.name for case in HOPPER),
+        *("sm100_d64_causal", "sm100_d128", "sm100_d192_dv128", "sm100_d256"),
+    ],
+)
 def test_right_answers_of_many_roles_in_any_order(kernels, name, options):
     check(kernels[name], options)
 
 
-@pytest.mark.parametrize("name", ["d64", "d128_causal_gqa", *(case.name for case in BLACKWELL)])
+@pytest.mark.parametrize("name", ["d64", "d128_causal_gqa", *(case.name for case in (*HOPPER, *BLACKWELL))])
 def test_no_data_races(kernels, name):
     check(kernels[name], {"asynchrony": "late", "races": True})
 

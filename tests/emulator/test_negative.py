@@ -144,7 +144,7 @@ EVERY = [(tree, name, mutation) for tree, name in CASES for mutation in MUTATION
 HARMLESS = {
     ("sm80", "window", "no commit", 0): "Q joins K's group; the first wait is for every group",
     ("sm80", "window", "no commit", 1): "K joins V's group; the first wait is for every group",
-    ("sm80", "window", "no commit", 2): "V joins the next group; the wait before V is used is for every group",
+    ("sm80", "window", "no commit", 2): "V joins the next group; the wait for V is for every group",
     ("sm80", "full", "no commit", 0): "Q joins K's group; the wait for K is the first for either",
 }
 
