@@ -26,7 +26,7 @@ SHARED_MEMORY = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448}  # bytes 
 PRODUCT = {"sm_80": "mma.sync", "sm_90a": "wgmma.mma_async", "sm_100a": "tcgen05.mma"}
 # Relative error of the polynomial that replaces some of the exponentials, and so of their sums.
 POLYNOMIAL = {"sm_80": 0.0, "sm_90a": 0.0, "sm_100a": 1e-4}
-# On sm_80 the peer does not fill the rows of Q's tile beyond the sequence; it reads them and drops the results.
+# On sm_80 the peer leaves the rows of Q beyond the sequence unwritten; it reads them and drops the results.
 UNINITIALIZED = {"sm_80": "poison", "sm_90a": "error", "sm_100a": "error"}
 EAGER = {"asynchrony": "eager"}
 LATE = {"asynchrony": "late"}
