@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
 from ..common.operand import transposed
@@ -19,10 +19,13 @@ from .tmem import ROWS, Plan
 K, MN = OperandMajorMode.K, OperandMajorMode.MN
 
 
-def tiled_mma(dtype: type, count: int, source: tcgen05.OperandSource, b_major: OperandMajorMode) -> cute.TiledMma:
+SMEM, TMEM = tcgen05.OperandSource.SMEM, tcgen05.OperandSource.TMEM
+
+
+def tiled_mma(dtype: type, count: int, a_in: tcgen05.OperandSource, b_major: OperandMajorMode):
     """m128 x count x k16; A has k contiguous, B is (count, k) with `b_major` contiguous."""
     shape = (ROWS, count, 16)
-    op = tcgen05.MmaF16BF16Op(dtype, Float32, shape, tcgen05.CtaGroup.ONE, source, K, b_major)
+    op = tcgen05.MmaF16BF16Op(dtype, Float32, shape, tcgen05.CtaGroup.ONE, a_in, K, b_major)
     return cute.make_tiled_mma(op)
 
 
@@ -37,10 +40,10 @@ class Products:
     plan: Plan
 
     def qk(self) -> cute.TiledMma:
-        return tiled_mma(self.dtype, self.plan.tile_n, tcgen05.OperandSource.SMEM, K)
+        return tiled_mma(self.dtype, self.plan.tile_n, SMEM, K)
 
     def pv(self) -> cute.TiledMma:
-        return tiled_mma(self.dtype, self.plan.dim_v, tcgen05.OperandSource.TMEM, MN)
+        return tiled_mma(self.dtype, self.plan.dim_v, TMEM, MN)
 
     def q(self, tiles: cute.Tensor) -> cute.Tensor:
         """Descriptors (mma, rows, k, tiles) of (rows, dim, tiles)."""
@@ -54,20 +57,20 @@ class Products:
         """Descriptors (mma, columns, k, stages) of (rows, dim_v, stages)."""
         return self.pv().make_fragment_B(self.pv().get_slice(0).partition_B(transposed(tiles)))
 
-    def s(self, base: cute.Pointer, tile: int) -> cute.Tensor:
-        """S of a Q tile as the product writes it."""
+    def s(self, base: cute.Pointer, tile: int, turn: int | Int32) -> cute.Tensor:
+        """S of a Q tile's block number `turn` as the product writes it."""
         layout = self.qk().make_fragment_C(self.qk().partition_shape_C((ROWS, self.plan.tile_n))).layout
-        return cute.make_tensor(base + self.plan.s(tile), layout)
+        return cute.make_tensor(base + self.plan.s(tile, turn), layout)
 
     def o(self, base: cute.Pointer, tile: int) -> cute.Tensor:
         """O of a Q tile as the product writes it."""
         layout = self.pv().make_fragment_C(self.pv().partition_shape_C((ROWS, self.plan.dim_v))).layout
         return cute.make_tensor(base + self.plan.o(tile), layout)
 
-    def p(self, base: cute.Pointer, tile: int) -> cute.Tensor:
-        """P of a Q tile as the product reads it: (mma, rows, k), two elements to a column."""
+    def p(self, base: cute.Pointer, tile: int, turn: int | Int32) -> cute.Tensor:
+        """P of a Q tile's block as the product reads it: (mma, rows, k), two elements to a column."""
         layout = cute.make_layout((ROWS, self.plan.tile_n), stride=(self.plan.tile_n, 1))
-        pointer = cute.recast_ptr(base + self.plan.s(tile), dtype=self.dtype)
+        pointer = cute.recast_ptr(base + self.plan.s(tile, turn), dtype=self.dtype)
         p = self.pv().get_slice(0).partition_A(cute.make_tensor(pointer, layout))
         # A fragment in tensor memory has a layout, but always begins at column 0.
         return cute.make_tensor(pointer, self.pv().make_fragment_A(p).layout)

@@ -7,7 +7,6 @@ thread of a warpgroup holds one whole row: no shuffle is ever needed to reduce i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -20,21 +19,18 @@ ROWS = 128
 LANE = 65536  # from one lane to the next in a tensor memory address, whose low half is the column
 
 
-class Columns(NamedTuple):
-    """Columns first <= c < first + count; P's are counted in 32-bit columns that hold two elements each."""
-
-    first: int
-    count: int
-
-
 @dataclass(frozen=True)
 class Plan:
     """Who owns which columns: S (later P, in its first half) and O of every Q tile of a CTA.
 
-    tiles: Q tiles. tile_n: columns of S. dim_v: columns of O. ValueError where they do not fit.
+        S[tile 0, slot 0]  S[tile 0, slot 1]  S[tile 1, slot 0]  ...  O[tile 0]  O[tile 1]
+
+    tiles: Q tiles. slots: S's of a tile. tile_n: columns of S. dim_v: columns of O.
+    ValueError where they do not fit.
     """
 
     tiles: int
+    slots: int
     tile_n: int
     dim_v: int
 
@@ -44,20 +40,24 @@ class Plan:
 
     @property
     def used(self) -> int:
-        return self.tiles * (self.tile_n + self.dim_v)
+        return self.tiles * (self.slots * self.tile_n + self.dim_v)
 
     @property
     def allocated(self) -> int:
         """Columns to ask for: a power of two, at least 32."""
         return max(32, 1 << (self.used - 1).bit_length())
 
-    def s(self, tile: int | Int32) -> Int32:
-        """First column of S and P of a Q tile."""
-        return tile * self.tile_n
+    def place(self, tile: int | Int32, turn: int | Int32) -> int | Int32:
+        """Which of all S's a Q tile's block number `turn` takes."""
+        return tile if self.slots == 1 else tile * self.slots + turn % self.slots
 
-    def o(self, tile: int | Int32) -> Int32:
+    def s(self, tile: int | Int32, turn: int | Int32) -> int | Int32:
+        """First column of S and P of a Q tile's block number `turn`."""
+        return self.place(tile, turn) * self.tile_n
+
+    def o(self, tile: int | Int32) -> int | Int32:
         """First column of O of a Q tile."""
-        return self.tiles * self.tile_n + tile * self.dim_v
+        return self.tiles * self.slots * self.tile_n + tile * self.dim_v
 
 
 def columns(base: cute.Pointer, first: int | Int32, count: int) -> cute.Tensor:

@@ -13,13 +13,15 @@ TILE_M = 128
 class Config:
     """How the forward kernel works on a problem.
 
-    tiles: Q tiles of 128 rows per CTA, a softmax warpgroup each. tile_n: rows of K and V at a time.
+    tiles: Q tiles of 128 rows per CTA, a softmax warpgroup each. slots: S's of a tile in tensor memory: with
+    two, the next block's S is computed before this block's P V. tile_n: rows of K and V at a time.
     k_stages, v_stages: their tiles in shared memory. polynomial: of 16 exponentials of a wholly visible
     block, how many are computed on the FMA units. softmax_registers, correction_registers,
     other_registers: per thread.
     """
 
     tiles: int
+    slots: int
     tile_n: int
     k_stages: int
     v_stages: int
@@ -73,5 +75,5 @@ class Row:
 
 
 ROWS = (
-    Row(128, 128, Config(2, 128, 2, 2, 0, 192, 96, 32)),
+    Row(128, 128, Config(2, 1, 128, 2, 2, 0, 192, 96, 32)),
 )

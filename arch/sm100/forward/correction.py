@@ -46,12 +46,13 @@ class Correction:
     def rescale(self, work: Work, tile: cutlass.Constexpr, turn: Int32):
         """O *= factor, unless no row of the warp has a new maximum, or there is no O yet."""
         thread = cute.arch.thread_idx()[0] % TILE_M
-        s, stats = work.edges.s.of(tile), work.edges.stats.of(tile)
+        stats = work.edges.stats.of(tile)
         stats.wait_full(turn)
         factor = work.memory.stats[thread, FACTOR, tile]
         stats.warp_emptied()
-        # S of this block was begun after the product that last wrote O: when it is full, O is there.
-        s.wait_full(turn)
+        if turn > 0:
+            # Even where nothing is to do: a wait that is two turns late would take one for the other.
+            work.edges.o.of(tile).wait_full(turn - 1)
         if (turn > 0) & cute.arch.vote_any_sync(factor != 1.0):
             for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
                 o = self.o(work, tile, c)
@@ -63,7 +64,7 @@ class Correction:
                     )
                 store(values, o, thread)
             stored()
-        s.warp_emptied()
+        work.edges.s.of(self.plan.place(tile, turn)).warp_emptied()
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
@@ -77,7 +78,7 @@ class Correction:
         first_row = job.first_row + tile * TILE_M
         factor = self.output_rows(job).close(softmax, 0, first_row + thread, True)
         if turns > 0:
-            work.edges.o.of(tile).wait_full(0)
+            work.edges.o.of(tile).wait_full(turns - 1)
         out = work.memory.tiles.out[None, None, tile]
         for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
             values = registers(CHUNK)

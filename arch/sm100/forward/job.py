@@ -30,9 +30,9 @@ class Memory(NamedTuple):
 class Edges(NamedTuple):
     """One of each for every Q tile.
 
-    s: S filled by the mma warp; emptied when P is stored and O rescaled.
+    s: S filled by the mma warp; emptied when P is stored and O rescaled; one for every S of a tile.
     stats: filled by the softmax warps, emptied by the correction's.
-    o: the final O, filled by the mma warp.
+    o: filled by the mma warp when a block's P V is complete; `s` tells it when to go on.
     """
 
     s: Edge

@@ -7,9 +7,9 @@
 
     load --q--> mma                        a stage for each Q tile
     load --k, v--> mma                     K and V apart, so that a product waits for its own tile only
-    mma --s--> softmax, correction         one for each Q tile; back when P is stored and O rescaled
+    mma --s--> softmax, correction         `slots` for each Q tile; back when P is stored and O rescaled
     softmax --stats--> correction          one for each Q tile: factors, in the end sum and maximum
-    mma --o--> correction                  one for each Q tile, once
+    mma --o--> correction                  one for each Q tile: O after each block
 
 One CTA takes `tile_m` rows of one query head.
 """
@@ -56,7 +56,7 @@ class ForwardKernel:
         self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch)
         self.k = operand(config.tile_n, dim, config.k_stages, ragged_k)
         self.v = operand(config.tile_n, dim_v, config.v_stages, ragged_k)
-        self.plan = Plan(config.tiles, config.tile_n, padded(dim_v))
+        self.plan = Plan(config.tiles, config.slots, config.tile_n, padded(dim_v))
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -123,19 +123,20 @@ class ForwardKernel:
     @cute.jit
     def edges(self, barriers: cute.Pointer, warp: Int32):
         """The edges between roles of this CTA, made by one thread."""
-        tiles = self.config.tiles
+        tiles, scores = self.config.tiles, self.config.tiles * self.config.slots
+        stats, o = barriers + 2 * scores, barriers + 2 * (scores + tiles)
         if warp == 0:
             with cute.arch.elect_one():
-                Edge.make(barriers, tiles, 1, 2 * WARPGROUP)
-                Edge.make(barriers + 2 * tiles, tiles, WARPGROUP, WARPGROUP)
-                Edge.make(barriers + 4 * tiles, tiles, 1, 1)
-        return Edges(*(Edge.at(barriers + 2 * tiles * i, tiles) for i in range(3)))
+                Edge.make(barriers, scores, 1, 2 * WARPGROUP)
+                Edge.make(stats, tiles, WARPGROUP, WARPGROUP)
+                Edge.make(o, tiles, 1, 1)
+        return Edges(Edge.at(barriers, scores), Edge.at(stats, tiles), Edge.at(o, tiles))
 
     def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer]:
         """The tiles, the rows' statistics, the barriers, and a word for tensor memory's address."""
         config = self.config
         smem = cutlass.memory.SmemAllocator()
-        count = 2 * (config.tiles * 4 + config.k_stages + config.v_stages)
+        count = 2 * (config.tiles * (3 + config.slots) + config.k_stages + config.v_stages)
         barriers = smem.allocate_array(cutlass.Int64, count)
         address = smem.allocate_array(cutlass.Int32, 1)
         stats = smem.allocate_tensor(Float32, cute.make_layout((TILE_M, 2, config.tiles)), byte_alignment=16)

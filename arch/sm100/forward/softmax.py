@@ -9,79 +9,83 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Int32
 
 from ...common.dropout import Dropout
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...problem import Problem
-from ..edge import Edge
-from ..tmem import ROWS, Plan, columns, load, registers, store, stored
+from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, blocks_of, phases_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, blocks_of, phases_of
 from .rows import accumulate, exponentials, raise_max
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
 
 
 class Row(NamedTuple):
-    """One thread's row: its number in the sequence, state, and places.
+    """One thread's row: its number in the sequence, its place among a tile's, its state.
 
-    s, p: the tile's columns of tensor memory. stats: (2,) in shared memory.
+    tensor: tensor memory. stats: (2,) in shared memory.
     """
 
     number: Int32
+    tile: Int32
     thread: Int32
     softmax: OnlineSoftmax
     rules: Rules
     dropout: Dropout | None
-    s: cute.Tensor
-    p: cute.Tensor
+    tensor: cute.Pointer
     stats: cute.Tensor
 
 
 class Softmax:
+    """plan: where S and P are."""
+
     def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan):
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
 
     @cute.jit
     def run(self, work: Work, warp: Int32):
-        tile = warp // 4
-        row = self.row(work, tile)
-        s, stats = work.edges.s.of(tile), work.edges.stats.of(tile)
+        row = self.row(work, warp // 4)
         blocks = phases_of(self.problem, self.config, work.job, row.rules)
         first, last = blocks_of(blocks)
         for p in cutlass.range_constexpr(len(blocks)):
             for i in cutlass.range(blocks[p].last - blocks[p].first, unroll=1):
                 n = blocks[p].last - 1 - i
-                self.block(row, s, stats, n, last - 1 - n, blocks[p].masked)
+                self.block(row, work.edges, n, last - 1 - n, blocks[p].masked)
+        stats = work.edges.stats.of(row.tile)
         stats.wait_empty(last - first)
         row.stats[ROW_SUM] = row.softmax.row_sum[0]
         row.stats[ROW_MAX] = row.softmax.row_max[0]
         stats.warp_filled()
 
     @cute.jit
-    def block(self, row: Row, s: Edge, stats: Edge, n: Int32, turn: Int32, masked: cutlass.Constexpr):
-        """One block of keys: S becomes P."""
+    def block(self, row: Row, edges: Edges, n: Int32, turn: Int32, masked: cutlass.Constexpr):
+        """Block n of the keys, the turn-th that is visited: S becomes P."""
+        s, stats = edges.s.of(self.plan.place(row.tile, turn)), edges.stats.of(row.tile)
+        column = self.plan.s(row.tile, turn)
         scores = registers(self.config.tile_n)
-        s.wait_full(turn)
-        load(row.s, scores, row.thread)
+        s.wait_full(turn // self.config.slots)
+        load(columns(row.tensor, column, self.config.tile_n), scores, row.thread)
         first_key = n * self.config.tile_n
         row.rules.apply(scores, lambda r: row.number, lambda c: first_key + c, masked)
         factor = raise_max(row.softmax, scores)
         stats.wait_empty(turn)
         row.stats[FACTOR] = factor
         stats.warp_filled()
+        # What a mask hides must be exactly 0, which ex2 makes of -inf.
         polynomial = 0 if masked else self.config.polynomial
         for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
             exponentials(row.softmax, scores, range(c, c + CHUNK), polynomial)
-            self.store_p(row, scores, c, first_key)
+            p = self.rounded(row, scores, c, first_key)
+            store(p, columns(row.tensor, column + c // 2, CHUNK // 2), row.thread)
         stored()
         s.warp_emptied()
         accumulate(row.softmax, scores, factor)
 
-    def store_p(self, row: Row, scores: cute.Tensor, first: int, first_key: Int32) -> None:
-        """Columns of P, less what dropout takes, to tensor memory in 16 bits."""
+    def rounded(self, row: Row, scores: cute.Tensor, first: int, first_key: Int32) -> cute.Tensor:
+        """CHUNK columns of P, less what dropout takes, as 32-bit words of two elements."""
         chunk = cute.make_tensor(scores.iterator + first, cute.make_layout((1, CHUNK), stride=(CHUNK, 1)))
         if row.dropout is not None:
             kept = registers(CHUNK)
@@ -90,9 +94,7 @@ class Softmax:
             chunk = kept
         p = registers(CHUNK, self.dtype)
         p.store(chunk.load().to(self.dtype))
-        words = cute.recast_tensor(p, cutlass.Float32)
-        target = columns(row.p.iterator, first // 2, CHUNK // 2)
-        store(words, target, row.thread)
+        return cute.recast_tensor(p, cutlass.Float32)
 
     def row(self, work: Work, tile: Int32) -> Row:
         job, memory, call = work.job, work.memory, work.job.call
@@ -101,16 +103,17 @@ class Softmax:
         scale = 1.0 if self.problem.score else call.softmax_scale
         return Row(
             number=job.first_row + tile * TILE_M + thread,
+            tile=tile,
             thread=thread,
             softmax=OnlineSoftmax.create(1, scale * LOG2_E, ()),
             rules=Rules.of(self.problem, call, job.sequence, job.head),
             dropout=self.dropout(job),
-            s=columns(memory.tensor, self.plan.s(tile), self.config.tile_n),
-            p=columns(memory.tensor, self.plan.s(tile), self.config.tile_n // 2),
+            tensor=memory.tensor,
             stats=memory.stats[thread, None, tile],
         )
 
     def dropout(self, job: Job) -> Dropout | None:
+        """The random numbers of the job's head, where the problem has dropout."""
         if not self.problem.dropout:
             return None
         call = job.call
