@@ -71,7 +71,7 @@ def specialize_warps(roles: cutlass.Constexpr, launched: cutlass.Constexpr, warp
 
 @cute.jit
 def work_as_team(team: cutlass.Constexpr, launched: cutlass.Constexpr, warp: Int32):
-    """Take the registers once for the warpgroup, as `setmaxnreg` wants it, then let each warp find its role."""
+    """Take registers once for the warpgroup, as `setmaxnreg` wants it; then each warp finds its role."""
     take_registers(team[0].registers, launched)
     run_warps(team, warp)
 

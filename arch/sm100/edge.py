@@ -24,9 +24,9 @@ class Edge(NamedTuple):
 
     @staticmethod
     def make(barriers: cute.Pointer, edges: int, fills: int, empties: int) -> Edge:
-        """`edges` neighbouring edges in 2 * edges barriers; a slot takes `fills` arrivals to be full, and so on.
+        """`edges` neighbours in 2 * edges barriers; `fills` arrivals make a slot full, `empties` empty.
 
-        One thread of the CTA must call this, before `channels_ready`.
+        One thread of the CTA calls this, before `channels_ready`.
         """
         for i in range(edges):
             cute.arch.mbarrier_init(barriers + i, fills)

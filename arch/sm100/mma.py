@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
 from ..common.operand import transposed
@@ -76,9 +77,25 @@ class Products:
         return cute.make_tensor(pointer, self.pv().make_fragment_A(p).layout)
 
 
+def tile_of(descriptors: cute.Tensor, index: int | Int32, turn: int | Int32) -> cute.Tensor:
+    """Descriptors (mma, rows, k) of one of several tiles, computed anew in block number `turn`.
+
+    Compilers would keep those of all k steps in registers from one block to the next, more than the mma warp
+    has; so they are made to depend on the block, by a shift that gives 0, which is not told.
+    """
+    layout = cute.append(descriptors.layout, cute.make_layout(2, stride=1))
+    zero = _found_here(turn) >> 31
+    return cute.make_tensor(descriptors.iterator, layout)[None, None, None, index, zero]
+
+
 def begin(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate) -> None:
     """Begin acc = a b, or acc += a b; a and b are (mma, rows, k). The whole warp calls this."""
     for k in range(cute.size(b, mode=[2])):
         mma.set(tcgen05.Field.ACCUMULATE, accumulate if k == 0 else True)
         cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
 
+
+def _found_here(x: int | Int32) -> Int32:
+    move = "mov.b32 $0, $1;"
+    word = Int32(x).ir_value()
+    return Int32(llvm.inline_asm(Int32.mlir_type, [word], move, "=r,r", has_side_effects=True))

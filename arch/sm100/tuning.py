@@ -57,12 +57,19 @@ def forward_config(problem: Problem, device: Device) -> Config | None:
     return next((row.config for row in ROWS if row.serves(problem, device)), None)
 
 
+def reads_tables(problem: Problem) -> bool:
+    """Whether a problem needs registers for more than scores: its rules read tables, or there is dropout."""
+    leaves = [leaf for rule in (problem.mask, problem.score) if rule for leaf in rule.leaves()]
+    return problem.dropout or any(leaf.startswith("tensor") for leaf in leaves)
+
+
 @dataclass(frozen=True)
 class Row:
-    """A config, and the largest head dims that it serves."""
+    """A config, the largest head dims that it serves, and whether it serves what reads tables."""
 
     head_dim: int
     head_dim_v: int
+    tables: bool
     config: Config
 
     def serves(self, problem: Problem, device: Device) -> bool:
@@ -70,10 +77,26 @@ class Row:
         return (
             problem.head_dim <= self.head_dim
             and problem.head_dim_v <= self.head_dim_v
+            and (self.tables or not reads_tables(problem))
             and self.config.shared_memory(problem) <= device.shared_memory
         )
 
 
+# Nothing here is timed: there is no such GPU at hand. What chose the numbers:
+#   registers: `setmaxnreg` moves 512 (or with one Q tile 504) per thread between three or four warpgroups. A
+#     row of S takes tile_n of the softmax's; as cubins show, none of these spills.
+#   tile_n: 128, so that the operands of a product are read from shared memory as fast as it runs; less where
+#     registers or K and V in shared memory do not allow it.
+#   slots: two Q tiles keep the tensor cores busy in turn; where O leaves room for one tile only, two S's do.
+#   polynomial: for 128 x 128 of S a quarter of an SM needs 1024 clocks of ex2 and 256 of FMA; each of the 16
+#     moved takes 64 from ex2 and adds 56 to FMA and 36 to about 440 issue slots. The products take 512 clocks
+#     at head dim 64, which ex2 binds: 6 moved leave 640 to ex2, 592 to FMA, 656 to issue. At 128 the products
+#     take 1024: 4 moved put ex2 (768) behind them. Beyond 128 they take longer still, and none is moved.
 ROWS = (
-    Row(128, 128, Config(2, 1, 128, 2, 2, 0, 192, 96, 32)),
+    Row(64, 64, False, Config(2, 1, 128, 4, 4, 6, 200, 64, 48)),
+    Row(128, 128, False, Config(2, 1, 128, 2, 2, 4, 200, 64, 48)),
+    Row(128, 128, True, Config(2, 1, 64, 4, 4, 0, 200, 64, 48)),
+    Row(192, 128, False, Config(2, 1, 128, 2, 1, 0, 192, 64, 64)),
+    Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
+    Row(256, 256, True, Config(1, 2, 96, 2, 1, 0, 240, 152, 112)),
 )

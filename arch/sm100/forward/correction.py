@@ -12,7 +12,7 @@ from ...common.numeric import both
 from ...common.operand import Operand
 from ...common.output import OutputRows
 from ...common.rules import Rules
-from ...common.softmax import LOG2_E, OnlineSoftmax
+from ...common.softmax import OnlineSoftmax
 from ...elementwise import where
 from ...problem import Problem
 from ..tmem import Plan, columns, load, registers, store, stored

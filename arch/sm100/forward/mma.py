@@ -15,7 +15,7 @@ from cutlass import Boolean, Int32
 
 from ...common.rules import Rules
 from ...problem import Problem
-from ..mma import Products, begin
+from ..mma import Products, begin, tile_of
 from ..tuning import Config
 from .job import MmaEnds, Work, blocks_of, phases_of
 
@@ -63,7 +63,7 @@ class Mma:
         memory, make = work.memory, self.products
         q, k = make.q(memory.tiles.q), make.k(memory.tiles.k)
         s = make.s(memory.tensor, tile, turn)
-        begin(make.qk(), s, q[None, None, None, tile], k[None, None, None, stage], False)
+        begin(make.qk(), s, tile_of(q, tile, turn), tile_of(k, stage, turn), False)
         work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma()
 
     def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32) -> None:
@@ -71,5 +71,5 @@ class Mma:
         memory, make = work.memory, self.products
         work.edges.s.of(make.plan.place(tile, turn)).wait_empty(turn // self.config.slots + 1)
         p, v, o = make.p(memory.tensor, tile, turn), make.v(memory.tiles.v), make.o(memory.tensor, tile)
-        begin(make.pv(), o, p, v[None, None, None, stage], Boolean(turn > 0))
+        begin(make.pv(), o, p, tile_of(v, stage, turn), Boolean(turn > 0))
         work.edges.o.of(tile).filled_by_mma()
