@@ -2,6 +2,7 @@
 
     Problem   what a call asks that changes compiled code           (frozen, hashable, printable)
     Device    what the answer depends on besides                    (frozen)
+    Sizes     how large a call is: for tuning only, never in compiled code
     Config    how a kernel chose to do it: each tree's tuning.py    (frozen, defined there)
     Operands  the tensors and run-time numbers of one call
     Spec      what one operand is: dtype, dimensions, meaning
@@ -28,6 +29,7 @@ FEATURES = {
     "dropout": "dropout (Philox)",
     "sink": "learnable sinks",
     "lse": "log-sum-exp out",
+    "split_kv": "split-KV (`num_splits`)",
     "paged_kv": "paged KV (`block_table`)",
     "kvcache": "KV cache append and decode",
     "backward": "backward",
@@ -37,16 +39,30 @@ FEATURES = {
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as kernels see it: capability (major, minor) and opt-in shared memory per block in bytes."""
+    """A GPU as kernels see it: capability (major, minor) and opt-in shared memory per block in bytes.
+
+    multiprocessors: how many there are to fill; 1 gives tuning no reason to cut work into smaller parts.
+    """
 
     capability: tuple[int, int]
     shared_memory: int
+    multiprocessors: int = 1
 
     @property
     def target(self) -> str:
         """What the compiler calls it: "sm_80", "sm_90a", "sm_100a", ..."""
         major, minor = self.capability
         return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+class Sizes(NamedTuple):
+    """How large a call is; seqlen_q and seqlen_k are those of the longest sequences."""
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Problem:
     varlen: q, k, v are packed as (total, heads, dim) with cu_seqlens_q and cu_seqlens_k.
     seqused_q, seqused_k: the used length of every sequence is given.
     gqa: there are fewer KV heads than query heads.
+    split_kv: the keys are shared out among CTAs: out and lse are a partial result for each of them.
     """
 
     dtype: str
@@ -72,6 +89,7 @@ class Problem:
     dropout: bool = False
     sink: bool = False
     lse: bool = True
+    split_kv: bool = False
 
     def features(self) -> tuple[str, ...]:
         """The features that this problem needs, keys of FEATURES."""
@@ -86,8 +104,17 @@ class Problem:
             "dropout": self.dropout,
             "sink": self.sink,
             "lse": self.lse,
+            "split_kv": self.split_kv,
         }
         return tuple(name for name, needs in needed.items() if needs)
+
+    def specs(self) -> Operands:
+        """What a kernel for this problem is launched with."""
+        return forward_specs(self)
+
+    def known_sizes(self) -> dict[str, int]:
+        """The dimensions, as Specs name them, that compiled code knows."""
+        return {"head_dim": self.head_dim, "head_dim_v": self.head_dim_v, "two": 2}
 
 
 class Operands(NamedTuple):
@@ -116,13 +143,14 @@ class Spec(NamedTuple):
     """One operand: dims name its dimensions (equal names are equal sizes), () for a scalar.
 
     strides: "strided" = any multiples of 16 bytes with the last dimension contiguous, "contiguous",
-    or "scalar".
+    or "scalar". written: the kernel writes it, whole.
     """
 
     dtype: str
     dims: tuple[str, ...]
     strides: str
     meaning: str
+    written: bool = False
 
 
 def forward_specs(problem: Problem) -> Operands:
@@ -134,6 +162,12 @@ def forward_specs(problem: Problem) -> Operands:
     else:
         q_dims, k_dims = ("batch", "seqlen_q"), ("batch", "seqlen_k")
         lse_dims = ("batch", "num_heads_q", "seqlen_q")
+    out_dims = (*q_dims, "num_heads_q", "head_dim_v")
+    out = Spec(dtype, out_dims, "strided", "output", written=True)
+    lse = Spec("float32", lse_dims, "contiguous", "natural log-sum-exp", written=True)
+    if problem.split_kv:
+        out = out._replace(dtype="float32", dims=("splits", *out_dims), meaning="output of each split")
+        lse = lse._replace(dims=("splits", *lse_dims), meaning="natural log-sum-exp of each split")
 
     def tensor(dims: tuple[str, ...], meaning: str) -> Spec:
         return Spec(dtype, dims, "strided", meaning)
@@ -145,8 +179,8 @@ def forward_specs(problem: Problem) -> Operands:
         q=tensor((*q_dims, "num_heads_q", "head_dim"), "queries"),
         k=tensor((*k_dims, "num_heads_kv", "head_dim"), "keys"),
         v=tensor((*k_dims, "num_heads_kv", "head_dim_v"), "values"),
-        out=tensor((*q_dims, "num_heads_q", "head_dim_v"), "output, written"),
-        lse=optional(problem.lse, "float32", lse_dims, "natural log-sum-exp, written"),
+        out=out,
+        lse=lse if problem.lse else None,
         cu_seqlens_q=optional(problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in q"),
         cu_seqlens_k=optional(problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in k"),
         seqused_q=optional(problem.seqused_q, "int32", ("batch",), "rows of q in use, per sequence"),

@@ -25,10 +25,12 @@ class Rule:
     Fields may be None, int, float, a torch tensor, another rule, or a tuple of rules.
     tables: for a tensor field, the shapes that a call may give it, in the words "batch", "heads",
     "seqlen_q" and "seqlen_k"; a field without an entry may have any shape.
+    ignores_head: `at` gives the same for every head of a sequence; so does a class without an `at`.
     """
 
     rule_id: ClassVar[str]
     tables: ClassVar[dict[str, tuple[tuple[str, ...], ...]]] = {}
+    ignores_head: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -140,6 +142,12 @@ class RuleType:
             elif kind != "none":
                 found.append(kind)
         return tuple(found)
+
+    def ignores_head(self) -> bool:
+        """Whether this rule and all inside it stand the same for every head of a sequence."""
+        own = self.cls.at is Rule.at or self.cls.ignores_head
+        nested = [n for kind in self.kinds for n in (kind if isinstance(kind, tuple) else (kind,))]
+        return own and all(n.ignores_head() for n in nested if isinstance(n, RuleType))
 
     def build(self, values: tuple[Any, ...]) -> Rule:
         """A rule of this type around `values`, which may be host numbers, tensors or device values."""

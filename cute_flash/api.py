@@ -37,6 +37,7 @@ def flash_attn_func(
     learnable_sink: torch.Tensor | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    num_splits: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Exact attention on dense batches, in O(seqlen) memory (Dao et al. 2022; Dao 2023).
 
@@ -63,6 +64,9 @@ def flash_attn_func(
         value (gpt-oss).
     return_lse: also return lse.
     out: (batch, seqlen_q, heads, head_dim_v), where the result is written; it must not overlap inputs.
+    num_splits: in how many parts, 1 to 128, the keys are taken at the same time and then merged in float32
+        (Flash-Decoding, Dao et al. 2023): for few queries and many keys. None or 0: as many as fill the GPU,
+        1 where the kernel cannot split; more than 1 there is NotImplementedError.
 
     Returns out, (batch, seqlen_q, heads, head_dim_v) in q's dtype; (out, lse) with return_lse, lse the
     natural log of the softmax's sum, float32 (batch, heads, seqlen_q); (out, lse, S_dmask) with
@@ -71,7 +75,7 @@ def flash_attn_func(
     lse = return_lse or return_attn_probs
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
-        lse, out,
+        lse, out, num_splits,
     )
     call = request.dense(q, k, v, options)
     return _results(call, out, return_attn_probs)
@@ -102,6 +106,7 @@ def flash_attn_varlen_func(
     learnable_sink: torch.Tensor | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    num_splits: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Exact attention on sequences of different lengths, packed one after the other without padding.
 
@@ -128,7 +133,7 @@ def flash_attn_varlen_func(
         )
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
-        return_lse, out,
+        return_lse, out, num_splits,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
     call = request.varlen(q, k, v, packing, options)

@@ -12,25 +12,27 @@ import functools
 import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from . import arch, rules
-from .arch.problem import FEATURES, Device, Problem
+from .arch.combine import CombineProblem
+from .arch.problem import FEATURES, Device, Problem, Sizes
 from .masks import Mask
 from .scores import Score
 
-# Devices that can be emulated: capability and opt-in shared memory per block of A100, RTX 30, RTX 40,
-# H100, B200 and RTX 50 (CUDA C++ programming guide, table of technical specifications).
+# Devices that can be emulated: capability, opt-in shared memory per block and multiprocessors of A100, RTX
+# 3090, RTX 4090, H100 SXM, B200 and RTX 5090 (CUDA C++ programming guide, table of technical specifications;
+# NVIDIA's architecture white papers).
 EMULATED = {
-    "sm80": Device((8, 0), 166912),
-    "sm86": Device((8, 6), 101376),
-    "sm89": Device((8, 9), 101376),
-    "sm90": Device((9, 0), 232448),
-    "sm100": Device((10, 0), 232448),
-    "sm120": Device((12, 0), 101376),
+    "sm80": Device((8, 0), 166912, 108),
+    "sm86": Device((8, 6), 101376, 82),
+    "sm89": Device((8, 9), 101376, 128),
+    "sm90": Device((9, 0), 232448, 132),
+    "sm100": Device((10, 0), 232448, 148),
+    "sm120": Device((12, 0), 101376, 170),
 }
 
 
@@ -52,6 +54,22 @@ class Place(NamedTuple):
 
     device: Device
     route: str
+
+
+class Step(NamedTuple):
+    """One launch: of a kernel class, for a problem of its own, with a config."""
+
+    kernel: Any
+    problem: Any
+    config: Any
+
+
+class Plan(NamedTuple):
+    """What a call launches: attention, and where the keys are split, what merges the splits' results."""
+
+    forward: Step
+    splits: int = 1
+    combine: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,28 @@ def dispatch(problem: Problem, device: Device) -> tuple[Any, Any]:
     return answer.kernel, answer.config
 
 
+@functools.lru_cache(maxsize=4096)
+def plan(problem: Problem, device: Device, sizes: Sizes, num_splits: int) -> Plan:
+    """The launches that answer an unsplit `problem`; NotImplementedError as `dispatch` has it.
+
+    num_splits: among how many CTAs a row block's keys are shared out; 0 leaves it to the kernel's tuning.
+    """
+    kernel, _ = dispatch(problem, device)
+    if not num_splits:
+        splits_itself = "split_kv" in kernel.support.features
+        num_splits = kernel.splits(problem, device, sizes) if splits_itself else 1
+    if num_splits == 1:
+        return Plan(Step(kernel, problem, kernel.config(problem, device, sizes)))
+    partial = replace(problem, split_kv=True, sink=False, lse=True)
+    kernel, _ = dispatch(partial, device)
+    merging, combine = CombineProblem.of(problem), kernel.combine
+    return Plan(
+        Step(kernel, partial, kernel.config(partial, device, sizes)),
+        num_splits,
+        Step(combine, merging, combine.config(merging, device, sizes)),
+    )
+
+
 @functools.cache
 def select(problem: Problem, device: Device) -> Answer:
     """The first kernel that serves `problem` on `device`."""
@@ -162,7 +202,7 @@ def supports(
     device: an architecture ("sm80"), a CUDA device, or None for the one at hand, emulated or not.
     mask, score: a rule (`Causal()` for causal calls, `Softcap(...)` for softcap, ...), a plain function,
     or a list of them that apply together. features: `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`,
-    `sink`, `lse`, all False unless given.
+    `sink`, `lse`, `split_kv` (num_splits above 1), all False unless given.
     """
     mask_type, score_type = rules.decode(rules.encode(_parts(mask, Mask), _parts(score, Score)).code)
     problem = Problem(
@@ -221,8 +261,9 @@ def _head_dims(support: Any) -> tuple[str, ...]:
 
 @functools.cache
 def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    return Device((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+    found = torch.cuda.get_device_properties(index)
+    shared_memory, multiprocessors = found.shared_memory_per_block_optin, found.multi_processor_count
+    return Device((found.major, found.minor), shared_memory, multiprocessors)
 
 
 def _emulated_device(name: str, argument: str) -> Device:

@@ -7,19 +7,22 @@ from typing import Any
 import torch
 
 from . import emulator, objectfile
-from .arch.problem import Device, Operands
+from .arch.problem import Device
 from .cache import Artifact
 from .dispatch import emulation
 from .emulator.launch import Driver, View
 
 
 class EmulatedKernel:
-    """Called with `Operands`' members, CPU tensors. The emulator's options are those active at the call."""
+    """Called with the kernel's operands, CPU tensors. The emulator's options are those active at the call."""
 
     def __init__(self, artifact: Artifact, device: Device) -> None:
         from tvm_ffi import from_dlpack
 
         self._from_dlpack = from_dlpack
+        operands = artifact.description["operands"]
+        self._names = [operand["name"] for operand in operands]
+        self._written = [any(member["written"] for member in operand["members"]) for operand in operands]
         program = emulator.Program(artifact.ptx.decode())
         self._driver = Driver(program, device.shared_memory)
         self._function = objectfile.load(
@@ -31,13 +34,13 @@ class EmulatedKernel:
         if active is None:
             raise RuntimeError("no emulated device is active")
         # A row that a kernel forgets to write must not pass for a right one.
-        for written in (operands[Operands._fields.index("out")], operands[Operands._fields.index("lse")]):
-            if written is not None:
-                written.fill_(torch.nan)
+        for operand, written in zip(operands, self._written, strict=True):
+            if written and operand is not None:
+                operand.fill_(torch.nan)
         views: list[View] = []
         args = tuple(
             self._argument(operand, name, views)
-            for name, operand in zip(Operands._fields, operands, strict=True)
+            for name, operand in zip(self._names, operands, strict=True)
         )
         reports = self._driver.call(self._function, views, args, emulator.Options(**active.options))
         active.reports.extend(reports)

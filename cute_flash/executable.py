@@ -1,7 +1,7 @@
 """From (kernel, problem, config, device) to something that can be called with operands.
 
 `executable`'s argument list is the compile key: whatever is not in it, sizes above all, is a run-time
-value. Compiling traces the kernel with fake operands made from `forward_specs`; the result is an object
+value. Compiling traces the kernel with fake operands made from the problem's `specs`; the result is an object
 file (cache.py), which is loaded without the compiler (objectfile.py) and bound either to the CUDA
 runtime or to the emulator. The compiler is imported when something must be compiled, and not before.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cache
-from .arch.problem import Device, Operands, Problem, Spec, forward_specs
+from .arch.problem import Device, Spec
 from .cache import Artifact
 
 _LOG = logging.getLogger("cute_flash")
@@ -33,8 +33,8 @@ compiled: list[str] = []  # key of every kernel that this process compiled, in o
 
 
 @functools.cache
-def executable(kernel: Any, problem: Problem, config: Any, device: Device, route: str) -> Callable[..., None]:
-    """The kernel as a function of `Operands`' members. route: "cuda" or "emulator"."""
+def executable(kernel: Any, problem: Any, config: Any, device: Device, route: str) -> Callable[..., None]:
+    """The kernel as a function of its operands, those of `problem.specs()`. route: "cuda" or "emulator"."""
     built = artifact(kernel, problem, config, device)
     if route == "cuda":
         from . import cuda_runtime, objectfile
@@ -45,13 +45,13 @@ def executable(kernel: Any, problem: Problem, config: Any, device: Device, route
     return EmulatedKernel(built, device)
 
 
-def artifact(kernel: Any, problem: Problem, config: Any, device: Device) -> Artifact:
+def artifact(kernel: Any, problem: Any, config: Any, device: Device) -> Artifact:
     """The compiled kernel, from disk where it is there."""
     key = key_of(kernel, problem, config, device)
     return cache.get(key, lambda: build(kernel, problem, config, device))
 
 
-def key_of(kernel: Any, problem: Problem, config: Any, device: Device) -> str:
+def key_of(kernel: Any, problem: Any, config: Any, device: Device) -> str:
     """The name of the kernel's file."""
     files = [Path(__file__)]
     own = Path(inspect.getfile(kernel))
@@ -60,7 +60,7 @@ def key_of(kernel: Any, problem: Problem, config: Any, device: Device) -> str:
     return cache.key_of(kernel.name, cache.sources_digest(*files), problem, config, device.target)
 
 
-def build(kernel: Any, problem: Problem, config: Any, device: Device) -> Artifact:
+def build(kernel: Any, problem: Any, config: Any, device: Device) -> Artifact:
     """Compile. RuntimeError where the compiler is not installed."""
     key = key_of(kernel, problem, config, device)
     try:
@@ -76,7 +76,7 @@ def build(kernel: Any, problem: Problem, config: Any, device: Device) -> Artifac
     return Artifact(host, ptx, cubin, _describe(kernel, problem, config, device, function, ptx))
 
 
-def _compile(launcher: Any, problem: Problem, device: Device, function: str) -> tuple[bytes, bytes, bytes]:
+def _compile(launcher: Any, problem: Any, device: Device, function: str) -> tuple[bytes, bytes, bytes]:
     """Host object, PTX and cubin."""
     import cutlass.cute as cute
     from cutlass.cute.runtime import make_fake_stream
@@ -110,7 +110,7 @@ def _for_any_host(module: Any) -> None:
                 operation.attributes["target_features"] = features
 
 
-def _fake_operands(problem: Problem) -> tuple:
+def _fake_operands(problem: Any) -> tuple:
     """An operand of the right type for every Spec; equal dimension names share one symbolic size."""
     import cutlass
     import cutlass.cute as cute
@@ -120,7 +120,7 @@ def _fake_operands(problem: Problem) -> tuple:
         "float16": cutlass.Float16, "bfloat16": cutlass.BFloat16, "float32": cutlass.Float32,
         "int8": cutlass.Int8, "uint8": cutlass.Uint8, "int32": cutlass.Int32, "int64": cutlass.Int64,
     }
-    sizes: dict[str, Any] = {"head_dim": problem.head_dim, "head_dim_v": problem.head_dim_v, "two": 2}
+    sizes: dict[str, Any] = problem.known_sizes()
 
     def fake(spec: Spec | tuple | None) -> Any:
         if spec is None:
@@ -140,14 +140,14 @@ def _fake_operands(problem: Problem) -> tuple:
         strides = (*(cute.sym_int64(divisibility=step) for _ in range(rank - 1)), 1)
         return make_fake_tensor(dtype, shape, strides, assumed_align=_ALIGNMENT)
 
-    return tuple(map(fake, forward_specs(problem)))
+    return tuple(map(fake, problem.specs()))
 
 
-def _describe(kernel, problem: Problem, config, device: Device, function: str, ptx: bytes) -> dict[str, Any]:
+def _describe(kernel, problem: Any, config, device: Device, function: str, ptx: bytes) -> dict[str, Any]:
     """What an outside tool needs to run the kernel."""
     entries = re.findall(r"^\s*(?:\.visible\s+)?\.entry\s+([\w$]+)", ptx.decode(), re.MULTILINE)
     operands = []
-    for name, spec in zip(Operands._fields, forward_specs(problem), strict=True):
+    for name, spec in problem.specs()._asdict().items():
         members = (None,) if spec is None else (spec,) if isinstance(spec, Spec) else spec
         operands.append({"name": name, "members": [_member(m, problem) for m in members if m is not None]})
     return {
@@ -167,20 +167,22 @@ def _describe(kernel, problem: Problem, config, device: Device, function: str, p
     }
 
 
-def _member(spec: Spec, problem: Problem) -> dict[str, Any]:
-    known = {"head_dim": problem.head_dim, "head_dim_v": problem.head_dim_v, "two": 2}
+def _member(spec: Spec, problem: Any) -> dict[str, Any]:
+    known = problem.known_sizes()
     return {
         "dtype": spec.dtype,
         "rank": len(spec.dims),
         "dims": [known.get(name, name) for name in spec.dims],
         "strides": spec.strides,
         "meaning": spec.meaning,
+        "written": spec.written,
     }
 
 
-def _no_compiler(key: str, problem: Problem, device: Device) -> str:
+def _no_compiler(key: str, problem: Any, device: Device) -> str:
     arch = device.target.replace("_", "").removesuffix("a")
-    dims = f"{problem.head_dim}x{problem.head_dim_v}"
+    known = problem.known_sizes()
+    dims = f"{known.get('head_dim', known['head_dim_v'])}x{known['head_dim_v']}"
     return (
         f"the kernel {key} for {problem} on {device.target} is neither in CUTE_FLASH_BUNDLE nor in the "
         "cache, and nvidia-cutlass-dsl, which compiles it, is not installed. Install it, or run on a machine "

@@ -13,8 +13,9 @@ import functools
 import torch
 
 from . import rules
-from .arch.problem import Operands, Problem
-from .dispatch import dispatch, place_of
+from .arch.combine import CombineOperands
+from .arch.problem import Operands, Problem, Sizes
+from .dispatch import Place, Plan, Step, place_of, plan
 from .executable import executable
 from .probabilities import signed_probabilities
 from .request import DROPOUT_STEPS, Call, check_tensors, keep_threshold
@@ -24,7 +25,7 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? seqused_q, Tensor? seqused_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "Tensor? sink, Tensor? rng_state, float softmax_scale, float dropout_p, "
-    "str rules, Tensor[] rule_tensors, SymInt[] rule_ints, float[] rule_floats, bool lse"
+    "str rules, Tensor[] rule_tensors, SymInt[] rule_ints, float[] rule_floats, bool lse, SymInt num_splits"
 )
 
 
@@ -45,14 +46,12 @@ def _new_out(q, k, v, *_) -> torch.Tensor:
 
 
 def _new_lse(call: Call) -> torch.Tensor:
-    q = call.q
-    if not call.lse:
-        shape = (0,)
-    elif call.cu_seqlens_q is None:
-        shape = (q.shape[0], q.shape[2], q.shape[1])
-    else:
-        shape = (q.shape[1], q.shape[0])
-    return q.new_empty(shape, dtype=torch.float32)
+    return call.q.new_empty(_lse_shape(call) if call.lse else (0,), dtype=torch.float32)
+
+
+def _lse_shape(call: Call) -> tuple[int, ...]:
+    *rows, heads, _ = call.q.shape
+    return (heads, *rows) if call.cu_seqlens_q is not None else (rows[0], heads, rows[1])
 
 
 def _forward(*arguments):
@@ -100,9 +99,31 @@ def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         q.shape[-2] != v.shape[-2], call.rng_state is not None, call.sink is not None, call.lse,
     )
     place = place_of(q.device)
-    kernel, config = dispatch(problem, place.device)
+    launches = plan(problem, place.device, _sizes(call), call.num_splits)
     check_tensors(call, out)
-    executable(kernel, problem, config, place.device, place.route)(*_operands(call, out, lse))
+    if launches.combine is None:
+        _run(launches.forward, place, _operands(call, out, lse))
+    else:
+        _launch_split(launches, place, call, out, lse)
+
+
+def _launch_split(launches: Plan, place: Place, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Attention over parts of the keys into fp32 scratch, then the parts' merging into out and lse."""
+    partial_out = call.q.new_empty((launches.splits, *out.shape), dtype=torch.float32)
+    partial_lse = partial_out.new_empty((launches.splits, *_lse_shape(call)))
+    _run(launches.forward, place, _operands(call._replace(sink=None, lse=True), partial_out, partial_lse))
+    longest_q = None if call.cu_seqlens_q is None else call.max_seqlen_q
+    merged = (out, lse if call.lse else None, call.cu_seqlens_q, call.seqused_q, call.sink, longest_q)
+    _run(launches.combine, place, CombineOperands(partial_out, partial_lse, *merged))
+
+
+def _run(step: Step, place: Place, operands: Operands | CombineOperands) -> None:
+    executable(*step, place.device, place.route)(*operands)
+
+
+def _sizes(call: Call) -> Sizes:
+    batch = call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
+    return Sizes(batch, call.q.shape[-2], call.k.shape[-2], call.max_seqlen_q, call.max_seqlen_k)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ TABLE_DTYPES = (torch.int32, torch.int64, torch.uint8, torch.int8, torch.float32
 ALIGNMENT = 16  # bytes: the widest load a kernel does
 LARGEST_GRID = 65535  # blocks along y and z of a launch
 DROPOUT_STEPS = 65536  # dropout compares 16 random bits
+MOST_SPLITS = 128  # parts of the keys
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 
 
@@ -40,6 +41,7 @@ class Options(NamedTuple):
     learnable_sink: torch.Tensor | None
     lse: bool
     out: torch.Tensor | None
+    num_splits: int | None = None
 
 
 class Packing(NamedTuple):
@@ -74,6 +76,7 @@ class Call(NamedTuple):
     rule_ints: list[int]
     rule_floats: list[float]
     lse: bool
+    num_splits: int
 
 
 class _Sizes(NamedTuple):
@@ -185,7 +188,8 @@ def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
     _check_no_grad(q, k, v, options, encoded.tensors)
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
-    return Call(q, k, v, *packing, sink, rng_state, scale, dropout_p, *encoded, options.lse)
+    splits = _num_splits(options.num_splits)
+    return Call(q, k, v, *packing, sink, rng_state, scale, dropout_p, *encoded, options.lse, splits)
 
 
 def _check_qkv(q: Any, k: Any, v: Any, dims: tuple[str, ...]) -> None:
@@ -348,6 +352,17 @@ def _number(name: str, value: Any, low: float | None) -> float:
         bound = "above 0" if low is None else f"from {low} on"
         raise ValueError(f"{name} is {value}; allowed: a finite number {bound}")
     return float(value)
+
+
+def _num_splits(given: Any) -> int:
+    """In how many parts to take the keys; 0 leaves it open."""
+    if given is None:
+        return 0
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise TypeError(f"num_splits is {given!r} ({type(given).__name__}); allowed: an int, or None")
+    if not 0 <= given <= MOST_SPLITS:
+        raise ValueError(f"num_splits is {given}; allowed: 1 to {MOST_SPLITS}, or 0 or None to leave it open")
+    return given
 
 
 def _window(window: Any) -> tuple[int | None, int | None]:

@@ -11,11 +11,11 @@ from tests.reference import attention
 LSE_ATOL = 2e-5
 
 
-def assert_accurate(out, lse, tensors: tuple, **call) -> None:
+def assert_accurate(out, lse, tensors: tuple, *, lse_atol: float = LSE_ATOL, **call) -> None:
     """Hold `out` and `lse` of a call on `tensors` (q, k, v) to the rule; lse may be None.
 
     out: twice torch's error in the input dtype, plus half a unit in the last place of the largest output.
-    lse: twice torch's error in float32, plus LSE_ATOL.
+    lse: twice torch's error in float32, plus lse_atol.
     """
     exact, dtype = attention(*tensors, **call), tensors[0].dtype
     peer, _ = attention(*tensors, compute=dtype, **call)
@@ -23,7 +23,7 @@ def assert_accurate(out, lse, tensors: tuple, **call) -> None:
     hold("out", out, exact[0], peer, torch.finfo(dtype).eps / 2 * largest)
     if lse is not None:
         _, peer = attention(*tensors, compute=torch.float32, **call)
-        hold("lse", lse, exact[1], peer, LSE_ATOL)
+        hold("lse", lse, exact[1], peer, lse_atol)
 
 
 def hold(name: str, ours, exact, peer, atol: float) -> None:

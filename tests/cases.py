@@ -25,6 +25,7 @@ class Case:
 
     heads, dims: (query, key/value) heads and (QK, V) head dims. mask, score: keys of MASKS and SCORES.
     used: which of "q", "k" get used lengths, as in "qk"; varlen only. layout: key of LAYOUTS in harness.py.
+    splits: parts of the keys; None leaves it to the kernel.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Case:
     sink: bool = False
     layout: str = "packed"
     softmax_scale: float | None = None
+    splits: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -54,6 +56,22 @@ class Streaming(Mask):
 
     def visible(self, q, k):
         return (k <= q) & ((k < self.first) | (k > q - self.window))
+
+
+@dataclass(frozen=True)
+class WindowByHead(Mask):
+    """A user's mask that is another one for every head. left: int32 (heads,)."""
+
+    left: Any
+
+    def at(self, batch, head, seqlen_q, seqlen_k):
+        return WindowByHead(load(self.left, head))
+
+    def visible(self, q, k):
+        return k >= q - self.left
+
+    def keys(self, q_first, q_last, seqlen_k):
+        return q_first - self.left, seqlen_k
 
 
 @dataclass(frozen=True)
@@ -108,6 +126,7 @@ MASKS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "either": lambda _: {"mask": SlidingWindow(10, 10) | PrefixLM(20)},
     "own": lambda _: {"mask": Streaming(4, 30)},
     "function": lambda _: {"mask": checkerboard},
+    "by_head": lambda n: {"mask": WindowByHead(torch.arange(n.heads, dtype=torch.int32) * 30 + 2)},
     "own_and_causal": lambda _: {"mask": Streaming(4, 30), "causal": True},
 }
 SCORES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
@@ -166,6 +185,49 @@ def singles() -> Iterator[Case]:
     yield Case("dropout_varlen", RAGGED, varlen=True, dropout=0.3)
     yield Case("sink", sink=True)
     yield Case("sink_without_keys", ((70, 20),), sink=True, mask="causal")
+    yield from few_rows()
+    yield from split()
+
+
+def few_rows() -> Iterator[Case]:
+    """Few queries and several heads to a KV head, which kernels may put into one tile."""
+    few = Case("few_rows", ((5, 200), (5, 200)), heads=(6, 2), mask="causal")
+    yield few
+    for heads in ((2, 1), (8, 1), (24, 1), (40, 2)):
+        yield replace(few, name=f"few_rows_heads_{heads[0]}_{heads[1]}", heads=heads)
+    yield replace(few, name="few_rows_one", seqlens=((1, 300),) * 2, heads=(16, 2), mask="full")
+    yield replace(few, name="few_rows_128", dims=(128, 128), heads=(8, 1))
+    yield replace(few, name="few_rows_192_128", dims=(192, 128), dtype="float16")
+    yield replace(few, name="few_rows_varlen", seqlens=RAGGED, varlen=True, heads=(8, 2))
+    yield replace(few, name="few_rows_varlen_few", seqlens=((3, 70), (0, 9), (6, 0), (5, 130)), varlen=True)
+    yield replace(few, name="few_rows_used", seqlens=((9, 70), (7, 150)), varlen=True, used="qk", layout="sliced")
+    yield replace(few, name="few_rows_sink", sink=True, heads=(9, 3))
+    yield replace(few, name="few_rows_dropout", dropout=0.3, heads=(32, 2))
+    yield replace(few, name="few_rows_alibi", score="alibi_per_batch", heads=(24, 1))
+    yield replace(few, name="few_rows_own", score="own_softcap", mask="own")
+    yield replace(few, name="few_rows_mask_by_head", mask="by_head", heads=(4, 1))
+    yield replace(few, name="few_rows_layout", layout="interleaved", dims=(40, 104))
+
+
+def split() -> Iterator[Case]:
+    """Keys in parts: fewer and more parts than blocks of keys, rows without keys, what joins once."""
+    several = Case("split", ((20, 520), (20, 520)), splits=3)
+    yield several
+    yield replace(several, name="split_causal", mask="causal", splits=4)
+    yield replace(several, name="split_empty", seqlens=((70, 130),), splits=7, heads=(4, 2))
+    yield replace(several, name="split_no_keys", seqlens=((70, 20),), splits=2, mask="causal", sink=True)
+    yield replace(several, name="split_without_keys", seqlens=((7, 0),), splits=2)
+    yield replace(several, name="split_window", mask="wide_window")
+    yield replace(several, name="split_own", mask="own", score="own_softcap", dims=(40, 104), dtype="float16")
+    yield replace(several, name="split_varlen", seqlens=((3, 500), *RAGGED), varlen=True, mask="causal")
+    yield replace(several, name="split_used", seqlens=RAGGED, varlen=True, used="qk", sink=True, splits=2)
+    yield replace(several, name="split_dropout", dropout=0.3, sink=True, heads=(4, 1))
+    yield replace(several, name="split_128", dims=(128, 128), mask="causal", heads=(8, 1), splits=5)
+    yield replace(several, name="split_192_128", dims=(192, 128), heads=(5, 1), layout="sliced")
+    yield replace(several, name="split_256", dims=(256, 256), mask="causal")
+    yield replace(several, name="split_few", seqlens=((1, 600),) * 3, heads=(16, 2), splits=4)
+    yield replace(several, name="split_many", seqlens=((1, 5000),), dims=(8, 8), splits=39)
+    yield replace(several, name="split_by_itself", seqlens=((1, 3000),), splits=None)
 
 
 PAIRED: dict[str, tuple[Any, ...]] = {

@@ -16,8 +16,8 @@ CACHE = "CUTE_FLASH_CACHE"
 def pytest_addoption(parser):
     parser.addoption(
         "--arch",
-        default=os.environ.get("CUTE_FLASH_TEST_ARCH", "sm80"),
-        help="the architecture to emulate where there is no GPU (default: %(default)s)",
+        default=os.environ.get("CUTE_FLASH_TEST_ARCH", "sm80,sm90"),
+        help="the architectures to emulate where there is no GPU, by commas (default: %(default)s)",
     )
 
 
@@ -37,16 +37,26 @@ def pytest_unconfigure(config):
 _made = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 
+def pytest_generate_tests(metafunc):
+    """A test of kernels runs once for each architecture that is emulated."""
+    emulated = metafunc.config.getoption("--arch").split(",")
+    if "arch" in metafunc.fixturenames:
+        metafunc.parametrize("arch", emulated, indirect=True, scope="session")
+    if "machine" in metafunc.fixturenames:
+        places = ["cuda"] if torch.cuda.is_available() else emulated
+        metafunc.parametrize("machine", places, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
 def machine(request) -> str:
-    """Where calls of a test run: "cuda", or the architecture that is emulated."""
-    return "cuda" if torch.cuda.is_available() else request.config.getoption("--arch")
+    """Where calls of a test run: "cuda", or an architecture that is emulated."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
 def arch(request) -> str:
-    """The architecture that is emulated, also where there is a GPU."""
-    return request.config.getoption("--arch")
+    """An architecture that is emulated, also where there is a GPU."""
+    return request.param
 
 
 def pytest_terminal_summary(terminalreporter):

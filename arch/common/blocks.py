@@ -42,6 +42,14 @@ def phases(mask: Mask, q_first, q_last, seqlen_k, tile_n: int) -> list[Phase]:
     return [Phase(full_last, last, True), Phase(full_first, full_last, False), Phase(first, full_first, True)]
 
 
+def part_of(blocks: list[Phase], part, parts) -> list[Phase]:
+    """Of the blocks of these phases, the `part`-th of `parts` parts, as equal as whole blocks allow."""
+    first = blocks[-1].first
+    count = maximum(blocks[0].last - first, 0)
+    low, high = first + count * part // parts, first + count * (part + 1) // parts
+    return [Phase(maximum(p.first, low), minimum(p.last, high), p.masked) for p in blocks]
+
+
 def _never_positive(bound) -> bool:
     """True where a bound is known to be 0 or less without running anything."""
     return isinstance(bound, int) and bound <= 0

@@ -17,6 +17,15 @@ def rows_by_columns(acc: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(acc.iterator, view)
 
 
+def some_rows(view: cute.Tensor, first: int, count: int) -> cute.Tensor:
+    """`count` rows of (rows, columns), from `first` on: one, or all."""
+    if count == cute.size(view, mode=[0]):
+        return view
+    row = view[first, None]
+    layout = cute.make_layout((1, row.layout.shape), stride=(0, row.layout.stride))
+    return cute.make_tensor(row.iterator, layout)
+
+
 def as_operand_a(acc: cute.Tensor) -> cute.Tensor:
     """((2, 2), M, N) of m16n8 -> ((2, 2, 2), M, N / 2): the accumulator as the next product's A."""
     halves = cute.logical_divide(acc.layout, (None, None, 2))  # ((2, 2), M, (2, N / 2))

@@ -103,6 +103,7 @@ class PrefixLM(Mask):
 
     prefix: Any
     tables = {"prefix": (("batch",),)}
+    ignores_head = True
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         return PrefixLM(load(self.prefix, batch)) if hasattr(self.prefix, "shape") else self
@@ -127,6 +128,7 @@ class Document(Mask):
 
     ids: Any
     tables = {"ids": (("batch", "seqlen_k"),)}
+    ignores_head = True
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         return _DocumentOf(self.ids, batch)
@@ -147,6 +149,7 @@ class Both(Mask):
 
     first: Mask
     second: Mask
+    ignores_head = True  # itself; what its members do is asked of them
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         where = (batch, head, seqlen_q, seqlen_k)
@@ -170,6 +173,7 @@ class Either(Mask):
 
     first: Mask
     second: Mask
+    ignores_head = True  # itself; what its members do is asked of them
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         where = (batch, head, seqlen_q, seqlen_k)

@@ -8,11 +8,14 @@ A tensor's own bound ends the rows of a dense sequence. Where sequences end insi
 partly used) row r of a sequence is given two coordinates (i, j) at address `base + (i + j - rows) * stride`,
 with i bounded by the tile's height: choosing i = rows - (what is left of the sequence) puts the bound where
 the sequence ends. So nothing of the next sequence is ever read or written.
+
+A tile may hold several query heads that share a KV head: row i is then row i // heads of head i % heads. TMA
+takes them as one more dimension, which ends with the group: rows of heads beyond are zeros, and not written.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import cutlass.cute as cute
@@ -30,14 +33,20 @@ def padded(dim: int) -> int:
 
 
 class Mapped(NamedTuple):
-    """A tensor as TMA sees it: (rows, dim, heads, batch), or (tile rows, dim, start, heads[, batch])."""
+    """A tensor as TMA sees it: (rows, dim, heads, batch), or (tile rows, dim, start, heads[, batch]).
+
+    With several heads in a tile: the heads of a group come first, and `heads` counts groups.
+    """
 
     atom: cute.CopyAtom
     coordinates: cute.Tensor
 
 
 class HeadRows(NamedTuple):
-    """One head's rows of one sequence: start <= r < end of `coordinates`, which has no head mode left."""
+    """One head's or group's rows of one sequence: start <= r < end of `coordinates`.
+
+    coordinates: ([heads of the group,] rows, dim), or with `start` between rows and dim.
+    """
 
     atom: cute.CopyAtom
     coordinates: cute.Tensor
@@ -50,6 +59,7 @@ class Operand:
     """A tile of `rows` rows, `stages` of them in shared memory, `pitch` elements apart.
 
     dim: columns in global memory, padded in shared memory. ragged: sequences end inside the tensor.
+    heads: in one tile, a divisor of `rows`.
     """
 
     dtype: type
@@ -58,11 +68,21 @@ class Operand:
     stages: int
     ragged: bool
     pitch: int
+    heads: int = 1
 
     @staticmethod
     def of(dtype: type, rows: int, dim: int, stages: int, ragged: bool, pitch: int = 0) -> Operand:
         """An operand whose tiles are `pitch` elements apart, at least their size."""
         return Operand(dtype, rows, dim, stages, ragged, max(pitch, rows * padded(dim)))
+
+    def packed(self, heads: int) -> Operand:
+        """The same with the rows of `heads` heads in a tile, instead of as many more rows of one."""
+        return replace(self, heads=heads)
+
+    @property
+    def sequence_rows(self) -> int:
+        """Rows of a sequence in a tile."""
+        return self.rows // self.heads
 
     @property
     def bytes(self) -> int:
@@ -82,39 +102,65 @@ class Operand:
         staged = cute.append(tile, cute.make_layout(self.stages, stride=self.pitch))
         return cute.make_composed_layout(cute.make_swizzle(bits, 4, 3), 0, staged)
 
-    def map(self, op, tensor: cute.Tensor) -> Mapped:
-        """The TMA descriptor of a global (batch, seq, heads, dim) or (total, heads, dim) tensor."""
+    @property
+    def box(self) -> tuple[int, ...]:
+        """What one copy moves: ([heads,] rows of a sequence, dim)."""
+        together = (self.heads,) if self.heads > 1 else ()
+        return (*together, self.sequence_rows, padded(self.dim))
+
+    def map(self, op, tensor: cute.Tensor, group: Int32 | None = None) -> Mapped:
+        """The TMA descriptor of a global (batch, seq, heads, dim) or (total, heads, dim) tensor.
+
+        group: heads that belong together, where a tile holds several.
+        """
         shape, stride = tensor.shape, tensor.stride
-        head, dim = (shape[-2], stride[-2]), (shape[-1], 1)
+        head, dim, together = (shape[-2], stride[-2]), (shape[-1], 1), ()
         seq, batch = (0, ()) if cute.rank(tensor) == 3 else (1, ((shape[0], stride[0]),))
-        base = tensor.iterator
+        base, height = tensor.iterator, self.sequence_rows
+        if self.heads > 1:
+            together, head = ((group, stride[-2]),), (shape[-2] // group, stride[-2] * group)
         if self.ragged:
-            modes = ((self.rows, stride[seq]), dim, (shape[seq] + 1, stride[seq]), head, *batch)
-            base = base - self.rows * stride[seq]
+            modes = ((height, stride[seq]), dim, (shape[seq] + 1, stride[seq]), head, *batch)
+            base = base - height * stride[seq]
         else:
             modes = ((shape[seq], stride[seq]), dim, head, *batch)
+        modes = (*together, *modes)
         layout = cute.make_layout(tuple(n for n, _ in modes), stride=tuple(s for _, s in modes))
-        view, tile = cute.make_tensor(base, layout), cute.select(self.layout(), mode=[0, 1])
-        return Mapped(*cpasync.make_tiled_tma_atom(op, view, tile, (self.rows, padded(self.dim))))
+        view, tile = cute.make_tensor(base, layout), self._boxed(cute.select(self.layout(), mode=[0, 1]))
+        return Mapped(*cpasync.make_tiled_tma_atom(op, view, tile, self.box))
 
-    def head_rows(self, mapped: Mapped, batch: Int32, head: Int32, start: Int32, end: Int32) -> HeadRows:
-        """Rows start <= r < end of one head; start is 0 unless sequences are packed."""
-        last = (head, batch)[: cute.rank(mapped.coordinates) - (3 if self.ragged else 2)]
-        middle = (None,) if self.ragged else ()
-        return HeadRows(mapped.atom, mapped.coordinates[(None, None, *middle, *last)], start, end)
+    def head_rows(self, mapped: Mapped, batch: Int32, head, start: Int32, end: Int32) -> HeadRows:
+        """Rows start <= r < end of one head; start is 0 unless sequences are packed.
+
+        head: with several heads in a tile, (group, first of the tile's heads in it).
+        """
+        group, first = head if self.heads > 1 else (head, None)
+        kept = (None,) * (len(self.box) + self.ragged)
+        place = (group, batch)[: cute.rank(mapped.coordinates) - len(kept)]
+        coordinates = mapped.coordinates[(*kept, *place)]
+        if self.heads > 1:
+            coordinates = cute.domain_offset((first, *(0,) * (len(kept) - 1)), coordinates)
+        return HeadRows(mapped.atom, coordinates, start, end)
 
     def sides(self, rows: HeadRows, first: Int32, tile: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
         """(global, shared) sides of a copy between the rows from `first` of a sequence and a shared tile."""
-        at, coordinates = rows.start + first, rows.coordinates
+        at, coordinates, height = rows.start + first, rows.coordinates, self.sequence_rows
+        before = len(self.box) - 2
         if self.ragged:
-            left = maximum(minimum(rows.end - at, self.rows), 0)
-            coordinates = cute.domain_offset((self.rows - left, 0), coordinates[None, None, at + left])
-        else:
-            coordinates = cute.domain_offset((at, 0), coordinates)
-        box = cute.local_tile(coordinates, (self.rows, padded(self.dim)), (0, 0))
-        grouped = cute.group_modes(tile, 0, 2), cute.group_modes(box, 0, 2)
+            left = maximum(minimum(rows.end - at, height), 0)
+            coordinates = coordinates[(*(None,) * before, None, None, at + left)]
+            at = height - left
+        coordinates = cute.domain_offset((*(0,) * before, at, 0), coordinates)
+        box, tile = cute.local_tile(coordinates, self.box, (0,) * len(self.box)), self._boxed(tile)
+        grouped = (cute.group_modes(side, 0, len(self.box)) for side in (tile, box))
         shared, outer = cpasync.tma_partition(rows.atom, 0, cute.make_layout(1), *grouped)
         return outer, shared
+
+    def _boxed(self, tile):
+        """A tile's (rows, dim), a layout or a tensor, seen as `box`."""
+        if self.heads == 1:
+            return tile
+        return cute.composition(tile, cute.make_layout(self.box, stride=(1, self.heads, self.rows)))
 
 
 def transposed(tile: cute.Tensor) -> cute.Tensor:

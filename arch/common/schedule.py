@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 from cutlass import Int32, Uint32
 
+from ..elementwise import where
+
 
 class WorkTile(NamedTuple):
-    """One row block of one query head of one sequence."""
+    """One row block of one query head of one sequence; `split` counts the parts of its keys."""
 
     m_block: Int32
     head: Int32
     batch: Int32
+    split: Int32 | int = 0
 
 
 class OneTile(NamedTuple):
@@ -34,3 +37,35 @@ class OneTile(NamedTuple):
         m_blocks, heads = Uint32(self.m_blocks), Uint32(self.heads)
         outer, inner = Uint32(block) // m_blocks, Uint32(block) % m_blocks
         return WorkTile(self.m_blocks - 1 - Int32(inner), Int32(outer % heads), Int32(outer // heads))
+
+
+class InSections(NamedTuple):
+    """Tiles in an order for L2 and for a short tail; `tile(i)` for i < count.
+
+    The pairs (sequence, head) are taken in sections of `together` neighbours, few enough that L2 holds their
+    keys and values. Inside a section all last row blocks come first, then all last but one: under a causal
+    mask, and where sequences have different lengths, that is longest first. With `together` 1 the row blocks
+    of one head are neighbours. The splits of a tile are.
+    """
+
+    m_blocks: Int32
+    heads: Int32
+    batches: Int32
+    splits: Int32 | int
+    together: Int32 | int
+
+    @property
+    def count(self) -> Int32:
+        return self.m_blocks * self.heads * self.batches * self.splits
+
+    def tile(self, i: Int32) -> WorkTile:
+        """Tile `i`."""
+        heads, splits, together = (Uint32(n) for n in (self.heads, self.splits, self.together))
+        rest, split = Uint32(i) // splits, Uint32(i) % splits
+        size = Uint32(self.m_blocks) * together
+        first, rest = rest // size * together, rest % size
+        left = heads * Uint32(self.batches) - first
+        width = where(together < left, together, left)
+        pair = first + rest % width
+        m_block = self.m_blocks - 1 - Int32(rest // width)
+        return WorkTile(m_block, Int32(pair % heads), Int32(pair // heads), Int32(split))

@@ -42,6 +42,13 @@ class OnlineSoftmax(NamedTuple):
         row_sum.fill(0.0)
         return OnlineSoftmax(row_max, row_sum, scale_log2, lanes)
 
+    def some_rows(self, first: int, count: int) -> OnlineSoftmax:
+        """The state of `count` rows, from `first` on."""
+        parts = (
+            cute.make_tensor(t.iterator + first, cute.make_layout(count)) for t in (self.row_max, self.row_sum)
+        )
+        return OnlineSoftmax(*parts, self.scale_log2, self.lanes)
+
     def raise_max(self, s: cute.Tensor) -> cute.Tensor:
         """Take S (rows, columns) into the maximum; (rows,) factors for all that was accumulated before."""
         rescale = cute.make_rmem_tensor(cute.size(s, mode=[0]), Float32)

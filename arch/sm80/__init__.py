@@ -6,7 +6,7 @@ The classes here are light; `launcher` imports the DSL.
 
 from __future__ import annotations
 
-from ..problem import Device, Problem, Support
+from ..problem import Device, Problem, Sizes, Support
 from . import tuning
 
 
@@ -27,12 +27,17 @@ class Forward:
         self.problem, self.config = problem, config
 
     @staticmethod
-    def config(problem: Problem, device: Device) -> tuning.Config:
-        """The tile sizes for `problem` on `device`; ask `reasons` first."""
+    def config(problem: Problem, device: Device, sizes: Sizes | None = None) -> tuning.Config:
+        """The tile sizes for `problem` on `device`, the same for all sizes; ask `reasons` first."""
         config = tuning.forward_config(problem, device)
         if config is None:
             raise ValueError(f"no tile of sm80.forward fits {device.shared_memory} bytes of shared memory")
         return config
+
+    @staticmethod
+    def configs(problem: Problem, device: Device) -> tuple[tuning.Config, ...]:
+        """Every config that some sizes get."""
+        return (Forward.config(problem, device),)
 
     @staticmethod
     def reasons(problem: Problem, device: Device) -> tuple[str, ...]:

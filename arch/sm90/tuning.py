@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..problem import Device, Problem
+from ..problem import Device, Problem, Sizes
+from ..rule import RuleType
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,9 @@ class Config:
     stages: K and V tiles in shared memory. producer_registers, consumer_registers: per thread.
     overlap: the next block's QK runs, and PV of the one before, while a warpgroup does its softmax.
     ping_pong: warpgroups issue their products in turn, so that one's softmax runs under the others' products.
+    heads: query heads of one KV head that share a tile's rows, a power of two.
+    persistent: CTAs that stay for the whole launch and take every so many-th tile; 0: a CTA for each tile.
+    longest_first: heads whose K and V L2 holds together are taken together, their longest tiles first.
     """
 
     consumers: int
@@ -24,6 +28,9 @@ class Config:
     consumer_registers: int
     overlap: bool = True
     ping_pong: bool = True
+    heads: int = 1
+    persistent: int = 0
+    longest_first: bool = False
 
     @property
     def tile_m(self) -> int:
@@ -36,18 +43,114 @@ class Config:
     @property
     def launch_registers(self) -> int:
         """Registers per thread before `setmaxnreg`: what a multiprocessor's 65536 allow, in steps of 8."""
-        return 65536 // self.threads // 8 * 8
+        return min(65536 // self.threads // 8 * 8, 256)
 
     def shared_memory(self, problem: Problem) -> int:
-        """Bytes of dynamic shared memory: Q (later O), K and V tiles, barriers."""
+        """Bytes of dynamic shared memory: Q, O in its place or beside it, K and V tiles, barriers."""
         dim, dim_v = (-(-d // 16) * 16 for d in (problem.head_dim, problem.head_dim_v))
-        tiles = self.tile_m * max(dim, dim_v) + self.stages * self.tile_n * (dim + dim_v)
-        return 2 * tiles + 1024
+        q_and_out = dim + dim_v if self.persistent else max(dim, dim_v)
+        return 2 * (self.tile_m * q_and_out + self.stages * self.tile_n * (dim + dim_v)) + 1024
 
 
-def forward_config(problem: Problem, device: Device) -> Config | None:
-    """The first row that serves and fits, or None."""
-    return next((row.config for row in ROWS if row.serves(problem, device)), None)
+def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None) -> Config | None:
+    """The first row that serves and fits, as the call's sizes have it; None where there is none."""
+    config = next((row.config for row in ROWS if row.serves(problem, device)), None)
+    if config is None or sizes is None:
+        return config and scheduled(config, problem, device)
+    heads = heads_of_tile(problem, config, sizes)
+    packed = replace(config, heads=heads)
+    if sizes.seqlen_q * heads <= FEW_ROWS:
+        packed = for_few_rows(packed, problem, device)
+    return scheduled(packed, problem, device)
+
+
+def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
+    """Every config that `forward_config` gives for some sizes."""
+    groups = (1, 2, 4, 8, 16) if packs(problem) else (1,)
+    sizes = (Sizes(1, group, 1, length, 1) for group in groups for length in (1, 65 // group + 1, 1024))
+    found = (None, *sizes)
+    return tuple(dict.fromkeys(forward_config(problem, device, s) for s in found))
+
+
+# Rows of Q that one warpgroup takes: with no more, a second one would have nothing to do.
+FEW_ROWS = 64
+MOST_HEADS = 16  # of a tile; a group of more is taken in several
+STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under way as shared memory holds
+
+
+def packs(problem: Problem) -> bool:
+    """Whether heads may share a tile: which blocks it visits must then be the same for all of them."""
+    return problem.gqa and (problem.mask is None or problem.mask.ignores_head())
+
+
+def heads_of_tile(problem: Problem, config: Config, sizes: Sizes) -> int:
+    """How many heads should share a tile: those that leave the fewest tiles; where equal, the fewest heads."""
+    group = sizes.heads_q // max(sizes.heads_kv, 1)
+    if not packs(problem):
+        return 1
+    powers = [1 << n for n in range(MOST_HEADS.bit_length()) if 1 << n < 2 * group]
+    return min(powers, key=lambda heads: -(-group // heads) * -(-sizes.seqlen_q * heads // config.tile_m))
+
+
+def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
+    """One warpgroup, nobody to take turns with, and more of K and V under way."""
+    few = replace(config, consumers=1, producer_registers=24, consumer_registers=240, ping_pong=False)
+    deep = (replace(few, stages=stages) for stages in range(STAGES_FOR_FEW_ROWS, few.stages, -1))
+    return next((c for c in deep if c.shared_memory(problem) <= device.shared_memory), few)
+
+
+# Half of an H100's 50 MB, which are two partitions: a section's K and V stay while its tiles last.
+L2_FOR_SECTION = 25 << 20
+
+
+def scheduled(config: Config, problem: Problem, device: Device) -> Config:
+    """The order of the tiles.
+
+    Tiles of different lengths (masks, packed sequences) go longest first to whichever multiprocessor is free:
+    the hardware gives a CTA for each its place. Equal tiles leave nothing to balance, so CTAs may persist: O
+    leaves while the next tile's Q, K and V arrive, if there is shared memory for Q and O at once.
+    """
+    if problem.mask is not None or problem.varlen:
+        return replace(config, longest_first=True)
+    persistent = replace(config, persistent=device.multiprocessors)
+    fits = persistent.shared_memory(problem) <= device.shared_memory
+    return persistent if fits and device.multiprocessors > 1 and not problem.split_kv else config
+
+
+# In units of the time that one KV block takes: what a tile costs besides its blocks (Q's way in, the pipeline's
+# start, O's way out), and what the combine kernel's launch costs.
+TILE_COST, COMBINE_COST = 2, 4
+MOST_SPLITS = 128
+
+
+def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
+    """In how many parts to take the keys: that which is done first, by waves of equal tiles.
+
+    A wave lasts as long as its tiles: ceil(KV blocks / splits) + TILE_COST; there are as many waves as it takes
+    to give every tile's split a multiprocessor. Not measured. Windows see few blocks: they are not split.
+    """
+    config = forward_config(replace(problem, split_kv=True), device, sizes)
+    if config is None or _has_window(problem.mask):
+        return 1
+    group = -(-sizes.heads_q // max(sizes.heads_kv, 1) // config.heads) if config.heads > 1 else 1
+    heads = sizes.heads_kv * group if config.heads > 1 else sizes.heads_q
+    tiles = sizes.batch * heads * -(-sizes.seqlen_q * config.heads // config.tile_m)
+    blocks = -(-sizes.seqlen_k // config.tile_n)
+
+    def time(n: int) -> int:
+        waves = -(-tiles * n // device.multiprocessors)
+        return waves * (-(-blocks // n) + TILE_COST) + COMBINE_COST * (n > 1)
+
+    return min(range(1, max(1, min(blocks, MOST_SPLITS)) + 1), key=time)
+
+
+def _has_window(mask: RuleType | None) -> bool:
+    """Whether a sliding window is part of the mask."""
+    if mask is None:
+        return False
+    return mask.rule_id == "SlidingWindow" or any(
+        _has_window(kind) for kind in mask.kinds if isinstance(kind, RuleType)
+    )
 
 
 PLAIN, NUMBERS, TABLES = range(3)

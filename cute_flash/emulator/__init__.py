@@ -12,9 +12,12 @@ from .errors import (
     Misaligned,
     OutOfBounds,
     ParseError,
+    RegisterInFlight,
+    TensorMemoryError,
     UndefinedRegister,
     UninitializedRead,
     UnmodelledInstruction,
+    WarpgroupError,
 )
 from .execute import Launch, Options, Report, run
 from .memory import GlobalMemory
@@ -33,9 +36,12 @@ __all__ = [
     "OutOfBounds",
     "ParseError",
     "Program",
+    "RegisterInFlight",
     "Report",
+    "TensorMemoryError",
     "UndefinedRegister",
     "UninitializedRead",
     "UnmodelledInstruction",
+    "WarpgroupError",
     "run",
 ]

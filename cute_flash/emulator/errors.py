@@ -52,5 +52,17 @@ class BarrierError(EmulatorError):
     """A barrier used with a wrong count or by the wrong warps."""
 
 
+class TensorMemoryError(EmulatorError):
+    """Tensor memory allocated, freed or reached in a way that hardware does not define."""
+
+
 class DataRace(EmulatorError):
-    """Two conflicting accesses to shared memory with no order between them."""
+    """Two conflicting accesses to shared or tensor memory with no order between them."""
+
+
+class RegisterInFlight(EmulatorError):
+    """A register of an asynchronous product touched before the wait, or used by one without a fence."""
+
+
+class WarpgroupError(EmulatorError):
+    """The four warps of a warpgroup do not do the same, or are not all there."""

@@ -34,8 +34,9 @@ VIEWS = {
     "f64": (64, np.float64, 1),
     "f32x2": (64, np.float32, 2),
     "u32x2": (64, np.uint32, 2),
+    "u64x2": (128, np.uint64, 2),
 }
-STORAGE = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+STORAGE = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64, 128: np.dtype("V16")}
 
 
 class Threads:

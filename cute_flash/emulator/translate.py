@@ -21,6 +21,7 @@ from .state import VIEWS
 
 if TYPE_CHECKING:
     from .machine import Machine
+    from .register_flight import Effect
     from .state import Threads
 
 PlainStep = Callable[["Machine", "Threads"], None]
@@ -108,6 +109,7 @@ class Translation:
         self.layout = Layout({width: len(registers) for width, registers in entry.registers.items()})
         self.scratch = {width: self.layout.new_row(width) for width in (1, 8, 16, 32, 64)}
         self.shared_granule = 16  # bytes of the narrowest access that may touch shared memory
+        self.cta_group: int | None = None  # that of the kernel's tcgen05 instructions, once there is one
         self.link: list[int] = []  # instruction number -> step number, filled when all steps exist
 
     def variable(self, name: str):
@@ -118,7 +120,12 @@ class Translation:
 
     def architecture(self) -> int:
         """The target's number: 80 for sm_80, 100 for sm_100a."""
-        return int("".join(c for c in self.module.target if c.isdigit()))
+        return architecture(self.module.target)
+
+
+def architecture(target: str) -> int:
+    """A target's number: 80 for sm_80, 100 for sm_100a."""
+    return int("".join(c for c in target if c.isdigit()))
 
 
 class Operation:
@@ -131,6 +138,7 @@ class Operation:
         self.reads: list[Register] = []
         self.writes: list[Register] = []
         self.copies: list[Register] = []  # sources that are only moved: they may be undefined
+        self.effect: Effect | None = None  # on asynchronous products
         self.used: set[int] = set()
         self.name, self.function, self.modifiers = self._find(instruction.opcode.split("."))
 

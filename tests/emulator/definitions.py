@@ -22,7 +22,9 @@ F16 = Format(16, 11, -14, 15)
 BF16 = Format(16, 8, -126, 127)
 F32 = Format(32, 24, -126, 127)
 F64 = Format(64, 53, -1022, 1023)
-FORMATS = {"f16": F16, "bf16": BF16, "f32": F32, "f64": F64}
+E4M3 = Format(8, 4, -6, 8)  # as far as numbers go: the largest exponent has numbers too
+E5M2 = Format(8, 3, -14, 15)
+FORMATS = {"f16": F16, "bf16": BF16, "f32": F32, "f64": F64, "e4m3": E4M3, "e5m2": E5M2}
 NAN = {16: 0x7FFF, 32: 0x7FFFFFFF, 64: 0x7FF8000000000000}
 
 

@@ -31,13 +31,15 @@ def module(body: str, params: str = "", target: str = "sm_80", variables: str = 
     )
 
 
-def prepare(code: str, inputs: tuple[np.ndarray, ...], outputs: tuple, target: str = "sm_80") -> Call:
-    """A kernel that runs `code` once per element of the inputs, in blocks of BLOCK threads; see evaluate."""
-    padded = -(-len(inputs[0]) // BLOCK) * BLOCK
+def prepare(
+    code: str, inputs: tuple[np.ndarray, ...], outputs: tuple, target: str = "sm_80", block: int = BLOCK
+) -> Call:
+    """A kernel that runs `code` once per element of the inputs, in blocks of `block`; see evaluate."""
+    padded = -(-len(inputs[0]) // block) * block
     arrays = [np.resize(np.ascontiguousarray(v), padded).copy() for v in inputs]
     results = [np.zeros(padded, np.uint8 if dtype is bool else dtype) for dtype in outputs]
     lines = [".reg .b32 %i<2>;", ".reg .b64 %address;", ".reg .b16 %byte;"]
-    lines += ["mov.u32 %i0, %ctaid.x;", "mov.u32 %i1, %tid.x;", f"mad.lo.s32 %i0, %i0, {BLOCK}, %i1;"]
+    lines += ["mov.u32 %i0, %ctaid.x;", "mov.u32 %i1, %tid.x;", f"mad.lo.s32 %i0, %i0, {block}, %i1;"]
     for k, array in enumerate(arrays):
         name, dtype = _INPUTS[k], array.dtype
         lines += [*_declare(name, dtype), *_address(k, array.itemsize), *_load(name, dtype)]
@@ -47,18 +49,20 @@ def prepare(code: str, inputs: tuple[np.ndarray, ...], outputs: tuple, target: s
         lines += [*_address(len(arrays) + k, array.itemsize), *_store(_OUTPUTS[k], np.dtype(dtype))]
     held = [*arrays, *results]
     params = ", ".join(f".param .u64 p{k}" for k in range(len(held)))
-    return Call(module("\n".join(lines), params, target), held, padded // BLOCK)
+    return Call(module("\n".join(lines), params, target), held, padded // block)
 
 
-def evaluate(code: str, *inputs: np.ndarray, outputs: tuple, target: str = "sm_80") -> tuple[np.ndarray, ...]:
+def evaluate(
+    code: str, *inputs: np.ndarray, outputs: tuple, target: str = "sm_80", block: int = BLOCK
+) -> tuple[np.ndarray, ...]:
     """Run `code` once per element.
 
     inputs are its registers %a, %b, … (bool ones are predicates), all of one length; outputs are the numpy
     dtypes of its results %x, %y, …. Other registers it needs it declares itself. Returns the results as
     arrays.
     """
-    call = prepare(code, inputs, outputs, target)
-    launch(call.text, call.arrays, grid=call.grid, block=BLOCK)
+    call = prepare(code, inputs, outputs, target, block)
+    launch(call.text, call.arrays, grid=call.grid, block=block)
     results = (array[: len(inputs[0])] for array in call.arrays[len(inputs) :])
     return tuple(r.astype(bool) if dtype is bool else r for r, dtype in zip(results, outputs, strict=True))
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from cute_flash import executable, ops
-from cute_flash.arch.sm80.tuning import Config
+from cute_flash.arch.sm80 import tuning as sm80
+from cute_flash.arch.sm90 import tuning as sm90
 from cute_flash.emulated_kernel import EmulatedKernel
 from cute_flash.emulator import EmulatorError
 from tests.cases import Case
@@ -29,9 +30,13 @@ ATTEMPTS = (
 # Configs of their own, so that tuning does not move the sites. One row block that walks two key blocks or
 # more in each of its loops: those that the mask cuts on the right, shows whole, and cuts on the left. And one
 # that walks one block that is cut off by the end of the keys, then four whole ones.
+WINDOW = Case("", ((100, 450),), heads=(1, 1), mask="wide_window")
+FULL = Case("", ((100, 300),), heads=(1, 1))
 CASES = {
-    "window": (Case("", ((100, 450),), heads=(1, 1), mask="wide_window"), Config(128, 64, 4, stages=1)),
-    "full": (Case("", ((100, 300),), heads=(1, 1), dims=(64, 64)), Config(128, 64, 4, stages=2)),
+    ("sm80", "window"): (WINDOW, sm80.Config(128, 64, 4, stages=1)),
+    ("sm80", "full"): (FULL, sm80.Config(128, 64, 4, stages=2)),
+    ("sm90", "window"): (replace(WINDOW, seqlens=((100, 500),)), sm90.Config(2, 32, 2, 24, 240)),
+    ("sm90", "in order"): (FULL, sm90.Config(2, 64, 2, 24, 240, overlap=False)),
 }
 
 
@@ -70,7 +75,7 @@ def removed(line: str) -> str:
 
 def one_fewer_waited_for(line: str) -> str:
     """`wait_group n` lets n groups be under way: n + 1."""
-    return re.sub(r"(wait_group\s+)(\d+)", lambda found: f"{found[1]}{int(found[2]) + 1}", line)
+    return re.sub(r"(wait_group\S*\s+)(\d+)", lambda found: f"{found[1]}{int(found[2]) + 1}", line)
 
 
 def negated(line: str) -> str:
@@ -78,25 +83,75 @@ def negated(line: str) -> str:
     return re.sub(r"setp\.(\w\w)", lambda found: f"setp.{opposite[found[1]]}", line)
 
 
-MUTATIONS = {
+def passed(line: str) -> str:
+    """A wait for an mbarrier that is never waited."""
+    return re.sub(r"mbarrier\.try_wait\S* (\w+),.*", r"setp.eq.u32 \1, 0, 0;", line)
+
+
+def with_operand(operation: str) -> Callable[[str], str]:
+    """The last number of a line, register or literal, changed by a PTX operation."""
+
+    def change(line: str) -> str:
+        guard, opcode, rest, number, end = re.match(
+            r"\s*(@!?%?\w+\s+)?(\S+)\s+(.*?, )(%?\w+)((?:, \d+)?);", line
+        ).groups(default="")
+        changed = f"{opcode} {rest}changed{end};"
+        return f"{{ .reg .b32 changed; {operation.format(number)} {guard}{changed} }}"
+
+    return change
+
+
+COPIES = {
     "no wait": Mutation(matching(r"cp\.async\.wait_group"), removed),
     "a wait for one group fewer": Mutation(matching(r"cp\.async\.wait_group"), one_fewer_waited_for),
     "no barrier": Mutation(matching(r"(bar|barrier)\.sync"), removed),
     "no commit": Mutation(matching(r"cp\.async\.commit_group"), removed),
-    "a comparison of the mask negated": Mutation(mask_comparisons, negated),
 }
-# (case, mutation, site) -> why nothing can notice it.
+TMA_AND_WGMMA = {
+    "no wait for an mbarrier": Mutation(matching(r"mbarrier\.try_wait"), passed),
+    "a wait for the other parity": Mutation(
+        matching(r"mbarrier\.try_wait"), with_operand("xor.b32 changed, {}, 1;")
+    ),
+    "no arrival": Mutation(matching(r"mbarrier\.arrive\.(?!expect)"), removed),
+    "half the bytes expected": Mutation(
+        matching(r"mbarrier\.arrive\.expect_tx"), with_operand("shr.u32 changed, {}, 1;")
+    ),
+    "twice the bytes expected": Mutation(
+        matching(r"mbarrier\.arrive\.expect_tx"), with_operand("shl.b32 changed, {}, 1;")
+    ),
+    "no bytes expected": Mutation(matching(r"mbarrier\.arrive\.expect_tx"), removed),
+    "one arrival more expected": Mutation(
+        matching(r"mbarrier\.init"), with_operand("add.u32 changed, {}, 1;")
+    ),
+    "half the arrivals expected": Mutation(
+        matching(r"mbarrier\.init"), with_operand("shr.u32 changed, {}, 1;")
+    ),
+    "no fence": Mutation(matching(r"fence\.(proxy|mbarrier_init)"), removed),
+    "no barrier": Mutation(matching(r"bar\.sync"), removed),
+    "no arrival at a barrier": Mutation(matching(r"bar\.arrive"), removed),
+    "no fence before a product": Mutation(matching(r"wgmma\.fence"), removed),
+    "no commit of a product": Mutation(matching(r"wgmma\.commit_group"), removed),
+    "no wait for a product": Mutation(matching(r"wgmma\.wait_group"), removed),
+    "a wait for one product fewer": Mutation(matching(r"wgmma\.wait_group"), one_fewer_waited_for),
+    "no commit of a store": Mutation(matching(r"cp\.async\.bulk\.commit_group"), removed),
+    "no wait for a store": Mutation(matching(r"cp\.async\.bulk\.wait_group"), removed),
+    "no change of registers": Mutation(matching(r"setmaxnreg"), removed),
+}
+MASKS = {"a comparison of the mask negated": Mutation(mask_comparisons, negated)}
+MUTATIONS = {"sm80": COPIES | MASKS, "sm90": TMA_AND_WGMMA | MASKS}
+EVERY = [(tree, name, mutation) for tree, name in CASES for mutation in MUTATIONS[tree]]
+# (architecture, case, mutation, site) -> why nothing can notice it.
 HARMLESS = {
-    ("window", "no commit", 0): "Q joins K's group; the first wait is for every group",
-    ("window", "no commit", 1): "K joins V's group; the first wait is for every group",
-    ("window", "no commit", 2): "V joins the next group; the wait before V is used is for every group",
-    ("full", "no commit", 0): "Q joins K's group; the wait for K is the first for either",
+    ("sm80", "window", "no commit", 0): "Q joins K's group; the first wait is for every group",
+    ("sm80", "window", "no commit", 1): "K joins V's group; the first wait is for every group",
+    ("sm80", "window", "no commit", 2): "V joins the next group; the wait for V is for every group",
+    ("sm80", "full", "no commit", 0): "Q joins K's group; the wait for K is the first for either",
 }
 
 
-def objection(name: str, change: Callable[[str], str], monkeypatch, arch: str) -> str:
+def objection(tree: str, name: str, change: Callable[[str], str], monkeypatch) -> str:
     """What is first said against the kernel of a case when its PTX is changed; empty where nothing is."""
-    case, config = CASES[name]
+    case, config = CASES[tree, name]
 
     @functools.cache
     def changed(kernel, problem, _, device, route):
@@ -107,34 +162,33 @@ def objection(name: str, change: Callable[[str], str], monkeypatch, arch: str) -
     call = Call.make(case)
     for options in ATTEMPTS:
         try:
-            call.check(arch, **options)
+            call.check(tree, **options)
         except (EmulatorError, AssertionError) as error:
             return f"{type(error).__name__}: {error}"
     return ""
 
 
-def ptx_of(name: str, arch: str) -> str:
+def ptx_of(tree: str, name: str) -> str:
     """The PTX that a case runs."""
-    case, config = CASES[name]
-    answer = answer_for(case, arch)
+    case, config = CASES[tree, name]
+    answer = answer_for(case, tree)
     return executable.artifact(answer.kernel, answer.problem, config, answer.device).ptx.decode()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_unchanged_kernel_meets_no_objection(name, monkeypatch, arch):
-    assert objection(name, lambda ptx: ptx, monkeypatch, arch) == ""
+@pytest.mark.parametrize("tree, name", CASES)
+def test_unchanged_kernel_meets_no_objection(tree, name, monkeypatch):
+    assert objection(tree, name, lambda ptx: ptx, monkeypatch) == ""
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("name", CASES)
-def test_every_change_is_noticed(name, mutation, monkeypatch, arch):
-    mutants = list(MUTATIONS[mutation].mutants(ptx_of(name, arch)))
+@pytest.mark.parametrize("tree, name, mutation", EVERY)
+def test_every_change_is_noticed(tree, name, mutation, monkeypatch):
+    mutants = list(MUTATIONS[tree][mutation].mutants(ptx_of(tree, name)))
     unnoticed = {
-        (name, mutation, number): line
+        (tree, name, mutation, number): line
         for number, line, text in mutants
-        if not objection(name, lambda ptx, text=text: text, monkeypatch, arch)
+        if not objection(tree, name, lambda ptx, text=text: text, monkeypatch)
     }
-    assert len(mutants) >= 2 or mutation.startswith("a comparison")
+    assert mutants or mutation.startswith("a comparison")
     assert {site: line for site, line in unnoticed.items() if site not in HARMLESS} == {}
-    noticed_after_all = [site for site in HARMLESS if site[:2] == (name, mutation) and site not in unnoticed]
+    noticed_after_all = [s for s in HARMLESS if s[:3] == (tree, name, mutation) and s not in unnoticed]
     assert not noticed_after_all, "take these off the list of harmless ones"

@@ -20,7 +20,9 @@ FILES = sorted(Path(__file__).with_name("vectors").glob("*.npz"))
 @pytest.mark.parametrize("name", CASES)
 def test_results(name, file):
     case, stored = CASES[name], np.load(file)
-    got = evaluate(case.code, *case.inputs, outputs=case.outputs, target=case.target)
+    if f"{name}:0" not in stored:
+        pytest.skip(f"the GPU of {file.name} could not run it")
+    got = evaluate(case.code, *case.inputs, outputs=case.outputs, target=case.target, block=case.block)
     for k, array in enumerate(got):
         expected = stored[f"{name}:{k}"]
         differ = array != expected

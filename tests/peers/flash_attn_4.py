@@ -1,6 +1,6 @@
-"""flash-attn-4's own sm_80 forward kernels, compiled without a GPU and described for who launches them.
+"""flash-attn-4's own forward kernels, compiled without a GPU and described for who launches them.
 
-    kernels = build(CASES, directory)          in a process of its own: it reads its target at import
+    kernels = build(CASES, directory)          in a process per target: it reads its target at import
 
 Its Python interface runs once on fake CUDA tensors; where it would launch, the compiled kernel's PTX and
 host object are written to `directory`, with a JSON file that says what each argument of the launch is:
@@ -33,6 +33,8 @@ class Case:
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
     dtype: str = "bfloat16"
+    dim_v: int | None = None
+    arch: str = "sm_80"
 
     @property
     def varlen(self) -> bool:
@@ -47,8 +49,8 @@ class Case:
         shapes = {
             "q": ((*q, self.heads, self.dim), self.dtype),
             "k": ((*k, self.heads_kv, self.dim), self.dtype),
-            "v": ((*k, self.heads_kv, self.dim), self.dtype),
-            "out": ((*q, self.heads, self.dim), self.dtype),
+            "v": ((*k, self.heads_kv, self.dim_v or self.dim), self.dtype),
+            "out": ((*q, self.heads, self.dim_v or self.dim), self.dtype),
             "lse": (lse, "float32"),
         }
         if self.varlen:
@@ -67,6 +69,29 @@ class Kernel:
     arguments: list[Any]
 
 
+MULTIPROCESSORS = {"sm_80": 108, "sm_90a": 132, "sm_100a": 148}
+BLACKWELL = (
+    Case("sm100_d64", (256,), (256,), arch="sm_100a"),
+    Case("sm100_d64_causal", (192,), (192,), causal=True, arch="sm_100a"),
+    Case("sm100_d128", (256,), (256,), dim=128, arch="sm_100a"),
+    Case("sm100_d128_causal_gqa", (200,), (200,), heads=4, heads_kv=2, dim=128, causal=True, arch="sm_100a"),
+    Case("sm100_d64_ragged_fp16", (77,), (203,), heads=4, heads_kv=1, dtype="float16", arch="sm_100a"),
+    Case("sm100_d96_window", (300,), (300,), dim=96, window=(40, 10), arch="sm_100a"),
+    Case("sm100_d128_varlen_causal", (65, 1, 130), (97, 64, 130), dim=128, causal=True, arch="sm_100a"),
+    Case("sm100_d192_dv128", (256,), (256,), dim=192, dim_v=128, causal=True, arch="sm_100a"),
+    Case("sm100_d256", (256,), (256,), heads=1, heads_kv=1, dim=256, arch="sm_100a"),
+)
+HOPPER = (
+    Case("sm90_d64", (256,), (256,), arch="sm_90a"),
+    Case("sm90_d64_causal", (192,), (192,), causal=True, arch="sm_90a"),
+    Case("sm90_d128", (256,), (256,), dim=128, arch="sm_90a"),
+    Case("sm90_d128_causal_gqa", (200,), (200,), heads=4, heads_kv=2, dim=128, causal=True, arch="sm_90a"),
+    Case("sm90_d64_ragged_fp16", (77,), (203,), heads=4, heads_kv=1, dtype="float16", arch="sm_90a"),
+    Case("sm90_d96_window", (300,), (300,), dim=96, window=(40, 10), arch="sm_90a"),
+    Case("sm90_d64_varlen_causal", (65, 1, 130), (97, 64, 130), causal=True, arch="sm_90a"),
+    Case("sm90_d192_dv128", (256,), (256,), dim=192, dim_v=128, causal=True, arch="sm_90a"),
+    Case("sm90_d256", (128,), (256,), heads=1, heads_kv=1, dim=256, arch="sm_90a"),
+)
 CASES = (
     Case("d64", (256,), (256,)),
     Case("d64_causal", (192,), (192,), causal=True),
@@ -80,27 +105,31 @@ CASES = (
 
 
 def build(cases: tuple[Case, ...], directory: Path) -> dict[str, Kernel]:
-    """The kernels of `cases`, compiled into `directory` in a fresh process unless they are there already.
+    """The kernels of `cases`, compiled into `directory` unless they are there already.
 
-    Raises RuntimeError with the process's output where it fails.
+    Raises RuntimeError with the compiling process's output where it fails.
     """
+    missing = [case for case in cases if not (directory / f"{case.name}.json").exists()]
+    for arch in dict.fromkeys(case.arch for case in missing):
+        _compile([case for case in missing if case.arch == arch], arch, directory)
+    return {case.name: _load(case, directory / case.name) for case in cases}
+
+
+def _compile(cases: list[Case], arch: str, directory: Path) -> None:
     environment = os.environ | {
-        "CUTE_DSL_ARCH": "sm_80",
+        "CUTE_DSL_ARCH": arch,
         "CUTE_DSL_KEEP": "ptx",
         "CUTE_DSL_DUMP_DIR": str(directory),
-        "FLASH_ATTENTION_ARCH": "sm_80",
-        "FLASH_ATTENTION_NUM_SMS": "108",
+        "FLASH_ATTENTION_ARCH": arch,
+        "FLASH_ATTENTION_NUM_SMS": str(MULTIPROCESSORS[arch]),
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
     }
-    missing = [asdict(case) for case in cases if not (directory / f"{case.name}.json").exists()]
-    if missing:
-        done = subprocess.run(
-            [sys.executable, __file__, str(directory)],
-            input=json.dumps(missing), env=environment, text=True, capture_output=True,
-        )
-        if done.returncode:
-            raise RuntimeError(f"flash-attn-4 did not compile:\n{done.stdout}{done.stderr}")
-    return {case.name: _load(case, directory / case.name) for case in cases}
+    done = subprocess.run(
+        [sys.executable, __file__, str(directory)],
+        input=json.dumps([asdict(case) for case in cases]), env=environment, text=True, capture_output=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"flash-attn-4 did not compile for {arch}:\n{done.stdout}{done.stderr}")
 
 
 def _load(case: Case, stem: Path) -> Kernel:
@@ -121,8 +150,10 @@ def _record(cases: list[Case], directory: Path) -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.current_device = lambda: 0
     import cutlass.cute as cute
+    import cutlass.utils
     from flash_attn.cute import interface
 
+    _without_driver(cutlass.utils.HardwareInfo)
     interface.is_fake_mode = lambda: False
     with FakeTensorMode():
         for case in cases:
@@ -153,6 +184,14 @@ def _compile_and_record(compile_kernel, stem: Path, tensors: dict[str, Any], *ar
         stem.with_suffix(".json").write_text(json.dumps(described))
 
     return call
+
+
+def _without_driver(hardware: type) -> None:
+    """Answer what persistent kernels ask of the driver: how many CTAs can be resident."""
+    sms = int(os.environ["FLASH_ATTENTION_NUM_SMS"])
+    hardware.__init__ = lambda self, *args, **kwargs: None
+    hardware.get_max_active_clusters = lambda self, cluster_size, *args, **kwargs: sms // cluster_size
+    hardware.get_device_multiprocessor_count = lambda self: sms
 
 
 def _without_autotuner() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...problem import Device, Problem, Support
+from ...combine import Combine
+from ...problem import Device, Problem, Sizes, Support
 from .. import tuning
 
 
@@ -15,20 +16,33 @@ class Forward:
         dtypes=("float16", "bfloat16"),
         head_dims=range(8, 257, 8),
         features=frozenset(
-            ("dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "dropout", "sink", "lse")
+            ("dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "dropout", "sink", "lse",
+             "split_kv")
         ),
     )
+
+    combine = Combine
 
     def __init__(self, problem: Problem, config: tuning.Config):
         self.problem, self.config = problem, config
 
     @staticmethod
-    def config(problem: Problem, device: Device) -> tuning.Config:
+    def config(problem: Problem, device: Device, sizes: Sizes | None = None) -> tuning.Config:
         """The tile sizes for `problem` on `device`; ask `reasons` first."""
-        config = tuning.forward_config(problem, device)
+        config = tuning.forward_config(problem, device, sizes)
         if config is None:
             raise ValueError(f"no tile of sm90.forward fits {device.shared_memory} bytes of shared memory")
         return config
+
+    @staticmethod
+    def configs(problem: Problem, device: Device) -> tuple[tuning.Config, ...]:
+        """Every config that some sizes get."""
+        return tuning.forward_configs(problem, device)
+
+    @staticmethod
+    def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
+        """In how many parts to take the keys of a call of these sizes."""
+        return tuning.splits(problem, device, sizes)
 
     @staticmethod
     def reasons(problem: Problem, device: Device) -> tuple[str, ...]:

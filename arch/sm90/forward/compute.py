@@ -5,6 +5,8 @@
 
 In turn (`ping_pong`), warpgroups begin their products: while one computes exponentials, the tensor cores
 work for another. P never leaves registers: 16-bit A operands lie as accumulators do.
+
+With several heads in a tile a thread's two rows may be of two heads: each head has rules of its own.
 """
 
 from __future__ import annotations
@@ -14,22 +16,21 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, pipeline
-from cutlass.cute.nvgpu import warp
 
 from ...common.dropout import Dropout
-from ...common.fragment import rows_by_columns
+from ...common.fragment import rows_by_columns, some_rows
 from ...common.operand import Operand, padded, transposed
-from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...elementwise import minimum, where
 from ...problem import Problem
-from ..mma import ROWS, accumulator, begin, hold, operand_a, pin, tiled_mma, wait
+from ..mma import accumulator, begin, hold, operand_a, pin, tiled_mma, wait
 from ..tuning import Config
-from .job import Job, Tiles, phases_of
+from .job import Job, Tiles, Work, job_of, phases_of
+from .rows import ROW_LANES, coordinates, heads_of_thread, row_of
+from .store import Partial, Result
 
-ROW_LANES = (1, 2)  # wgmma gives a row of the accumulator to 4 neighbouring lanes
-TURN, STORE = 1, 4  # first of the named barriers, one per warpgroup
+TURN = 1  # first of the named barriers, one per warpgroup
 
 
 class ComputeEnds(NamedTuple):
@@ -38,10 +39,18 @@ class ComputeEnds(NamedTuple):
     v: pipeline.PipelineConsumer
 
 
-class State(NamedTuple):
-    """One thread's share: descriptors q (mma, rows, k), k and v (mma, columns, k, stages); registers.
+class Share(NamedTuple):
+    """Those of a thread's rows that belong to one head."""
 
-    s, p, o: as accumulators.
+    head: Int32
+    rules: Rules
+    dropout: Dropout | None
+
+
+class State(NamedTuple):
+    """One thread's part: descriptors q (mma, rows, k), k and v (mma, columns, k, stages); registers.
+
+    s, p, o: as accumulators. shares: of its rows, in order and of equal size.
     """
 
     q: cute.Tensor
@@ -51,39 +60,53 @@ class State(NamedTuple):
     p: cute.Tensor
     o: cute.Tensor
     softmax: OnlineSoftmax
-    rules: Rules
-    dropout: Dropout | None
+    shares: tuple[Share, ...]
 
 
 class Compute:
-    """out: the operand that it stores."""
+    """out: the operand that leaves by TMA, where the problem is not split."""
 
     def __init__(self, problem: Problem, config: Config, out: Operand):
-        self.problem, self.config, self.out = problem, config, out
-        self.dtype, self.dim_v = out.dtype, padded(out.dim)
+        self.problem, self.config = problem, config
+        self.dtype, self.dim_v = out.dtype, padded(problem.head_dim_v)
+        chosen = (problem, config, self.pv)
+        self.store = Partial(*chosen) if problem.split_kv else Result(*chosen, out)
 
     @cute.jit
-    def run(self, job: Job, tiles: Tiles, ends: ComputeEnds, warpgroup: Int32):
-        state = self.state(job, tiles, warpgroup)
+    def run(self, work: Work, tiles: Tiles, ends: ComputeEnds, warpgroup: Int32):
         self.first_turn(warpgroup)
-        if cutlass.const_expr(self.config.overlap):
-            self.overlapped(job, state, ends, warpgroup)
+        block = cute.arch.block_idx()[0]
+        if cutlass.const_expr(self.config.persistent):
+            for i in cutlass.range(block, work.schedule.count, cute.arch.grid_dim()[0], unroll=1):
+                job = job_of(self.problem, self.config, work, i)
+                ends = self.tile(job, tiles, ends, warpgroup)
         else:
-            self.in_order(job, state, ends, warpgroup)
+            ends = self.tile(job_of(self.problem, self.config, work, block), tiles, ends, warpgroup)
+        self.store.finish()
         self.last_turn(warpgroup)
-        self.store(job, tiles, state, warpgroup)
+
+    @cute.jit
+    def tile(self, job: Job, tiles: Tiles, ends: ComputeEnds, warpgroup: Int32):
+        if job.first_row < job.sequence.q_rows:
+            state = self.state(job, tiles, warpgroup)
+            if cutlass.const_expr(self.config.overlap):
+                ends = self.overlapped(job, state, ends, warpgroup)
+            else:
+                ends = self.in_order(job, state, ends, warpgroup)
+            self.store.tile(job, tiles, state, warpgroup)
+        return ends
 
     @cute.jit
     def overlapped(self, job: Job, state: State, ends: ComputeEnds, warpgroup: Int32):
-        blocks = phases_of(self.problem, self.config, job, state.rules)
+        blocks = phases_of(self.problem, self.config, job, state.shares[0].rules)
         first, last = blocks[-1].first, blocks[0].last
         if first < last:
-            ends.q.wait_and_advance()
+            q = ends.q.wait_and_advance()
             k = ends.k.wait_and_advance()
             self.begin_s(state, k)
             wait(0, state.s)
             k.release()
-            self.softmax(state, self.first_row(job, warpgroup), last - 1, True)
+            self.softmax(job, state, last - 1, True, warpgroup)
             self.to_p(state)
             # Without a mask only the last block is partly hidden, and that is done.
             rest = blocks if self.problem.mask else blocks[1:]
@@ -99,37 +122,47 @@ class Compute:
                     wait(1, state.s)
                     k.release()
                     n = top - 1 - i
-                    rescale = self.softmax(state, self.first_row(job, warpgroup), n, rest[p].masked)
-                    hold(state.softmax.row_sum[0] + state.softmax.row_sum[1])
+                    rescale = self.softmax(job, state, n, rest[p].masked, warpgroup)
+                    hold(state.softmax.row_sum[0], state.softmax.row_sum[1])
                     wait(0, state.o)
                     v.release()
                     self.rescale(state.o, rescale)
                     self.to_p(state)
+            self.release_last(q)
             v = ends.v.wait_and_advance()
             self.begin_o(state, v)
             wait(0, state.o)
+            self.release_last(v)
+        return ends
 
     @cute.jit
     def in_order(self, job: Job, state: State, ends: ComputeEnds, warpgroup: Int32):
-        blocks = phases_of(self.problem, self.config, job, state.rules)
+        blocks = phases_of(self.problem, self.config, job, state.shares[0].rules)
         if blocks[-1].first < blocks[0].last:
-            ends.q.wait_and_advance()
-        for p in cutlass.range_constexpr(len(blocks)):
-            for i in cutlass.range(blocks[p].last - blocks[p].first, unroll=1):
-                k = ends.k.wait_and_advance()
-                self.await_turn(warpgroup)
-                self.begin_s(state, k)
-                self.end_turn(warpgroup)
-                wait(0, state.s)
-                k.release()
-                n = blocks[p].last - 1 - i
-                rescale = self.softmax(state, self.first_row(job, warpgroup), n, blocks[p].masked)
-                self.rescale(state.o, rescale)
-                self.to_p(state)
-                v = ends.v.wait_and_advance()
-                self.begin_o(state, v)
-                wait(0, state.o)
-                v.release()
+            q = ends.q.wait_and_advance()
+            for p in cutlass.range_constexpr(len(blocks)):
+                for i in cutlass.range(blocks[p].last - blocks[p].first, unroll=1):
+                    k = ends.k.wait_and_advance()
+                    self.await_turn(warpgroup)
+                    self.begin_s(state, k)
+                    self.end_turn(warpgroup)
+                    wait(0, state.s)
+                    k.release()
+                    n = blocks[p].last - 1 - i
+                    rescale = self.softmax(job, state, n, blocks[p].masked, warpgroup)
+                    self.rescale(state.o, rescale)
+                    self.to_p(state)
+                    v = ends.v.wait_and_advance()
+                    self.begin_o(state, v)
+                    wait(0, state.o)
+                    v.release()
+            self.release_last(q)
+        return ends
+
+    def release_last(self, slot) -> None:
+        """Let a tile be filled again after its last use, if there is anything to fill it with."""
+        if self.config.persistent:
+            slot.release()
 
     def state(self, job: Job, tiles: Tiles, warpgroup: Int32) -> State:
         call, columns = job.call, self.config.tile_n
@@ -140,10 +173,6 @@ class Compute:
         rows = cute.size(rows_by_columns(s), mode=[0])
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
         scale = 1.0 if self.problem.score else call.softmax_scale
-        dropout = None
-        if self.problem.dropout:
-            place = job.sequence.batch * call.q.shape[-2] + job.head
-            dropout = Dropout.of(call.rng_state, place, call.keep_threshold)
         return State(
             q=self.qk().make_fragment_A(qk.partition_A(tiles.q[None, None, warpgroup])),
             k=self.qk().make_fragment_B(qk.partition_B(tiles.k)),
@@ -152,9 +181,16 @@ class Compute:
             p=p,
             o=o,
             softmax=OnlineSoftmax.create(rows, Float32(scale * LOG2_E), ROW_LANES),
-            rules=Rules.of(self.problem, call, job.sequence, job.head),
-            dropout=dropout,
+            shares=tuple(self.share(job, head) for head in heads_of_thread(self.config, job, warpgroup)),
         )
+
+    def share(self, job: Job, head: Int32) -> Share:
+        call, known = job.call, minimum(head, job.end_head - 1) if self.config.heads > 1 else head
+        dropout = None
+        if self.problem.dropout:
+            place = job.sequence.batch * call.q.shape[-2] + known
+            dropout = Dropout.of(call.rng_state, place, call.keep_threshold)
+        return Share(head, Rules.of(self.problem, call, job.sequence, known), dropout)
 
     def qk(self) -> cute.TiledMma:
         return tiled_mma(self.dtype, self.config.tile_n, a_in_registers=False, b_transposed=False)
@@ -170,19 +206,23 @@ class Compute:
         """O += P V, of the V tile in slot `v`."""
         begin(self.pv(), state.o, operand_a(state.p), state.v[None, None, None, v.index], accumulate=True)
 
-    def softmax(self, state: State, first_row: Int32, n: Int32, masked: bool) -> cute.Tensor:
-        """Scores of rows `first_row` and on in KV block n become P; what O must be multiplied by for it."""
-        s, at = rows_by_columns(state.s), self.coordinates(self.qk(), self.config.tile_n)
-        first_key = n * self.config.tile_n
+    def softmax(self, job: Job, state: State, n: Int32, masked: bool, warpgroup: Int32) -> cute.Tensor:
+        """The scores of KV block n become P; what O must be multiplied by for it."""
+        s, at = rows_by_columns(state.s), coordinates(self.qk(), self.config.tile_n)
+        first_key, count = n * self.config.tile_n, cute.size(s, mode=[0]) // len(state.shares)
 
-        def row_of(r: int) -> Int32:
-            return first_row + at[r, 0][0]
-
-        state.rules.apply(s, row_of, lambda c: first_key + at[0, c][1], masked)
+        parts = [(share, some_rows(s, i * count, count)) for i, share in enumerate(state.shares)]
+        row_ofs = [
+            lambda r, i=i: row_of(self.config, job, warpgroup, at[r + i * count, 0][0])
+            for i in range(len(parts))
+        ]
+        for (share, rows), row in zip(parts, row_ofs, strict=True):
+            share.rules.apply(rows, row, lambda c: first_key + at[0, c][1], masked)
         rescale = state.softmax.raise_max(s)
         state.softmax.exponentials(s, rescale)
-        if state.dropout is not None:
-            state.dropout.apply(s, row_of, first_key, cute.arch.thread_idx()[0])
+        if self.problem.dropout:
+            for (share, rows), row in zip(parts, row_ofs, strict=True):
+                share.dropout.apply(rows, row, first_key, cute.arch.thread_idx()[0])
         return rescale
 
     def to_p(self, state: State) -> None:
@@ -198,15 +238,6 @@ class Compute:
             for r in cutlass.range_constexpr(cute.size(o, mode=[0])):
                 for c in cutlass.range_constexpr(cute.size(o, mode=[1])):
                     o[r, c] = o[r, c] * factors[r]
-
-    def first_row(self, job: Job, warpgroup: Int32) -> Int32:
-        """The first of a warpgroup's rows, in the sequence."""
-        return job.first_row + warpgroup * ROWS
-
-    def coordinates(self, mma: cute.TiledMma, columns: int) -> cute.Tensor:
-        """(row, column) among the warpgroup's of each of a thread's elements: rows x columns."""
-        thread = cute.arch.thread_idx()[0] % 128
-        return rows_by_columns(mma.get_slice(thread).partition_C(cute.make_identity_tensor((ROWS, columns))))
 
     @cute.jit
     def first_turn(self, warpgroup: Int32):
@@ -228,40 +259,3 @@ class Compute:
         if self.config.ping_pong:
             after = where(warpgroup == self.config.consumers - 1, 0, warpgroup + 1)
             cute.arch.barrier_arrive(barrier_id=TURN + after, number_of_threads=256)
-
-    @cute.jit
-    def store(self, job: Job, tiles: Tiles, state: State, warpgroup: Int32):
-        """O / row_sum, by way of the warpgroup's own part of Q's tiles, and the log-sum-exp."""
-        thread, first_row = cute.arch.thread_idx()[0] % 128, self.first_row(job, warpgroup)
-        o, at = rows_by_columns(state.o), self.coordinates(self.pv(), self.dim_v)
-        self.output_rows(job).finish(o, state.softmax, lambda r: first_row + at[r, 0][0], thread % 4 == 0)
-        tile = tiles.out[None, None, warpgroup]
-        out = cute.make_rmem_tensor(state.o.layout, self.dtype)
-        out.store(state.o.load().to(self.dtype))
-        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
-        copy = cute.make_tiled_copy_C(atom, self.pv()).get_slice(thread)
-        cute.copy(copy, copy.retile(out), copy.partition_D(tile))
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=STORE + warpgroup, number_of_threads=128)
-        if cute.arch.make_warp_uniform(thread // 32) == 0:
-            self.store_tile(job, tile, first_row)
-
-    def output_rows(self, job: Job) -> OutputRows:
-        problem, call, sequence = self.problem, job.call, job.sequence
-        return OutputRows(
-            used=sequence.seqlen_q if problem.seqused_q else None,
-            end=sequence.q_rows,
-            lse=sequence.lse_of(call.lse, job.head) if problem.lse else None,
-            sink=call.sink[job.head] if problem.sink else None,
-            factor=call.keep_scale if problem.dropout else None,
-        )
-
-    def store_tile(self, job: Job, tile: cute.Tensor, first_row: Int32) -> None:
-        """One warp copies a tile to the rows from `first_row`."""
-        s = job.sequence
-        rows = self.out.head_rows(job.maps.out, s.batch, job.head, s.q_start, s.q_start + s.q_rows)
-        target, source = self.out.sides(rows, first_row, tile)
-        cute.copy(rows.atom, source, target)
-        cute.arch.cp_async_bulk_commit_group()
-        # Shared memory must outlive the copy's reading of it.
-        cute.arch.cp_async_bulk_wait_group(0, read=True)

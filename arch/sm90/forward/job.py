@@ -1,4 +1,4 @@
-"""What one CTA has to do, as both roles see it."""
+"""What a launch has to do, and what one tile of it is, as both roles see it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 
-from ...common.blocks import Phase, phases
+from ...common.blocks import Phase, part_of, phases
 from ...common.mask import Everything
 from ...common.operand import Mapped
 from ...common.rules import Rules
-from ...common.sequence import Sequence
+from ...common.schedule import InSections
+from ...common.sequence import Sequence, sequence_of
 from ...elementwise import minimum, where
 from ...problem import Operands, Problem
 from ..tuning import Config
 
 
 class Maps(NamedTuple):
-    """The tensors as TMA sees them."""
+    """The tensors as TMA sees them; no `out` where it leaves from registers."""
 
     q: Mapped
     k: Mapped
     v: Mapped
-    out: Mapped
+    out: Mapped | None
 
 
 class Tiles(NamedTuple):
@@ -35,22 +36,69 @@ class Tiles(NamedTuple):
     out: cute.Tensor
 
 
+class Work(NamedTuple):
+    """A launch. group: query heads that share a KV head."""
+
+    call: Operands
+    maps: Maps
+    schedule: InSections
+    group: Int32
+
+
 class Job(NamedTuple):
-    """Rows `first_row` and on of one query head of one sequence."""
+    """One tile: rows `first_row` and on of query heads `head` and on, before `end_head`, of one sequence.
+
+    split: which part of the keys, of `splits`.
+    """
 
     call: Operands
     maps: Maps
     sequence: Sequence
     head: Int32
+    end_head: Int32
     kv_head: Int32
     first_row: Int32
+    split: Int32
+    splits: Int32 | int
+    place: Int32 | tuple[Int32, Int32]
+
+
+def rows_of_tile(config: Config) -> int:
+    """Rows of the sequence that a tile holds, of each of its heads."""
+    return config.tile_m // config.heads
+
+
+def job_of(problem: Problem, config: Config, work: Work, index: Int32) -> Job:
+    """Tile `index` of a launch. The heads of a group are taken `config.heads` at a time."""
+    tile, group = work.schedule.tile(index), work.group
+    head, kv_head, end_head, place = tile.head, tile.head, tile.head + 1, tile.head
+    if config.heads > 1:
+        blocks = cute.ceil_div(group, config.heads)
+        kv_head = tile.head // blocks
+        first = (tile.head - kv_head * blocks) * config.heads
+        head, end_head, place = kv_head * group + first, kv_head * group + group, (kv_head, first)
+    elif problem.gqa:
+        kv_head = tile.head // group
+    return Job(
+        call=work.call,
+        maps=work.maps,
+        sequence=sequence_of(work.call, tile.batch),
+        head=head,
+        end_head=end_head,
+        kv_head=kv_head,
+        first_row=tile.m_block * rows_of_tile(config),
+        split=tile.split,
+        splits=work.schedule.splits,
+        place=place,
+    )
 
 
 def phases_of(problem: Problem, config: Config, job: Job, rules: Rules) -> list[Phase]:
     """The KV blocks to visit, from last to first."""
     sequence, first_row, seqlen_k = job.sequence, job.first_row, job.sequence.seqlen_k
-    end_row = minimum(first_row + config.tile_m, sequence.seqlen_q)
+    end_row = minimum(first_row + rows_of_tile(config), sequence.seqlen_q)
     if problem.seqused_q:
         seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
     q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
-    return phases(rules.mask or Everything(), q_first, q_last, seqlen_k, config.tile_n)
+    blocks = phases(rules.mask or Everything(), q_first, q_last, seqlen_k, config.tile_n)
+    return part_of(blocks, job.split, job.splits) if problem.split_kv else blocks

@@ -1,13 +1,15 @@
 """FlashAttention-3 forward (Shah et al. 2024, algorithms 1 and 2) for sm_90a.
 
     load      1 warpgroup      TMA: Q, then K[n] and V[n], latest first
-    compute   2 or 3 of them   S = Q K, softmax, O += P V with wgmma; O by TMA
+    compute   1 to 3 of them   S = Q K, softmax, O += P V with wgmma; O by TMA
 
     load --q--> compute        1 stage: 64 rows for each compute warpgroup
     load --k--> compute        `stages` tiles; K and V apart, so that a product waits for its own tile only
     load --v--> compute
 
-One CTA takes tile_m rows of one query head. Registers move from load to compute (setmaxnreg).
+A tile is tile_m rows of a query head, or of several that share a KV head, with all keys or one split of them
+(Dao et al. 2023, "Flash-Decoding"). A CTA takes one tile, or persists and takes every n-th: then a tile's
+stores run under the next one's loads. Registers move from load to compute (setmaxnreg).
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from cutlass.cute.nvgpu import cpasync
 from ...common.channel import channel, channels_ready
 from ...common.operand import Operand, padded
 from ...common.roles import Role, warp_specialize
-from ...common.schedule import OneTile
-from ...common.sequence import sequence_of
+from ...common.schedule import InSections
+from ...elementwise import maximum, minimum
 from ...problem import Operands, Problem
 from ..mma import ROWS
-from ..tuning import Config
+from ..tuning import L2_FOR_SECTION, Config
 from .compute import Compute, ComputeEnds
-from .job import Job, Maps, Tiles
+from .job import Maps, Tiles, Work, rows_of_tile
 from .load import Load, LoadEnds
 
 DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
@@ -38,13 +40,14 @@ class ForwardKernel:
     """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
 
     def __init__(self, problem: Problem, config: Config):
-        self.problem, self.config = problem, config
-        operand = partial(Operand.of, DTYPES[problem.dtype])
+        self.problem, self.config, self.dtype = problem, config, DTYPES[problem.dtype]
+        operand = partial(Operand.of, self.dtype)
         dim, dim_v = problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
-        pitch = ROWS * max(padded(dim), padded(dim_v))  # a warpgroup's O takes the place of its own Q
-        self.q = operand(ROWS, dim, config.consumers, problem.varlen, pitch)
-        self.out = operand(ROWS, dim_v, config.consumers, problem.varlen, pitch)
+        # A warpgroup's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
+        pitch = 0 if config.persistent else ROWS * max(padded(dim), padded(dim_v))
+        self.q = operand(ROWS, dim, config.consumers, problem.varlen, pitch).packed(config.heads)
+        self.out = operand(ROWS, dim_v, config.consumers, problem.varlen, pitch).packed(config.heads)
         self.k = operand(config.tile_n, dim, config.stages, ragged_k)
         self.v = operand(config.tile_n, dim_v, config.stages, ragged_k)
 
@@ -52,47 +55,60 @@ class ForwardKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = Operands(*operands)
-        heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
-        if cutlass.const_expr(self.problem.varlen):
-            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
-        else:
-            rows, batches = call.q.shape[1], call.q.shape[0]
+        group = call.q.shape[-2] // call.k.shape[-2]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         maps = Maps(
-            q=self.q.map(load, call.q),
+            q=self.q.map(load, call.q, group),
             k=self.k.map(load, call.k),
             v=self.v.map(load, call.v),
-            out=self.out.map(store, call.out),
+            out=None if self.problem.split_kv else self.out.map(store, call.out, group),
         )
-        schedule = OneTile(cute.ceil_div(rows, self.config.tile_m), heads, batches)
+        schedule = self.schedule(call, group)
+        grid = schedule.count
+        if cutlass.const_expr(self.config.persistent):
+            grid = minimum(grid, self.config.persistent)
         threads = (self.config.threads, 1, 1)
-        self.kernel(call, maps, schedule, heads // kv_heads).launch(
-            grid=schedule.grid(), block=threads, stream=stream, min_blocks_per_mp=1
+        self.kernel(Work(call, maps, schedule, group)).launch(
+            grid=(grid, 1, 1), block=threads, stream=stream, min_blocks_per_mp=1
         )
+
+    def schedule(self, call: Operands, group: Int32) -> InSections:
+        """The tiles in order; heads that share K and V are neighbours."""
+        if self.problem.varlen:
+            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
+            keys = call.k.shape[0] // maximum(batches, 1)
+        else:
+            rows, batches, keys = call.q.shape[1], call.q.shape[0], call.k.shape[1]
+        heads = call.q.shape[-2]
+        if self.config.heads > 1:
+            group = cute.ceil_div(group, self.config.heads)
+            heads = call.k.shape[-2] * group
+        together = 1
+        if self.config.longest_first:
+            nbytes = self.dtype.width // 8 * (self.problem.head_dim + self.problem.head_dim_v)
+            together = maximum(L2_FOR_SECTION // (nbytes * maximum(keys, 1)), 1) * group
+        splits = call.out.shape[0] if self.problem.split_kv else 1
+        blocks = cute.ceil_div(rows, rows_of_tile(self.config))
+        return InSections(*map(Int32, (blocks, heads, batches, splits, together)))
 
     @cute.kernel
-    def kernel(self, call: Operands, maps: Maps, schedule: OneTile, group: Int32):
-        work = schedule.tile(cute.arch.block_idx()[0])
-        sequence = sequence_of(call, work.batch)
-        first_row = work.m_block * self.config.tile_m
-        if first_row < sequence.q_rows:
-            kv_head = work.head // group if cutlass.const_expr(self.problem.gqa) else work.head
-            self.row_block(Job(call, maps, sequence, work.head, kv_head, first_row))
-
-    @cute.jit
-    def row_block(self, job: Job):
+    def kernel(self, work: Work):
         config, readers = self.config, 4 * self.config.consumers
         tiles, barriers = self.shared_memory()
         q = channel(barriers, 1, config.consumers * self.q.bytes, readers)
         k = channel(barriers + 2, config.stages, self.k.bytes, readers)
         v = channel(barriers + 2 + 2 * config.stages, config.stages, self.v.bytes, readers)
         channels_ready()
-        load = partial(Load(self.problem, config, self.q, self.k, self.v).run, job, tiles)
-        compute = partial(Compute(self.problem, config, self.out).run, job, tiles)
+        load = Load(self.problem, config, self.q, self.k, self.v)
+        compute = Compute(self.problem, config, self.out)
         roles = (
-            Role(partial(load, LoadEnds(q.fill, k.fill, v.fill)), 1, config.producer_registers),
             Role(
-                partial(compute, ComputeEnds(q.read, k.read, v.read)),
+                partial(load.run, work, tiles, LoadEnds(q.fill, k.fill, v.fill)),
+                1,
+                config.producer_registers,
+            ),
+            Role(
+                partial(compute.run, work, tiles, ComputeEnds(q.read, k.read, v.read)),
                 config.consumers,
                 config.consumer_registers,
             ),
@@ -113,6 +129,8 @@ class ForwardKernel:
             pointer = cute.recast_ptr(tile.iterator, operand.layout().inner, operand.dtype)
             return cute.make_tensor(pointer, operand.layout().outer)
 
+        if self.config.persistent:
+            return Tiles(tensor(self.q), tensor(self.k), tensor(self.v), tensor(self.out)), barriers
         larger = tensor(max(self.q, self.out, key=lambda operand: operand.bytes))
         q, out = in_place(larger, self.q), in_place(larger, self.out)
         return Tiles(q, tensor(self.k), tensor(self.v), out), barriers

@@ -1,4 +1,8 @@
-"""The load role: one warp brings Q, then blocks of K and V, latest first, by TMA."""
+"""The load role: one warp brings Q, then blocks of K and V, latest first, by TMA.
+
+K and V are asked to stay in L2, for the other row blocks and heads that read them; Q, which nobody reads
+again, to leave it first.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,17 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, pipeline
+from cutlass import Int32, Int64, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
-from ..mma import ROWS
 from ..tuning import Config
-from .job import Job, Tiles, phases_of
+from .job import Job, Tiles, Work, job_of, phases_of
+
+# Cache policies, as createpolicy.fractional would make them for all of the bytes.
+EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
 
 
 class LoadEnds(NamedTuple):
@@ -31,21 +37,35 @@ class Load:
         self.q, self.k, self.v = q, k, v
 
     @cute.jit
-    def run(self, job: Job, tiles: Tiles, ends: LoadEnds, warpgroup: Int32):
-        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
-        blocks = phases_of(self.problem, self.config, job, rules)
-        first, last = blocks[-1].first, blocks[0].last
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
-        if (warp == 0) & (first < last):
+    def run(self, work: Work, tiles: Tiles, ends: LoadEnds, warpgroup: Int32):
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
+            for mapped in (work.maps.k, work.maps.q, work.maps.v):
+                cpasync.prefetch_descriptor(mapped.atom)
+            block = cute.arch.block_idx()[0]
+            if cutlass.const_expr(self.config.persistent):
+                for i in cutlass.range(block, work.schedule.count, cute.arch.grid_dim()[0], unroll=1):
+                    ends = self.tile(job_of(self.problem, self.config, work, i), tiles, ends)
+            else:
+                ends = self.tile(job_of(self.problem, self.config, work, block), tiles, ends)
+
+    @cute.jit
+    def tile(self, job: Job, tiles: Tiles, ends: LoadEnds):
+        if job.first_row < job.sequence.q_rows:
+            rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+            blocks = phases_of(self.problem, self.config, job, rules)
+            ends = self.blocks(job, tiles, ends, blocks[-1].first, blocks[0].last)
+        return ends
+
+    @cute.jit
+    def blocks(self, job: Job, tiles: Tiles, ends: LoadEnds, first: Int32, last: Int32):
+        if first < last:
             q, k, v = self.sources(job)
-            for rows in (k, q, v):
-                cpasync.prefetch_descriptor(rows.atom)
             # K before Q and V: the first product needs K and Q, and the copies arrive in order.
             slot = ends.k.acquire_and_advance()
             self.copy(self.k, k, (last - 1) * self.config.tile_n, tiles.k, slot, slot.index)
             slot = ends.q.acquire_and_advance()
             for w in cutlass.range_constexpr(self.config.consumers):
-                self.copy(self.q, q, job.first_row + w * ROWS, tiles.q, slot, w)
+                self.copy(self.q, q, job.first_row + w * self.q.sequence_rows, tiles.q, slot, w)
             for i in cutlass.range(last - 1 - first, unroll=1):
                 n = last - 2 - i
                 slot = ends.k.acquire_and_advance()
@@ -54,10 +74,11 @@ class Load:
                 self.copy(self.v, v, (n + 1) * self.config.tile_n, tiles.v, slot, slot.index)
             slot = ends.v.acquire_and_advance()
             self.copy(self.v, v, first * self.config.tile_n, tiles.v, slot, slot.index)
+        return ends
 
     def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
         s, maps = job.sequence, job.maps
-        q = self.q.head_rows(maps.q, s.batch, job.head, s.q_start, s.q_start + s.q_rows)
+        q = self.q.head_rows(maps.q, s.batch, job.place, s.q_start, s.q_start + s.q_rows)
         k, v = (
             operand.head_rows(mapped, s.batch, job.kv_head, s.k_start, s.k_start + s.seqlen_k)
             for operand, mapped in ((self.k, maps.k), (self.v, maps.v))
@@ -67,4 +88,5 @@ class Load:
     def copy(self, operand: Operand, rows: HeadRows, first: Int32, tiles: cute.Tensor, slot, index) -> None:
         """Begin copying rows `first` and on into tile `index`."""
         source, target = operand.sides(rows, first, tiles[None, None, index])
-        cute.copy(rows.atom, source, target, tma_bar_ptr=slot.barrier)
+        policy = Int64(EVICT_FIRST if operand is self.q else EVICT_LAST)
+        cute.copy(rows.atom, source, target, tma_bar_ptr=slot.barrier, cache_policy=policy)

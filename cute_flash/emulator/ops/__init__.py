@@ -1,17 +1,43 @@
 """One file per instruction family. Importing this package registers every operation."""
 
-from . import arith, barrier, bits, compare, control, convert, cp_async, floating, memory, mma, warp
+from . import (
+    arith,
+    barrier,
+    bits,
+    bulk,
+    cluster,
+    compare,
+    control,
+    convert,
+    cp_async,
+    floating,
+    launch_control,
+    mbarrier,
+    memory,
+    mma,
+    tcgen05,
+    tcgen05_mma,
+    warp,
+    wgmma,
+)
 
 __all__ = [
     "arith",
     "barrier",
     "bits",
+    "bulk",
+    "cluster",
     "compare",
     "control",
     "convert",
     "cp_async",
     "floating",
+    "launch_control",
+    "mbarrier",
     "memory",
     "mma",
+    "tcgen05",
+    "tcgen05_mma",
     "warp",
+    "wgmma",
 ]

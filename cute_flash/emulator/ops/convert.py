@@ -18,6 +18,7 @@ from ..formats import (
     to_odd_f32,
 )
 from ..translate import Operation, operation
+from .convert_narrow import NARROW, from_narrow, to_narrow
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -94,12 +95,20 @@ def integer_to_float(values: np.ndarray) -> np.ndarray:
 
 @operation("cvt")
 def cvt(x: Operation) -> Callable:
-    """Every scalar conversion, and the packed ones from two f32."""
+    """Every scalar conversion, and the packed ones."""
     mode = x.one_of(*ROUNDINGS, default="")
     ftz, sat, relu = x.flag("ftz"), x.flag("sat"), x.flag("relu")
     satfinite = x.flag("satfinite")
-    to = x.type(*INTEGERS, *FLOATS, *PACKED, "tf32")
-    source = x.type(*INTEGERS, *FLOATS)
+    to = x.type(*INTEGERS, *FLOATS, *PACKED, "tf32", *NARROW)
+    source = x.type(*INTEGERS, *FLOATS, *PACKED, *NARROW)
+    if (ftz or sat) and (to in NARROW or source in NARROW):
+        raise x.unmodelled(".ftz or .sat here")
+    if to in NARROW:
+        return to_narrow(x, to, mode, (satfinite, relu), source)
+    if source in NARROW and not satfinite:
+        return from_narrow(x, to, mode, relu, source)
+    if source in PACKED:
+        raise x.unmodelled(f".{to} from .{source}")
     if satfinite:
         raise x.unmodelled(".satfinite with these types")
     if to in PACKED:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..evaluate import BLOCK
+from ..tiles import descriptor
 from ..values import float_bits, integers
 
 WARPS = 2
@@ -15,7 +17,7 @@ LANES = 32 * WARPS
 class Case(NamedTuple):
     """code runs once per thread on the inputs %a, %b, …; outputs: types of %x, %y, …; see evaluate.py.
 
-    any_nan: the result is an f32 whose NaN payload the ISA leaves open.
+    any_nan: the result is an f32 whose NaN payload the ISA leaves open. block: threads of a block.
     """
 
     code: str
@@ -23,6 +25,7 @@ class Case(NamedTuple):
     outputs: tuple
     target: str = "sm_80"
     any_nan: bool = False
+    block: int = BLOCK
 
 
 def small_numbers(kind: str, count: int, seed: int, limit: int = 4) -> np.ndarray:
@@ -30,8 +33,16 @@ def small_numbers(kind: str, count: int, seed: int, limit: int = 4) -> np.ndarra
     order.
     """
     numbers = np.random.default_rng(seed).integers(-limit, limit + 1, 2 * count).astype(np.float32)
+    if kind in BYTES:
+        sizes = np.random.default_rng(seed).integers(-4, 5, 4 * count)
+        patterns = np.array(BYTES[kind])[np.abs(sizes)] | np.where(sizes < 0, 0x80, 0)
+        return patterns.astype(np.uint8).view(np.uint32)
     halves = numbers.astype(np.float16).view(np.uint16) if kind == "f16" else numbers.view(np.uint32) >> 16
     return halves.astype(np.uint16).view(np.uint32)
+
+
+# Patterns of 0 to 4 in the 8-bit formats.
+BYTES = {"e4m3": (0, 0x38, 0x40, 0x44, 0x48), "e5m2": (0, 0x3C, 0x40, 0x42, 0x44)}
 
 
 def mma(shape: str, kind: str, accumulator: str) -> Case:
@@ -76,6 +87,89 @@ def ldmatrix(count: int, transposed: bool) -> Case:
     return Case(code, (*words, order), (np.uint32,) * count)
 
 
+class Wgmma(NamedTuple):
+    """A form of wgmma.mma_async. widths: of the swizzles of A and B, A's 0 where it is in registers."""
+
+    kinds: tuple[str, str]
+    result: str = "f32"
+    widths: tuple[int, int] = (128, 128)
+    major: tuple[int, int] = (0, 0)
+    scales: tuple[int, int] = (1, 1)
+
+    @property
+    def name(self) -> str:
+        operands = "_".join(f"{w}{'mn' if m else 'k'}" for w, m in zip(self.widths, self.major, strict=True))
+        sign = "" if self.scales == (1, 1) else ".neg"
+        return f"wgmma.{self.result}.{'.'.join(self.kinds)}.{operands}{sign}"
+
+    @property
+    def n(self) -> int:
+        return 8 if self.result == "f32" else 16
+
+    def strides(self, which: int) -> tuple[int, int]:
+        """(LBO, SBO) in bytes."""
+        width = self.widths[which]
+        if width > 16:
+            return 4096, 8 * width
+        return (1024, 128) if not self.major[which] else (2048, 128)
+
+
+A_AT, B_AT = 0, 8192  # in 16 KB of shared memory
+WORDS = 8
+
+
+def wgmma(form: Wgmma) -> Case:
+    """One warpgroup fills shared memory, each thread the chunks t, t + 128, … with its words in turn, and
+    adds a product of two tiles there to an accumulator.
+    """
+    kind = form.kinds[0] if form.kinds[0] == form.kinds[1] else "e4m3"
+    words = [small_numbers(kind, 128, 200 + k) for k in range(WORDS)]
+    if form.result == "f32":
+        start = [np.random.default_rng(220 + k).integers(-99, 99, 128).astype(np.float32) for k in range(4)]
+    else:
+        start = [small_numbers("f16", 128, 230 + k, limit=99) for k in range(4)]
+    names = "abcdefgh"
+    stores = "\n".join(
+        f"st.shared.v4.b32 [%at+{2048 * j}], {{{', '.join(f'%{names[(j + i) % WORDS]}' for i in range(4))}}};"
+        for j in range(8)
+    )
+    a, b = (int(descriptor("wgmma", at, *form.strides(i), max(form.widths[i], 16))[0])
+            for i, at in ((0, A_AT), (1, B_AT)))  # fmt: skip
+    narrow = form.kinds[0] in BYTES
+    flags = form.major if form.widths[0] else form.major[1:]
+    trans = "" if narrow else "".join(f", {m}" for m in flags)
+    left = "%da" if form.widths[0] else "{%a, %b, %c, %d}"
+    scales = ", ".join(map(str, form.scales))
+    shape = f"m64n{form.n}k{32 if narrow else 16}"
+    opcode = f"wgmma.mma_async.sync.aligned.{shape}.{form.result}.{'.'.join(form.kinds)}"
+    code = f"""
+        .shared .align 1024 .b8 tile[16384];
+        .reg .b32 %at, %base;
+        .reg .b64 %start, %da, %db;
+        .reg .pred %add;
+        mov.u32 %base, tile;
+        mad.lo.u32 %at, %i1, 16, %base;
+        {stores}
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        shr.u32 %base, %base, 4;
+        cvt.u64.u32 %start, %base;
+        add.s64 %da, %start, {a};
+        add.s64 %db, %start, {b};
+        mov.b32 %x, %j;
+        mov.b32 %y, %k;
+        mov.b32 %z, %l;
+        mov.b32 %u, %m;
+        mov.pred %add, 1;
+        wgmma.fence.sync.aligned;
+        {opcode} {{%x, %y, %z, %u}}, {left}, %db, %add, {scales}{trans};
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;
+    """
+    inputs = (*words, *(v.view(np.uint32) for v in start))
+    return Case(code, inputs, (np.uint32,) * 4, "sm_90a", block=128)
+
+
 def conversion(opcode: str, source: str, result: type, operands: int = 1, target: str = "sm_80") -> Case:
     kinds = {"f16": "f16", "bf16": "bf16", "f32": "f32", "f64": "f64"}
     make = float_bits if source in kinds else integers
@@ -108,3 +202,14 @@ CASES |= {
     "cvt.rzi.u32.f32": conversion("cvt.rzi.u32.f32", "f32", np.uint32),
     "cvt.s32.s8": conversion("cvt.s32.s8", "s32", np.int32),
 }
+
+WGMMA = [Wgmma(("f16", "f16"), widths=(width, width)) for width in (16, 32, 64, 128)]
+WGMMA += [Wgmma(("bf16", "bf16"), widths=(width, width), major=(1, 1)) for width in (16, 32, 64, 128)]
+WGMMA += [Wgmma(("bf16", "bf16"), major=major) for major in ((0, 0), (0, 1), (1, 0))]
+WGMMA += [Wgmma((a, b)) for a in BYTES for b in BYTES]
+WGMMA += [Wgmma((kind, kind), widths=(0, 128)) for kind in ("f16", "bf16", *BYTES)]
+WGMMA += [Wgmma((kind, kind), "f16") for kind in ("f16", *BYTES)]
+WGMMA += [Wgmma((kind, kind), "f16", widths=(0, 64)) for kind in ("f16", *BYTES)]
+WGMMA += [Wgmma(("f16", "f16"), scales=(-1, 1)), Wgmma(("f16", "f16"), "f16", major=(0, 1))]
+FORMS = {form.name: form for form in WGMMA}
+CASES |= {name: wgmma(form) for name, form in FORMS.items()}

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..definitions import FORMATS, decode, encode
-from .cases import CASES, LANES, Case
+from ..tiles import Tile, canonical, swizzled
+from .cases import A_AT, B_AT, CASES, FORMS, LANES, WORDS, Case, Wgmma
 
 FILE = Path(__file__).with_name("isa.npz")
 
@@ -80,6 +81,57 @@ def ldmatrix(name: str, case: Case) -> list[np.ndarray]:
     return results
 
 
+def operand(form: Wgmma, which: int, image: bytes) -> np.ndarray:
+    """A (64, k) or B (n, k) from shared memory, element by element."""
+    bits = FORMATS[form.kinds[which]].bits
+    rows, k = (64, form.n)[which], 256 // bits
+    tile, width = Tile(rows, k, bits, bool(form.major[which])), form.widths[which]
+    result = np.zeros((rows, k))
+    for row, column in itertools.product(range(rows), range(k)):
+        place = (A_AT, B_AT)[which] + canonical(row, column, tile, width, form.strides(which))
+        at = swizzled(place, width)
+        pattern = int.from_bytes(image[at : at + bits // 8], "little")
+        result[row, column] = decode(pattern, FORMATS[form.kinds[which]])
+    return result
+
+
+def fragment_a(form: Wgmma, words: list[np.ndarray]) -> np.ndarray:
+    """A (64, k) from four registers per thread, with the figure of m64nNk16 (m64nNk32 for bytes)."""
+    bits = FORMATS[form.kinds[0]].bits
+    each = 32 // bits
+    result = np.zeros((64, 256 // bits))
+    for thread, i, part in itertools.product(range(128), range(4), range(each)):
+        row = thread // 32 * 16 + thread % 32 // 4 + 8 * (i % 2)
+        column = each * (thread % 4) + part + 4 * each * (i // 2)
+        pattern = int(words[i][thread]) >> bits * part & (1 << bits) - 1
+        result[row, column] = decode(pattern, FORMATS[form.kinds[0]])
+    return result
+
+
+def wgmma(name: str, case: Case) -> list[np.ndarray]:
+    """D = A B + D, with the ISA's canonical layouts and the figure of m64nNk16's D."""
+    form, words = FORMS[name], case.inputs[:WORDS]
+    image = b"".join(
+        int(words[(j + i) % WORDS][thread]).to_bytes(4, "little")
+        for j in range(8) for thread in range(128) for i in range(4)
+    )  # fmt: skip
+    a = operand(form, 0, image) if form.widths[0] else fragment_a(form, words)
+    d = form.scales[0] * form.scales[1] * (a @ operand(form, 1, image).T)  # whole numbers: exact
+    results = [np.zeros(128, np.uint32) for _ in range(4)]
+    single = form.result == "f32"
+    for thread, i in itertools.product(range(128), range(4 if single else 8)):
+        row = thread // 32 * 16 + thread % 32 // 4 + 8 * (i // 2 % 2)
+        value = d[row, 8 * (i // 4) + 2 * (thread % 4) + i % 2]
+        start = case.inputs[WORDS:]
+        if single:
+            value += decode(int(start[i][thread]), FORMATS["f32"])
+            results[i][thread] = encode(float(value), FORMATS["f32"])
+        else:
+            value += half(int(start[i // 2][thread]), i % 2, "f16")
+            results[i // 2][thread] |= np.uint32(encode(float(value), FORMATS["f16"]) << 16 * (i % 2))
+    return results
+
+
 def to_integer(value: float, bits: int, signed: bool, mode: str) -> int:
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
     if math.isnan(value):
@@ -114,7 +166,7 @@ def conversion(name: str, case: Case) -> list[np.ndarray]:
 
 def results(name: str) -> list[np.ndarray]:
     """Results of a case by definition, one array per output."""
-    derive = {"mma": mma, "ldmatrix": ldmatrix, "cvt": conversion}[name.split(".")[0]]
+    derive = {"mma": mma, "ldmatrix": ldmatrix, "cvt": conversion, "wgmma": wgmma}[name.split(".")[0]]
     return derive(name, CASES[name])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluate import BLOCK, prepare
+from ..evaluate import prepare
 from .cases import CASES, Case
 
 FILE = Path(__file__).with_name("hardware.npz")
@@ -42,9 +42,14 @@ class Driver:
         self("cuDeviceGetAttribute", byref(minor), c_int(76), c_int(0))
         return f"sm_{major.value}{minor.value}"
 
+    def can_run(self, case: Case) -> bool:
+        """Whether the device has the case's target; sm_90a runs nowhere else."""
+        mine, wanted = int(self.capability()[3:]), int(case.target[3:].rstrip("a"))
+        return mine == wanted if case.target.endswith("a") else mine >= wanted
+
     def run(self, case: Case) -> list[np.ndarray]:
         """The results of a case, one array per output."""
-        call = prepare(case.code, case.inputs, case.outputs, case.target)
+        call = prepare(case.code, case.inputs, case.outputs, case.target, case.block)
         module, function = c_void_p(), c_void_p()
         self("cuModuleLoadData", byref(module), c_char_p(call.text.encode()))
         self("cuModuleGetFunction", byref(function), module, c_char_p(b"k"))
@@ -54,7 +59,7 @@ class Driver:
             self("cuMemAlloc_v2", byref(pointers[-1]), c_size_t(array.nbytes))
             self("cuMemcpyHtoD_v2", pointers[-1], array.ctypes.data_as(c_void_p), c_size_t(array.nbytes))
         args = (c_void_p * len(pointers))(*(ctypes.addressof(p) for p in pointers))
-        size = [c_uint(n) for n in (call.grid, 1, 1, BLOCK, 1, 1)]
+        size = [c_uint(n) for n in (call.grid, 1, 1, case.block, 1, 1)]
         self("cuLaunchKernel", function, *size, c_uint(0), c_void_p(), args, c_void_p())
         self("cuCtxSynchronize")
         for array, pointer in zip(call.arrays, pointers, strict=True):
@@ -68,6 +73,9 @@ def main() -> None:
     driver = Driver()
     arrays = {"device": np.array(driver.capability())}
     for name, case in CASES.items():
+        if not driver.can_run(case):
+            print(f"{name}: not on {driver.capability()}")
+            continue
         arrays |= {f"{name}:{k}": array for k, array in enumerate(driver.run(case))}
         print(name)
     np.savez_compressed(FILE, **arrays)

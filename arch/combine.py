@@ -1,0 +1,112 @@
+"""Split-KV's second half: partial results, one for each part of the keys, become attention's result.
+
+Softmax over all keys is a weighted mean of softmaxes over parts of them, the weights being exp(lse) of
+each part (Dao et al. 2023, "Flash-Decoding"; Milakov and Gimelshein 2018). Every tree may use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .problem import Device, Problem, Sizes, Spec, Support
+
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class CombineProblem:
+    """What merging depends on; names as in `Problem`. The sink, which no part has seen, joins here."""
+
+    dtype: str
+    head_dim_v: int
+    varlen: bool = False
+    seqused_q: bool = False
+    sink: bool = False
+    lse: bool = True
+
+    @staticmethod
+    def of(problem: Problem) -> CombineProblem:
+        """What remains to be done after a split problem, to answer `problem`."""
+        return CombineProblem(
+            problem.dtype, problem.head_dim_v, problem.varlen, problem.seqused_q, problem.sink, problem.lse
+        )
+
+    def features(self) -> tuple[str, ...]:
+        """None that a kernel may lack."""
+        return ()
+
+    def specs(self) -> CombineOperands:
+        """A Spec for every operand, None where there is none."""
+        rows = ("total_q",) if self.varlen else ("batch", "seqlen_q")
+        lse_rows = ("num_heads_q", "total_q") if self.varlen else ("batch", "num_heads_q", "seqlen_q")
+        out_dims = (*rows, "num_heads_q", "head_dim_v")
+
+        def optional(present: bool, dtype: str, dims: tuple[str, ...], meaning: str) -> Spec | None:
+            return Spec(dtype, dims, "contiguous" if dims else "scalar", meaning) if present else None
+
+        lse = Spec("float32", lse_rows, "contiguous", "natural log-sum-exp", written=True)
+        return CombineOperands(
+            partial_out=Spec("float32", ("splits", *out_dims), "strided", "output of each split"),
+            partial_lse=Spec("float32", ("splits", *lse_rows), "contiguous", "log-sum-exp of each split"),
+            out=Spec(self.dtype, out_dims, "strided", "output", written=True),
+            lse=lse if self.lse else None,
+            cu_seqlens_q=optional(self.varlen, "int32", ("batch_plus_1",), "first row of each sequence"),
+            seqused_q=optional(self.seqused_q, "int32", ("batch",), "rows in use, per sequence"),
+            sink=optional(self.sink, "float32", ("num_heads_q",), "score of the sink, per query head"),
+            max_seqlen_q=optional(self.varlen, "int32", (), "longest sequence: sizes the grid"),
+        )
+
+    def known_sizes(self) -> dict[str, int]:
+        """The dimensions, as Specs name them, that compiled code knows."""
+        return {"head_dim_v": self.head_dim_v}
+
+
+class CombineOperands(NamedTuple):
+    """Everything the combine kernel is launched with, in launch order; None where there is none."""
+
+    partial_out: Any
+    partial_lse: Any
+    out: Any
+    lse: Any
+    cu_seqlens_q: Any
+    seqused_q: Any
+    sink: Any
+    max_seqlen_q: Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """warps: of a CTA; each takes one row of one head at a time."""
+
+    warps: int = WARPS
+
+    def shared_memory(self, problem: CombineProblem) -> int:
+        """Bytes of dynamic shared memory: none."""
+        return 0
+
+
+class Combine:
+    """Merges what a split forward kernel wrote."""
+
+    name = "common.combine"
+    support = Support(
+        capabilities=((8, 0), (12, 1)),
+        dtypes=("float16", "bfloat16"),
+        head_dims=range(8, 257, 8),
+        features=frozenset(),
+    )
+
+    def __init__(self, problem: CombineProblem, config: Config):
+        self.problem, self.config = problem, config
+
+    @staticmethod
+    def config(problem: CombineProblem, device: Device, sizes: Sizes | None = None) -> Config:
+        """One serves all."""
+        return Config()
+
+    def launcher(self):
+        """What to compile: called with fake operands in `CombineOperands` order and a stream."""
+        from .common.combine import CombineKernel
+
+        return CombineKernel(self.problem, self.config)

@@ -1,0 +1,136 @@
+"""What becomes of a tile's O and log-sum-exp: rows of the result, or one split's part of it.
+
+    Result    O / row_sum in 16 bits, by way of shared memory and TMA, which leaves out rows past the end
+    Partial   O / row_sum in fp32, straight from registers: 4 lanes write 32 neighbouring bytes, and shared
+              memory has no room for a tile twice as large
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32
+from cutlass.cute.nvgpu import warp
+
+from ...common.fragment import rows_by_columns, some_rows
+from ...common.operand import Operand, padded
+from ...common.output import OutputRows
+from ...elementwise import minimum
+from ...problem import Problem
+from ..tuning import Config
+from .job import Job, Tiles
+from .rows import coordinates, row_of
+
+STORE = 4  # first of the named barriers, one per warpgroup
+
+
+class _Store:
+    """mma: the product that made O."""
+
+    def __init__(self, problem: Problem, config: Config, mma):
+        self.problem, self.config, self.mma = problem, config, mma
+        self.dim_v = padded(problem.head_dim_v)
+
+    def normalise(self, job: Job, lse: cute.Tensor | None, state, warpgroup: Int32) -> cute.Tensor:
+        """O of a thread's rows (rows, columns), normalised in place; the log-sum-exp is written."""
+        o, at = rows_by_columns(state.o), coordinates(self.mma(), self.dim_v)
+        count, lane = cute.size(o, mode=[0]) // len(state.shares), cute.arch.thread_idx()[0] % 4
+        for i, share in enumerate(state.shares):
+            first = i * count
+            writes_lse = lane == 0
+            if self.config.heads > 1:
+                writes_lse = writes_lse & (share.head < job.end_head)
+            self.output_rows(job, lse, share.head).finish(
+                some_rows(o, first, count),
+                state.softmax.some_rows(first, count),
+                lambda r, first=first: row_of(self.config, job, warpgroup, at[r + first, 0][0]),
+                writes_lse,
+            )
+        return o
+
+    def output_rows(self, job: Job, lse: cute.Tensor | None, head: Int32) -> OutputRows:
+        problem, call, sequence = self.problem, job.call, job.sequence
+        if self.config.heads > 1:
+            head = minimum(head, job.end_head - 1)
+        return OutputRows(
+            used=sequence.seqlen_q if problem.seqused_q else None,
+            end=sequence.q_rows,
+            lse=sequence.lse_of(lse, head) if problem.lse else None,
+            sink=call.sink[head] if problem.sink else None,
+            factor=call.keep_scale if problem.dropout else None,
+        )
+
+
+class Result(_Store):
+    """out: the operand that it fills."""
+
+    def __init__(self, problem: Problem, config: Config, mma, out: Operand):
+        super().__init__(problem, config, mma)
+        self.out = out
+
+    @cute.jit
+    def tile(self, job: Job, tiles: Tiles, state, warpgroup: Int32):
+        self.normalise(job, job.call.lse, state, warpgroup)
+        tile, thread = tiles.out[None, None, warpgroup], cute.arch.thread_idx()[0] % 128
+        copying = cute.arch.make_warp_uniform(thread // 32) == 0
+        if cutlass.const_expr(self.config.persistent):
+            self.await_copy(copying)
+            cute.arch.barrier(barrier_id=STORE + warpgroup, number_of_threads=128)
+        out = cute.make_rmem_tensor(state.o.layout, self.out.dtype)
+        out.store(state.o.load().to(self.out.dtype))
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.out.dtype)
+        copy = cute.make_tiled_copy_C(atom, self.mma()).get_slice(thread)
+        cute.copy(copy, copy.retile(out), copy.partition_D(tile))
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=STORE + warpgroup, number_of_threads=128)
+        if copying:
+            self.begin_copy(job, tile, row_of(self.config, job, warpgroup, Int32(0)))
+
+    def begin_copy(self, job: Job, tile: cute.Tensor, first_row: Int32) -> None:
+        """One warp copies a tile to the rows from `first_row`."""
+        s = job.sequence
+        rows = self.out.head_rows(job.maps.out, s.batch, job.place, s.q_start, s.q_start + s.q_rows)
+        target, source = self.out.sides(rows, first_row, tile)
+        cute.copy(rows.atom, source, target)
+        cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def await_copy(self, copying: Boolean):
+        """Shared memory must outlive the copy's reading of it."""
+        if copying:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def finish(self) -> None:
+        """Before the CTA's shared memory goes."""
+        self.await_copy(cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0)
+
+
+class Partial(_Store):
+    """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits."""
+
+    @cute.jit
+    def tile(self, job: Job, tiles: Tiles, state, warpgroup: Int32):
+        out, lse = (t[(job.split, *(None,) * (cute.rank(t) - 1))] for t in (job.call.out, job.call.lse))
+        o, at = self.normalise(job, lse, state, warpgroup), coordinates(self.mma(), self.dim_v)
+        count = cute.size(o, mode=[0]) // len(state.shares)
+        for r in cutlass.range_constexpr(cute.size(o, mode=[0])):
+            head, row = state.shares[r // count].head, row_of(self.config, job, warpgroup, at[r, 0][0])
+            if (row < job.sequence.q_rows) & (head < job.end_head):
+                target = job.sequence.q_rows_of(out, head)[row, None]
+                self.row(some_rows(o, r, 1), target, at)
+
+    @cute.jit
+    def row(self, o: cute.Tensor, target: cute.Tensor, at: cute.Tensor):
+        """A thread's columns of one row, two neighbours at a time."""
+        for c in cutlass.range_constexpr(0, cute.size(o, mode=[1]), 2):
+            column = at[0, c][1]
+            inside = True
+            if cutlass.const_expr(self.dim_v != self.problem.head_dim_v):
+                inside = column < self.problem.head_dim_v
+            if inside:
+                pair = cute.make_rmem_tensor(2, Float32)
+                pair[0], pair[1] = o[0, c], o[0, c + 1]
+                cute.autovec_copy(pair, cute.local_tile(target, (2,), (column // 2,)))
+
+    def finish(self) -> None:
+        """Nothing is under way."""
