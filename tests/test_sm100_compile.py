@@ -15,7 +15,8 @@ from cute_flash.arch.sm100.forward import Forward
 from tests.test_resources import EXTREMES, answer_for, resources
 
 SHARED = 232448
-DEVICES = {"sm_100a": Device((10, 0), SHARED), "sm_103a": Device((10, 3), SHARED), "sm_110a": Device((11, 0), SHARED)}
+CAPABILITIES = {"sm_100a": (10, 0), "sm_103a": (10, 3), "sm_110a": (11, 0)}
+DEVICES = {target: Device(capability, SHARED) for target, capability in CAPABILITIES.items()}
 B200 = DEVICES["sm_100a"]
 # The most that each row of the table can be asked for.
 ROWS = (

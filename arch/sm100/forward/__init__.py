@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...problem import Device, Problem, Support
+from ...problem import Device, Problem, Sizes, Support
 from .. import tuning
 
 
@@ -23,12 +23,17 @@ class Forward:
         self.problem, self.config = problem, config
 
     @staticmethod
-    def config(problem: Problem, device: Device) -> tuning.Config:
+    def config(problem: Problem, device: Device, sizes: Sizes | None = None) -> tuning.Config:
         """The tile sizes for `problem` on `device`; ask `reasons` first."""
         config = tuning.forward_config(problem, device)
         if config is None:
             raise ValueError(f"no tile of sm100.forward serves {problem} on {device}")
         return config
+
+    @staticmethod
+    def configs(problem: Problem, device: Device) -> tuple[tuning.Config, ...]:
+        """Every config that some sizes get: sizes do not matter here."""
+        return (Forward.config(problem, device),)
 
     @staticmethod
     def reasons(problem: Problem, device: Device) -> tuple[str, ...]:

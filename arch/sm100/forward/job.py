@@ -7,13 +7,46 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32, pipeline
 
-from ...common.blocks import Phase
-from ...sm90.forward.job import Job, Maps, Tiles, phases_of
+from ...common.blocks import Phase, phases
+from ...common.mask import Everything
+from ...common.operand import Mapped
+from ...common.rules import Rules
+from ...common.sequence import Sequence
+from ...elementwise import minimum, where
+from ...problem import Operands, Problem
 from ..edge import Edge
-
-__all__ = ["Edges", "Job", "Maps", "Memory", "Tiles", "Work", "blocks_of", "phases_of"]
+from ..tuning import Config
 
 FACTOR, ROW_SUM, ROW_MAX = 0, 0, 1  # places in `Memory.stats`; the factor's is free when the sum is due
+
+
+class Maps(NamedTuple):
+    """The tensors as TMA sees them."""
+
+    q: Mapped
+    k: Mapped
+    v: Mapped
+    out: Mapped
+
+
+class Tiles(NamedTuple):
+    """Shared memory: (rows, dim, tiles) of q and, in its place, out; (rows, dim, stages) of k and v."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    out: cute.Tensor
+
+
+class Job(NamedTuple):
+    """Rows `first_row` and on of one query head of one sequence."""
+
+    call: Operands
+    maps: Maps
+    sequence: Sequence
+    head: Int32
+    kv_head: Int32
+    first_row: Int32
 
 
 class Memory(NamedTuple):
@@ -62,6 +95,16 @@ class MmaEnds(NamedTuple):
     q: pipeline.PipelineConsumer
     k: pipeline.PipelineConsumer
     v: pipeline.PipelineConsumer
+
+
+def phases_of(problem: Problem, config: Config, job: Job, rules: Rules) -> list[Phase]:
+    """The KV blocks to visit, from last to first, the same for all Q tiles of the CTA."""
+    sequence, first_row, seqlen_k = job.sequence, job.first_row, job.sequence.seqlen_k
+    end_row = minimum(first_row + config.tile_m, sequence.seqlen_q)
+    if problem.seqused_q:
+        seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
+    q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
+    return phases(rules.mask or Everything(), q_first, q_last, seqlen_k, config.tile_n)
 
 
 def blocks_of(blocks: list[Phase]) -> tuple[Int32, Int32]:
