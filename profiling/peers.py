@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import cute_flash
+from tests.peers.flash_attn_4 import resolved
 
 from .measure import CUDA, Row
 
@@ -145,7 +146,7 @@ def _precompiled_flash_attn_4(
     for q, k, v in inputs:
         lse = q.new_empty((row.batch, row.heads, row.seqlen), dtype=torch.float32)
         tensors = {"q": q, "k": k, "v": v, "out": q.new_empty(*q.shape[:-1], row.head_dim_v), "lse": lse}
-        calls.append((tensors["out"], _arguments(kernel["arguments"], tensors)))
+        calls.append((tensors["out"], resolved(kernel["arguments"], tensors, row.seqlen)))
 
     def run(i: int) -> torch.Tensor:
         out, arguments = calls[i % len(calls)]
@@ -153,15 +154,6 @@ def _precompiled_flash_attn_4(
         return out
 
     return run
-
-
-def _arguments(described: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Arguments of a launch from their description: {"tensor": name}, a number, null, or a list of these."""
-    if isinstance(described, dict):
-        return tensors[described["tensor"]]
-    if isinstance(described, list):
-        return tuple(_arguments(member, tensors) for member in described)
-    return described
 
 
 PEERS: dict[str, Callable[[Row, str, list], Run]] = {

@@ -9,10 +9,10 @@ toolkit is needed.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import struct
 import subprocess
-import sysconfig
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -109,10 +109,11 @@ def tool(name: str) -> Path:
 
     Raises FileNotFoundError naming the package when it is missing.
     """
-    root = Path(sysconfig.get_path("purelib")) / "nvidia"
-    for path in sorted(root.glob(f"**/bin/{name}")):
-        return path
-    raise FileNotFoundError(f"{name} not found under {root}: pip install nvidia-cuda-{name}")
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(root).glob(f"**/bin/{name}")):
+            return path
+    raise FileNotFoundError(f"{name} is not installed: pip install nvidia-cuda-{name}")
 
 
 def tools() -> None:

@@ -196,8 +196,8 @@ def test_unknown_cases_are_told_what_there_is(what, capsys):
 
 
 @pytest.mark.parametrize("what", ["static", "cycles"])
-def test_a_missing_tool_is_named(what, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sass.sysconfig, "get_path", lambda name: str(tmp_path))
+def test_a_missing_tool_is_named(what, monkeypatch, capsys):
+    monkeypatch.setattr(sass.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
         command.main([what])
     assert stopped.value.code == 2

@@ -3,8 +3,10 @@
     kernels = build(CASES, directory)          in a process of its own: it reads its target at import
 
 Its Python interface runs once on fake CUDA tensors; where it would launch, the compiled kernel's PTX and
-host object are written to `directory`, with a JSON file that says what each argument of the launch is:
-{"tensor": name}, a number, null, or a list of these.
+host object are written to `directory`, with a JSON file:
+
+    "arguments"    of the launch: {"tensor": name}, {"longest": "q"}, a number, null, or a list of these
+    "tile"         rows of Q that one cluster of CTAs takes, and keys per KV tile
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class Case:
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
     dtype: str = "bfloat16"
+    dim_v: int | None = None  # where it is not dim
+
+    @classmethod
+    def read(cls, told: dict[str, Any]) -> Case:
+        """A case from its members as JSON has them."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
 
     @property
     def varlen(self) -> bool:
@@ -47,8 +57,8 @@ class Case:
         shapes = {
             "q": ((*q, self.heads, self.dim), self.dtype),
             "k": ((*k, self.heads_kv, self.dim), self.dtype),
-            "v": ((*k, self.heads_kv, self.dim), self.dtype),
-            "out": ((*q, self.heads, self.dim), self.dtype),
+            "v": ((*k, self.heads_kv, self.dim_v or self.dim), self.dtype),
+            "out": ((*q, self.heads, self.dim_v or self.dim), self.dtype),
             "lse": (lse, "float32"),
         }
         if self.varlen:
@@ -59,12 +69,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel of the peer: its PTX, its host object, and the arguments of its launch."""
+    """A compiled kernel of the peer: its PTX, its host object, and what the JSON file says of its launch."""
 
     case: Case
     ptx: str
     object_file: Path
     arguments: list[Any]
+    tile: tuple[int, int]
+
+    @classmethod
+    def load(cls, case: Case, stem: Path) -> Kernel:
+        """What was written to files of this stem."""
+        told = json.loads(stem.with_suffix(".json").read_text())
+        ptx, object_file = stem.with_suffix(".ptx").read_text(), stem.with_suffix(".o")
+        return cls(case, ptx, object_file, told["arguments"], tuple(told["tile"]))
 
 
 CASES = (
@@ -100,20 +118,20 @@ def build(cases: tuple[Case, ...], directory: Path) -> dict[str, Kernel]:
         )
         if done.returncode:
             raise RuntimeError(f"flash-attn-4 did not compile:\n{done.stdout}{done.stderr}")
-    return {case.name: _load(case, directory / case.name) for case in cases}
+    return {case.name: Kernel.load(case, directory / case.name) for case in cases}
 
 
-def _load(case: Case, stem: Path) -> Kernel:
-    return Kernel(
-        case,
-        stem.with_suffix(".ptx").read_text(),
-        stem.with_suffix(".o"),
-        json.loads(stem.with_suffix(".json").read_text()),
-    )
+def resolved(described: Any, tensors: Mapping[str, Any], longest: int) -> Any:
+    """An argument from its description. longest: the length of the longest sequence of queries."""
+    if isinstance(described, list):
+        return tuple(resolved(member, tensors, longest) for member in described)
+    if isinstance(described, dict):
+        return tensors[described["tensor"]] if "tensor" in described else longest
+    return described
 
 
-def _record(cases: list[Case], directory: Path) -> None:
-    """Body of the fresh process: run the peer's interface on fake tensors and write what it compiles."""
+def record(cases: list[Case], directory: Path) -> None:
+    """Run the peer's interface on fake tensors and write what it compiles; for a process of its own."""
     _without_autotuner()
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -130,29 +148,37 @@ def _record(cases: list[Case], directory: Path) -> None:
                 name: torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
                 for name, (shape, dtype) in case.shapes().items()
             }
-            cute.compile = partial(_compile_and_record, cute.compile, directory / case.name, tensors)
-            interface._flash_attn_fwd(
-                **tensors,
-                causal=case.causal,
-                window_size_left=case.window[0],
-                window_size_right=case.window[1],
-                return_lse=True,
-            )
-            cute.compile = cute.compile.args[0]
+            recorded = partial(_compile_and_record, cute.compile, directory, case, tensors)
+            with mock.patch.object(cute, "compile", recorded):
+                interface._flash_attn_fwd(
+                    **tensors,
+                    causal=case.causal,
+                    window_size_left=case.window[0],
+                    window_size_right=case.window[1],
+                    return_lse=True,
+                )
             interface._flash_attn_fwd.compile_cache.clear()
 
 
-def _compile_and_record(compile_kernel, stem: Path, tensors: dict[str, Any], *args, **kwargs):
+def _compile_and_record(compile_kernel, directory: Path, case: Case, tensors: dict[str, Any], *args, **kwargs):
     """cute.compile, except that what it returns describes the call that it gets instead of launching."""
-    compiled = compile_kernel(*args, **kwargs)
+    stem, compiled = directory / case.name, compile_kernel(*args, **kwargs)
     compiled.export_to_c(object_file_path=str(stem.with_suffix(".o")), function_name="func")
     stem.with_suffix(".ptx").write_text(compiled.__ptx__)
 
     def call(*arguments):
-        described = [_describe(argument, tensors) for argument in arguments]
-        stem.with_suffix(".json").write_text(json.dumps(described))
+        described = [_describe(argument, tensors, max(case.seqlens_q)) for argument in arguments]
+        told = {"arguments": described, "tile": _tile(args[0])}
+        stem.with_suffix(".json").write_text(json.dumps(told))
 
     return call
+
+
+def _tile(kernel: Any) -> tuple[int, int]:
+    """Rows of Q per cluster and keys per tile of a kernel, before it is compiled."""
+    if hasattr(kernel, "q_stage"):  # Blackwell's
+        return kernel.m_block_size * kernel.q_stage * kernel.cta_group_size, kernel.n_block_size
+    return kernel.tile_m, kernel.tile_n
 
 
 def _without_autotuner() -> None:
@@ -163,17 +189,16 @@ def _without_autotuner() -> None:
     sys.modules[autotuner.__name__] = autotuner
 
 
-def _describe(argument: Any, tensors: dict[str, Any]) -> Any:
+def _describe(argument: Any, tensors: dict[str, Any], longest: int) -> Any:
     if isinstance(argument, (tuple, list)):
-        return [_describe(member, tensors) for member in argument]
-    if not hasattr(argument, "untyped_storage"):
-        return argument
-    storage = argument.untyped_storage()._cdata
-    (name,) = (name for name, tensor in tensors.items() if tensor.untyped_storage()._cdata == storage)
-    return {"tensor": name}
+        return [_describe(member, tensors, longest) for member in argument]
+    if hasattr(argument, "untyped_storage"):
+        storage = argument.untyped_storage()._cdata
+        (name,) = (name for name, tensor in tensors.items() if tensor.untyped_storage()._cdata == storage)
+        return {"tensor": name}
+    return {"longest": "q"} if type(argument) is int and argument == longest else argument
 
 
 if __name__ == "__main__":
-    requested = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
-                 for case in json.load(sys.stdin)]
-    _record(requested, Path(sys.argv[1]))
+    requested = [Case.read(told) for told in json.load(sys.stdin)]
+    record(requested, Path(sys.argv[1]))
