@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from . import plots, stages, tables
-from .record import Record, write_whole
+from .record import RESULTS, Record, write_whole
 from .worker import Job, Outcome, Settings, Worker
 
-RESULTS = Path(__file__).resolve().parent / "results"
 LONGEST_REPORT = 1500.0
 NO_GPU, BAD_ARGUMENT, INTERRUPTED = 2, 2, 130
 WITHOUT_GPU = """no GPU was found, and this report measures one. Without a GPU there are:
