@@ -14,7 +14,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -38,10 +37,6 @@ from tests.peers.flash_attn_4 import Case, Kernel
 from . import sass
 
 NAME = "flash-attn-4"
-_SMS = {
-    "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_100a": 148, "sm_103a": 160, "sm_120a": 170,
-}  # fmt: skip
-_L2_BYTES = 50 << 20
 _SHARED_MEMORY = {device.target: device.shared_memory for device in EMULATED.values()}
 LARGEST_SHARED_MEMORY = max(_SHARED_MEMORY.values())
 
@@ -101,21 +96,13 @@ def prepare(cases: Iterable[Case], target: str) -> None:
     """Compile what is not there yet, all in one process. Raises Missing where that process dies."""
     directory = _directory(target)
     directory.mkdir(parents=True, exist_ok=True)
-    found = {path.stem for path in directory.glob("*.json")} | {path.stem for path in directory.glob("*.refused")}
+    found = {path.stem for pattern in ("*.json", "*.refused") for path in directory.glob(pattern)}
     todo = [asdict(kept) for kept in map(_kept, cases) if kept.name not in found]
     if not todo:
         return
-    environment = os.environ | {
-        "CUTE_DSL_ARCH": target,
-        "CUTE_DSL_KEEP": "ptx",
-        "CUTE_DSL_DUMP_DIR": str(directory),
-        "FLASH_ATTENTION_ARCH": target,
-        "FLASH_ATTENTION_NUM_SMS": str(_SMS[target]),
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
-    }
     done = subprocess.run(
-        [sys.executable, "-m", __name__, str(directory), str(_SMS[target])],
-        input=json.dumps(todo), env=environment, text=True, capture_output=True,
+        [sys.executable, "-m", __name__, str(directory)], input=json.dumps(todo),
+        env=flash_attn_4.environment(target, directory), text=True, capture_output=True,
     )
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
@@ -189,14 +176,8 @@ def call(
 
 
 def _record() -> None:
-    """Body of the fresh process: `DIRECTORY SMS` on the command line, cases on standard input."""
-    from cutlass.utils import HardwareInfo
-
-    directory, sms = Path(sys.argv[1]), int(sys.argv[2])
-    HardwareInfo.__init__ = lambda self, *args, **kwargs: None  # it would load the driver
-    HardwareInfo.get_max_active_clusters = lambda self, size, *args, **kwargs: sms // size
-    HardwareInfo.get_device_multiprocessor_count = lambda self: sms
-    HardwareInfo.get_l2_cache_size_in_bytes = lambda self: _L2_BYTES
+    """Body of the fresh process: `DIRECTORY` on the command line, cases on standard input."""
+    directory = Path(sys.argv[1])
     for case in map(Case.read, json.load(sys.stdin)):
         try:
             flash_attn_4.record([case], directory)

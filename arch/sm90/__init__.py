@@ -1,11 +1,8 @@
-"""Kernels for Hopper: for now those of the sm80 tree, whose instructions Hopper runs as well.
-
-`forward` holds Hopper's own kernel. It compiles, but is not listed: what is listed has been executed,
-and the emulator does not execute TMA and warpgroup MMA yet.
-"""
+"""Kernels for Hopper: TMA, warpgroup MMA, specialised warpgroups; and those of the sm80 tree for the rest."""
 
 from __future__ import annotations
 
-from ..sm80 import Forward
+from ..sm80 import Forward as Sm80Forward
+from .forward import Forward
 
-KERNELS = (Forward,)
+KERNELS = (Forward, Sm80Forward)

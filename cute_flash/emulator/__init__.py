@@ -12,9 +12,11 @@ from .errors import (
     Misaligned,
     OutOfBounds,
     ParseError,
+    RegisterInFlight,
     UndefinedRegister,
     UninitializedRead,
     UnmodelledInstruction,
+    WarpgroupError,
 )
 from .execute import Launch, Options, Report, run
 from .memory import GlobalMemory
@@ -33,9 +35,11 @@ __all__ = [
     "OutOfBounds",
     "ParseError",
     "Program",
+    "RegisterInFlight",
     "Report",
     "UndefinedRegister",
     "UninitializedRead",
     "UnmodelledInstruction",
+    "WarpgroupError",
     "run",
 ]

@@ -68,7 +68,7 @@ class Definedness:
             defined = incoming[start]
             for i in range(start, end[start]):
                 defined = self._after(i, defined)
-            for successor in _successors(self.operations, end[start]):
+            for successor in successors(self.operations, end[start]):
                 merged = incoming[successor] & defined
                 if merged != incoming[successor] or successor not in seen:
                     incoming[successor] = merged
@@ -110,7 +110,8 @@ def _block_starts(instructions: list[Instruction]) -> list[int]:
     return sorted(starts)
 
 
-def _successors(operations: list[Operation], end: int) -> list[int]:
+def successors(operations: list[Operation], end: int) -> list[int]:
+    """Where control may go after the block that ends before operation `end`."""
     last = operations[end - 1].instruction
     following = [end] if end < len(operations) else []
     if is_branch(last):

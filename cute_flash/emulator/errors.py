@@ -54,3 +54,11 @@ class BarrierError(EmulatorError):
 
 class DataRace(EmulatorError):
     """Two conflicting accesses to shared memory with no order between them."""
+
+
+class RegisterInFlight(EmulatorError):
+    """A register of an asynchronous product touched before the wait, or used by one without a fence."""
+
+
+class WarpgroupError(EmulatorError):
+    """The four warps of a warpgroup do not do the same, or are not all there."""

@@ -13,23 +13,28 @@ from .machine import Machine
 from .memory import GlobalMemory
 from .schedule import SCHEDULES
 from .state import LANES
+from .translate import architecture
 
 if TYPE_CHECKING:
     from .program import Code, Program
 
 WAVE_BYTES = 64 << 20  # registers, shared and local memory of the CTAs that run together
 WAVE_CTAS = 256
-ASYNCHRONY = ("eager", "late", "random")
+RACE_CTAS = 16  # the race detector keeps a history of every place in shared memory
+MOST_CLUSTER = 16
+ASYNCHRONY = ("eager", "late", "late_copies", "late_products", "random")
 UNINITIALIZED = ("error", "poison")
-DRIFT = 0.02  # chance per scheduling decision that a pending copy lands, when asynchrony is random
+DRIFT = 0.02  # chance per scheduling decision that a pending operation happens, when asynchrony is random
+SPINNING = 20000  # scheduling decisions without an event after which a pending operation happens by itself
 
 
 @dataclass(frozen=True)
 class Options:
     """How to run.
 
-    asynchrony: when asynchronous copies land: "eager" at issue, "late" when a wait forces them, "random"
-    anywhere between. schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a
+    asynchrony: when asynchronous copies and products happen: "eager" at issue, "late" when a wait forces
+    them, "random" anywhere between; "late_copies" with eager products, "late_products" with eager copies.
+    schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a
     time). seed: of everything random. races: raise where accesses to shared memory conflict without an order.
     observers: objects with hooks, see observe.py. ctas_per_wave: how many CTAs are resident together; None
     lets their size decide. uninitialized: "error" raises where shared or local memory is read that nothing
@@ -94,9 +99,10 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     began = time.perf_counter()
     total = launch.grid[0] * launch.grid[1] * launch.grid[2]
     cluster = launch.cluster[0] * launch.cluster[1] * launch.cluster[2]
-    if cluster != 1:
-        raise EmulatorError(f"a cluster of {launch.cluster} CTAs is not modelled")
     wave = options.ctas_per_wave or min(WAVE_CTAS, max(1, WAVE_BYTES // _cta_bytes(code, launch)))
+    if options.races:
+        wave = min(wave, RACE_CTAS)
+    wave = -(-wave // cluster) * cluster
     executed = np.zeros(len(code.steps), np.int64)
     for name, held in program.storage.items():
         memory.add(held.ctypes.data, held.nbytes, name)
@@ -127,11 +133,24 @@ def _cta_bytes(code: Code, launch: Launch) -> int:
 def _run_wave(m: Machine) -> None:
     schedule = SCHEDULES[m.options.schedule](m)
     drifting = m.options.asynchrony == "random"
-    while (choice := schedule.pick()) is not None:
-        pc, threads, limit = choice
-        schedule.put(m.advance(pc, threads, limit))
+    turns, progress = 0, 0
+    while (choice := schedule.pick()) is not None or m.stalls.resolve(schedule.gathered()):
+        if choice is not None:
+            pc, threads, limit = choice
+            schedule.put(m.advance(pc, threads, limit))
         if drifting and m.copies.pending:
             m.copies.drift(DRIFT)
+        if drifting and m.engine.pending:
+            m.engine.drift(DRIFT)
+        turns = turns + 1 if m.progress == progress else 0
+        if turns > SPINNING:
+            # Somebody polls for what a pending operation will bring.
+            m.engine.advance()
+            turns = 0
+        progress = m.progress
+        if m.parked.woken:
+            schedule.put(m.parked.take())
+    m.finish()
 
 
 def _check_launch(program: Program, launch: Launch) -> None:
@@ -139,6 +158,7 @@ def _check_launch(program: Program, launch: Launch) -> None:
     threads = launch.block[0] * launch.block[1] * launch.block[2]
     if min(*launch.grid, *launch.block) < 1 or threads > 1024:
         raise ValueError(f"cannot launch grid {launch.grid} of blocks {launch.block}")
+    _check_cluster(program, launch)
     required = entry.directives.get("reqntid")
     if required and tuple((*required, 1, 1)[:3]) != tuple(launch.block):
         raise ValueError(f"{launch.entry} needs blocks of {required} threads, not {launch.block}")
@@ -146,3 +166,13 @@ def _check_launch(program: Program, launch: Launch) -> None:
         raise ValueError(
             f"{launch.entry} takes {entry.param_bytes} parameter bytes, not {len(launch.params)}"
         )
+
+
+def _check_cluster(program: Program, launch: Launch) -> None:
+    size = launch.cluster[0] * launch.cluster[1] * launch.cluster[2]
+    if size == 1:
+        return
+    if architecture(program.target) < 90 or size > MOST_CLUSTER:
+        raise EmulatorError(f"{program.target} has no clusters of {launch.cluster} CTAs")
+    if any(n % c for n, c in zip(launch.grid, launch.cluster, strict=True)):
+        raise EmulatorError(f"a grid of {launch.grid} does not divide into clusters of {launch.cluster}")

@@ -8,6 +8,8 @@ narrower than float64).
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 CANONICAL_NAN = {16: 0x7FFF, 32: 0x7FFFFFFF, 64: 0x7FF8000000000000}
@@ -83,3 +85,47 @@ def to_odd_f32(exact: np.ndarray) -> np.ndarray:
     inexact = (cut.astype(np.float64) != exact) & np.isfinite(cut)
     bits = np.ascontiguousarray(cut).view(np.uint32)
     return np.where(inexact, bits | np.uint32(1), bits).view(np.float32)
+
+
+# Formats of matrix operands narrower than 16 bits: bits, exponent bits, exponent bias, and which patterns
+# are no numbers. "ieee": as in IEEE 754; "fn": only all ones is NaN and there is no infinity; "": all are.
+NARROW = {
+    "e5m2": (8, 5, 15, "ieee"),
+    "e4m3": (8, 4, 7, "fn"),
+}
+_MATRIX_BITS = {"f16": 16, "bf16": 16} | {name: form[0] for name, form in NARROW.items()}
+
+
+def matrix_bits(kind: str) -> int:
+    """Bits of an element of a matrix operand's type."""
+    return _MATRIX_BITS[kind]
+
+
+@cache
+def narrow_table(kind: str) -> np.ndarray:
+    """float32 value of every pattern of a format of NARROW, exact (PTX ISA, alternate floating point)."""
+    bits, exponent_bits, bias, special = NARROW[kind]
+    pattern = np.arange(1 << bits)
+    mantissa_bits = bits - 1 - exponent_bits
+    top = (1 << exponent_bits) - 1
+    exponent = pattern >> mantissa_bits & top
+    mantissa = pattern & (1 << mantissa_bits) - 1
+    significand = np.where(exponent > 0, mantissa + (1 << mantissa_bits), mantissa)
+    value = np.ldexp(significand.astype(np.float64), np.maximum(exponent, 1) - bias - mantissa_bits)
+    if special == "ieee":
+        value = np.where(exponent == top, np.where(mantissa > 0, np.nan, np.inf), value)
+    elif special == "fn":
+        all_ones = (1 << mantissa_bits) - 1
+        value = np.where((exponent == top) & (mantissa == all_ones), np.nan, value)
+    table = np.where(pattern >> bits - 1, -value, value).astype(np.float32)
+    table.flags.writeable = False
+    return table
+
+
+def matrix_values(raw: np.ndarray, kind: str) -> np.ndarray:
+    """Elements of a matrix operand, unsigned of its width, as float32: exact."""
+    if kind == "bf16":
+        return np.left_shift(raw, np.uint32(16), dtype=np.uint32).view(np.float32)
+    if kind == "f16":
+        return raw.view(np.float16).astype(np.float32)
+    return narrow_table(kind).take(raw)

@@ -29,6 +29,16 @@ def matrix_a(words: np.ndarray, bf16: bool) -> np.ndarray:
     return np.ascontiguousarray(values.transpose(2, 1, 3, 0, 4, 5)).reshape(warps, 16, 8 * blocks)
 
 
+def matrix_a_bytes(words: np.ndarray) -> np.ndarray:
+    """A of k = 16n 8-bit elements: registers (2n, warps, 32) -> (warps, 16, 16n) uint8.
+
+    Register i of lane (group, t): row group + 8 (i % 2), columns k = 4t + 16 (i / 2) to k + 3.
+    """
+    blocks, warps = len(words) // 2, words.shape[1]
+    values = words.view(np.uint8).reshape(blocks, 2, warps, 8, 4, 4)
+    return np.ascontiguousarray(values.transpose(2, 1, 3, 0, 4, 5)).reshape(warps, 16, 16 * blocks)
+
+
 def matrix_b(words: np.ndarray, bf16: bool, count: int) -> np.ndarray:
     """`count` matrices B side by side, transposed: registers (count * n, warps, 32) -> (warps, 8 * count,
     8n).
@@ -43,7 +53,8 @@ def matrix_b(words: np.ndarray, bf16: bool, count: int) -> np.ndarray:
 def registers_d(matrix: np.ndarray) -> np.ndarray:
     """C or D matrices side by side: (warps, 16, 8 * count) -> registers (count * 4, warps, 32).
 
-    Register i of lane (group, t): row group + 8 (i / 2), column 2t + i % 2.
+    Register i of lane (group, t): row group + 8 (i / 2 % 2), column 8 (i / 4) + 2t + i % 2. A warp's 16 rows
+    of a wgmma's D lie the same way.
     """
     warps, count = len(matrix), matrix.shape[2] // 8
     parts = matrix.reshape(warps, 2, 8, count, 4, 2)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import EmulatorError
-from .memory import OwnedMemory, ParameterMemory
+from .bulk import BulkGroups
+from .cluster import ClusterBarriers, RegisterPool
+from .engine import Engine, Parked, Stalls, Waiter
+from .errors import BarrierError, EmulatorError, OutOfBounds
+from .mbarrier import MBarriers
+from .memory import RANK_SHIFT, OwnedMemory, ParameterMemory
 from .observe import Observers
 from .races import RaceDetector
 from .special import value_of
 from .state import LANES, STORAGE, Registers, Threads, ThreadSets
 from .sync import AsyncCopies, NamedBarriers
+from .tensor_map import TensorMap
 from .translate import CONTROL
+from .warpgroup import Products
 
 if TYPE_CHECKING:
     from .execute import Launch, Options
@@ -36,10 +43,13 @@ class Machine:
         threads = launch.block[0] * launch.block[1] * launch.block[2]
         self.warps = -(-threads // LANES)
         self.sets = ThreadSets(self.warps, ctas)
+        self.cluster = launch.cluster[0] * launch.cluster[1] * launch.cluster[2]
+        self.rank = np.arange(ctas) % self.cluster  # of each CTA in its cluster
         self.live = np.broadcast_to(
             (np.arange(self.warps * LANES) < threads).reshape(self.warps, 1, LANES), self.sets.shape
         ).copy()
         self.exits = 0
+        self.progress = 0  # counts events that may let waiting threads go on
         self.random = np.random.default_rng([options.seed, first])
         self.at = 0  # the running step, kept only while somebody watches
         self.watch = watchers(options)
@@ -49,7 +59,16 @@ class Machine:
         self.shared.strict = self.local.strict = options.uninitialized == "error"
         self.params = ParameterMemory(launch.params)
         self.barriers = NamedBarriers(self)
+        self.mbarriers = MBarriers(self)
+        self.cluster_barriers = ClusterBarriers(self)
         self.copies = AsyncCopies(self)
+        self.bulk_groups = BulkGroups(self)
+        self.tensor_maps: dict[bytes, TensorMap] = {}
+        self.register_pool = RegisterPool(self)
+        self.engine = Engine(self)
+        self.products = Products(self)
+        self.parked = Parked(self)
+        self.stalls = Stalls(self)
         constants = {
             width: [self.constant(c, width) for c in values]
             for width, values in code.layout.constants.items()
@@ -66,16 +85,39 @@ class Machine:
     # Geometry and constants.
 
     def cta_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, y, z of every CTA of the wave."""
-        grid, linear = self.launch.grid, np.arange(self.first, self.first + self.ctas)
-        return linear % grid[0], linear // grid[0] % grid[1], linear // (grid[0] * grid[1])
+        """x, y, z of every CTA of the wave; the CTAs of a cluster are neighbours in a wave."""
+        size, linear = self.launch.cluster, np.arange(self.first, self.first + self.ctas)
+        clusters = [n // c for n, c in zip(self.launch.grid, size, strict=True)]
+        which, rank = linear // self.cluster, linear % self.cluster
+        x = which % clusters[0] * size[0] + rank % size[0]
+        y = which // clusters[0] % clusters[1] * size[1] + rank // size[0] % size[1]
+        z = which // (clusters[0] * clusters[1]) * size[2] + rank // (size[0] * size[1])
+        return x, y, z
+
+    def place(self, g: Threads, address: np.ndarray, remote: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(CTA of the wave, address in its memory) of each thread's shared address.
+
+        remote: whether it may name another CTA of the cluster.
+        """
+        if self.cluster == 1:
+            return g.cta, address
+        rank, own = address >> RANK_SHIFT, self.rank[g.cta]
+        wrong = (rank >= self.cluster) | ((rank != own) & (not remote))
+        if wrong.any():
+            k = int(np.flatnonzero(wrong)[0])
+            text = f"shared address {int(address[k]):#x} lies in CTA {int(rank[k])} of the cluster"
+            raise self.fault(OutOfBounds, g, k, text)
+        return g.cta - own + rank, address & (1 << RANK_SHIFT) - 1
 
     def constant(self, constant: Constant, width: int) -> np.ndarray:
         """A constant's value, broadcastable to (warps, ctas, 32)."""
         if constant.kind == "bits":
             return np.array(constant.value, STORAGE[width])
         if constant.kind == "symbol":
-            return np.array(self.code.symbols[constant.value] + constant.offset, STORAGE[width])
+            value = np.array(self.code.symbols[constant.value] + constant.offset, STORAGE[width])
+            if constant.value in self.code.shared_symbols and self.cluster > 1:
+                value = value + (self.rank.astype(STORAGE[width]) << RANK_SHIFT).reshape(1, -1, 1)
+            return value
         return value_of(self, str(constant.value))
 
     def cta_name(self, cta: int) -> str:
@@ -100,9 +142,23 @@ class Machine:
 
     # Asynchrony.
 
-    def lands_at_issue(self) -> bool:
+    def lands_at_issue(self, kind: str) -> bool:
+        """Whether an operation of this kind, "copy" or "product", is done the moment it is issued."""
         mode = self.options.asynchrony
-        return mode == "eager" or (mode == "random" and self.random.random() < 0.5)
+        if mode == "random":
+            return self.random.random() < 0.5
+        return mode == "eager" or mode == {"copy": "late_products", "product": "late_copies"}[kind]
+
+    def park(self, here: int, threads: Threads, key: Hashable, give_up: Callable | None = None) -> None:
+        """Suspend threads at control step `here`, which they execute again after `wake(key)`.
+
+        give_up(machine, threads): what ends a bounded wait whose event does not come.
+        """
+        self.parked.park(key, Waiter(here, threads, give_up))
+
+    def wake(self, key: Hashable) -> None:
+        """Let those go on who are parked under `key`."""
+        self.parked.wake(key)
 
     # Execution.
 
@@ -110,7 +166,18 @@ class Machine:
         """The threads of `g` are done. Returns the sets that this lets go on."""
         self.live &= ~g.mask
         self.exits += 1
+        self.progress += 1
+        if self.cluster_barriers.arrived.any():
+            self.cluster_barriers.release()
         return self.barriers.release() if self.barriers.waiting else []
+
+    def finish(self) -> None:
+        """Every thread has exited: check what must not be left over."""
+        self.register_pool.check_warpgroups()
+        barrier = self.mbarriers.unfinished()
+        if barrier is not None:
+            name = self.cta_name(barrier.cta)
+            raise BarrierError(f"CTA {name} exits while {barrier!r} waits for bytes that never came")
 
     def advance(self, pc: int, g: Threads, limit: int) -> list[tuple[int, Threads]]:
         """Run `g` from step pc up to its next control step (included) or up to step `limit`."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WINDOW_SHIFT = 48
 WINDOWS = {"global": 0, "shared": 1 << WINDOW_SHIFT, "local": 2 << WINDOW_SHIFT, "param": 3 << WINDOW_SHIFT}
+RANK_SHIFT = 24  # shared addresses hold the CTA's rank in its cluster from this bit on
 WIDEST = 32  # bytes: the widest access, ld.global.v8.b32
 POISON = 0xFF
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -219,6 +220,10 @@ class OwnedMemory:
             k = int(np.flatnonzero(missing.any(axis=1))[0])
             where = int(address[k]) + int(np.flatnonzero(missing[k])[0])
             raise m.fault(UninitializedRead, g, k, f"{self.space} byte {where:#x} was never written")
+
+    def unwritten(self, address: int, owner: str) -> UninitializedRead:
+        """The error for an asynchronous read of a byte that nothing has written."""
+        return UninitializedRead(f"{self.space} byte {address:#x} of CTA {owner} was never written")
 
     def store(
         self, m: Machine, g: Threads, owner: np.ndarray, address: np.ndarray, values: np.ndarray

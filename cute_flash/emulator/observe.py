@@ -6,14 +6,38 @@ instruction; m.at is its step. `Options(races=True)` attaches a RaceDetector.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from .machine import Machine
+    from .mbarrier import Barrier
     from .state import Threads
     from .sync import Copy
+
+
+class Unit(NamedTuple):
+    """Who works asynchronously on shared memory: a queue of a CTA, whose work completes in numbered steps.
+
+    name, number: ("bulk", warp) for bulk stores, ("products", warpgroup) for wgmma, ("tensor", 0) for
+    tcgen05. epoch: the step that the work belongs to; whoever learns that the step is over (`unit_done`, or
+    an mbarrier's phase) may touch what it touched. cta, warp: who issued it.
+    """
+
+    cta: int
+    name: str
+    number: int
+    epoch: int
+    warp: int
+
+
+class Span(NamedTuple):
+    """Consecutive bytes of a CTA's shared memory."""
+
+    cta: int
+    address: int
+    size: int
 
 
 class Observer:
@@ -38,6 +62,48 @@ class Observer:
 
     def copy_done(self, m: Machine, copy: Copy) -> None:
         """The threads of `copy` have waited for it."""
+
+    def async_read(self, m: Machine, unit: Unit, cta: int, address: np.ndarray, size: int) -> None:
+        """A unit begins to read `size` bytes at each address of `cta`'s shared memory (async proxy)."""
+
+    def async_write(self, m: Machine, warp: tuple[int, int], barrier: Barrier, span: Span) -> None:
+        """A copy issued by (cta, warp) begins to write a part of shared memory.
+
+        It is over when the barrier's current phase is.
+        """
+
+    def unit_done(self, m: Machine, warp: tuple[int, int], unit: Unit) -> None:
+        """(cta, warp) has waited for a unit's steps up to unit.epoch."""
+
+    def proxy_fence(self, m: Machine, g: Threads, barriers_only: bool) -> None:
+        """Each warp orders its generic accesses, and those it knows of, before asynchronous ones.
+
+        barriers_only: its initialisations of mbarriers only.
+        """
+
+    def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
+        """A unit arrives at a barrier when its steps up to unit.epoch are over."""
+
+    def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
+        """(cta, warp) initialises a barrier."""
+
+    def mbarrier_use(self, m: Machine, warp: tuple[int, int], barrier: Barrier, by_unit: bool) -> None:
+        """(cta, warp) is about to use a barrier, or to let a copy or a product signal it (by_unit)."""
+
+    def mbarrier_arrive(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
+        """(cta, warp) arrives at a barrier."""
+
+    def mbarrier_complete(self, m: Machine, barrier: Barrier) -> None:
+        """A barrier's phase is complete."""
+
+    def mbarrier_wait(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
+        """(cta, warp) has seen that the phase before the barrier's current one is complete."""
+
+    def cluster_arrive(self, m: Machine, g: Threads, release: bool) -> None:
+        """Each warp arrives at its cluster's barrier."""
+
+    def cluster_wait(self, m: Machine, g: Threads) -> None:
+        """Each warp leaves its cluster's barrier."""
 
     def barrier_arrive(self, m: Machine, g: Threads, number: np.ndarray) -> None:
         """Each warp arrives at a named barrier."""

@@ -57,6 +57,7 @@ class EntryText:
     variables: dict[str, Variable] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     registers: dict[int, list[Register]] = field(default_factory=dict)
+    writers: dict[Register, list[Instruction]] = field(default_factory=dict)  # for constants.py
     directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 

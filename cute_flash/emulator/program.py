@@ -10,6 +10,7 @@ from . import ops
 from .analysis import Definedness, check_guard, is_branch, watch_registers
 from .errors import EmulatorError, UnmodelledInstruction
 from .parse import EntryText, Instruction, Module, Variable, parse
+from .register_flight import RegisterFlight
 from .translate import CONTROL, CONVERGED, PLAIN, Layout, Operation, Step, Translation
 
 RESERVED_SHARED = 1024  # bytes at the start of shared memory that belong to the system from sm_90 on
@@ -42,6 +43,8 @@ class Code:
     shared_static: int
     local_bytes: int
     shared_granule: int
+    shared_symbols: frozenset[str]
+    directives: dict[str, tuple[int, ...]]
     runs: list = field(default_factory=list)
     next_control: list[int] = field(default_factory=list)
     next_converged: list[int] = field(default_factory=list)
@@ -109,8 +112,9 @@ def _translate(program: Program, module: Module, entry: EntryText) -> Code:
             symbols[variable.name] = _storage(program, variable)
     steps = _steps(translation, entry.instructions)
     code = Code(
-        steps, translation.layout, symbols, reserved, end - reserved, local_bytes, translation.shared_granule
-    )
+        steps, translation.layout, symbols, reserved, end - reserved, local_bytes, translation.shared_granule,
+        frozenset(v.name for v in (*static, *dynamic)), entry.directives,
+    )  # fmt: skip
     code.runs = [step.run for step in steps]
     code.next_control = _next(steps, CONTROL)
     code.next_converged = _next(steps, CONVERGED)
@@ -155,6 +159,7 @@ def _steps(translation: Translation, instructions: list[Instruction]) -> list[St
     for operation, step, needs in zip(operations, steps, definedness.needs, strict=True):
         step.where, step.instructions = operation.instruction, (operation.instruction,)
         watch_registers(operation, step, flags, needs)
+    RegisterFlight(operations, definedness.starts).instrument(steps, translation.layout)
     return _link(translation, operations, steps, (set(definedness.starts), flags))
 
 

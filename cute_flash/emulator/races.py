@@ -1,48 +1,41 @@
 """Data races in shared memory, by vector clocks.
 
-The agents are the warps of a CTA. Each has a clock for every warp of its CTA: clock[cta, w, v] is the last
-epoch of v that w knows to be over. Arriving at a barrier publishes a warp's clocks, leaving one takes over
-those of everybody who arrived. An access races with an earlier one of another warp whose epoch it does not
-know, unless both only read or both are atomic. A cp.async is a write that is under way from its issue until
-its thread waits for it: nobody, its own thread included, may touch the bytes until then.
+The agents are the warps of a cluster, its mbarriers, and the units that copy and multiply on their own. Each
+works in epochs. clock[cluster, warp, agent] is the last epoch of an agent that a warp knows to be over. A
+barrier passes knowledge on: from who arrives to who leaves. An access races with an earlier one of another
+agent whose epoch the accessing warp does not know, unless both only read or both are atomic.
+
+    cp.async            a write of its thread's warp, under way until the thread waits for it
+    bulk load           a write in an epoch of the mbarrier that it signals: its phase
+    store, product      a read by a unit, in an epoch that ends with the wait for its group
+
+Generic and asynchronous accesses are different proxies. A generic write is ordered before an asynchronous
+access by a proxy fence of a warp that knows of the write; fenced[cluster, warp, writer] are the epochs that
+a warp knows to be so ordered.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .errors import DataRace
-from .observe import Observer
+from .observe import Observer, Span, Unit
 
 if TYPE_CHECKING:
     from .machine import Machine
+    from .mbarrier import Barrier
     from .state import Threads
     from .sync import Copy
 
 NOBODY = -1
 
 
-class History:
-    """Per cell and warp the epoch and the step of its latest access of one kind; empty until there is one."""
-
-    def __init__(self, cells: int, warps: int):
-        self.shape = (cells, warps)
-        self.clock: np.ndarray | None = None
-        self.step: np.ndarray | None = None
-
-    def record(self, cell: np.ndarray, warp: np.ndarray, clock: np.ndarray, step: int) -> None:
-        """Note an access of each cell."""
-        if self.clock is None:
-            self.clock, self.step = np.zeros(self.shape, np.int32), np.zeros(self.shape, np.int32)
-        self.clock[cell, warp] = clock
-        self.step[cell, warp] = step
-
-
 class Access(NamedTuple):
-    """One access of a set of threads: what it does in words, addresses per thread, and cell, CTA, warp per
-    granule.
+    """One access of a set of threads: what it does in words, addresses per thread, and cell, cluster, warp
+    (of the cluster) per granule.
     """
 
     m: Machine
@@ -50,7 +43,7 @@ class Access(NamedTuple):
     verb: str
     address: np.ndarray
     cell: np.ndarray
-    cta: np.ndarray
+    cluster: np.ndarray
     warp: np.ndarray
 
     def race(self, k: int, other: str, step: int) -> DataRace:
@@ -61,52 +54,137 @@ class Access(NamedTuple):
         return self.m.fault(DataRace, self.g, thread, text)
 
 
+class UnitAccess(NamedTuple):
+    """One access of a unit: cells in one cluster, and the warp that issued it."""
+
+    m: Machine
+    verb: str
+    base: int
+    cell: np.ndarray
+    cluster: np.ndarray
+    warp: np.ndarray
+    granule: int
+
+    def race(self, k: int, other: str, step: int) -> DataRace:
+        """The error for granule k."""
+        address = int(self.cell[k]) * self.granule - self.base
+        warps = self.m.warps
+        warp = int(self.warp[0])
+        cta = self.m.cta_name(int(self.cluster[0]) * self.m.cluster + warp // warps)
+        text = f"{self.verb} shared {address:#x} without an order to {other} ({self.m.line(step)})"
+        return DataRace(f"{text} (issued by CTA {cta}, warp {warp % warps})")
+
+
+@dataclass
+class Released:
+    """What leaving a barrier teaches: epochs by agent, and those fenced by writer."""
+
+    clock: np.ndarray
+    fenced: np.ndarray
+
+    def join(self, clock: np.ndarray, fenced: np.ndarray) -> None:
+        """Add somebody's knowledge."""
+        np.maximum(self.clock[: len(clock)], clock, out=self.clock[: len(clock)])
+        np.maximum(self.fenced, fenced, out=self.fenced)
+
+
+@dataclass
+class Word:
+    """What is known of an mbarrier: who made it and when, whether a fence followed, and its knowledge."""
+
+    warp: int
+    epoch: int
+    step: int
+    fenced: bool
+    arriving: Released
+    released: Released
+
+
+class History:
+    """The latest epoch and step in which one agent accessed each cell; 0 where it has not."""
+
+    def __init__(self, cells: int):
+        self.epoch = np.zeros(cells, np.int32)
+        self.step = np.zeros(cells, np.int32)
+
+    def record(self, cell: np.ndarray, epoch: np.ndarray | int, step: int) -> None:
+        """Note an access of each cell."""
+        self.epoch[cell] = epoch
+        self.step[cell] = step
+
+
+class Agents:
+    """Names of agents, numbered as they appear; the warps of a cluster come first."""
+
+    def __init__(self, warps: int):
+        self.warps = warps
+        self.names = [("warp", k) for k in range(warps)]
+        self.numbers: dict[tuple, int] = {}
+
+    def number(self, *name: object) -> int:
+        """The number of a unit or barrier."""
+        found = self.numbers.get(name)
+        if found is None:
+            found = self.numbers[name] = len(self.names)
+            self.names.append(name)
+        return found
+
+
 class RaceDetector(Observer):
     """Raises DataRace at the second of two conflicting accesses.
 
     State is kept per cell: the granules of every CTA, each as wide as the program's narrowest shared access.
+    Warps are numbered through their cluster: rank * warps per CTA + warp.
     """
 
     def begin(self, m: Machine) -> None:
         """Start a wave with empty histories."""
+        self.m = m
         self.granule = m.code.shared_granule
         self.count = m.shared.stride // self.granule
-        cells = m.ctas * self.count
-        self.clock = np.zeros((m.ctas, m.warps, m.warps), np.int32)
-        self.clock[:, range(m.warps), range(m.warps)] = 1
-        self.published = np.zeros((m.ctas, 16, m.warps), np.int32)
-        self.write_warp = np.full(cells, NOBODY, np.int16)
-        self.write_clock = np.zeros(cells, np.int32)
-        self.write_step = np.zeros(cells, np.int32)
-        self.copy_warp = np.full(cells, NOBODY, np.int16)
-        self.copy_step = np.zeros(cells, np.int32)
-        self.reads, self.atomics = History(cells, m.warps), History(cells, m.warps)
+        self.cells = m.ctas * self.count
+        self.warps = m.cluster * m.warps
+        clusters = m.ctas // m.cluster
+        self.agents = Agents(self.warps)
+        self.clock = np.zeros((clusters, self.warps, 2 * self.warps), np.int32)
+        self.clock[:, range(self.warps), range(self.warps)] = 1
+        self.fenced = np.zeros((clusters, self.warps, self.warps), np.int32)
+        self.named: dict[tuple[int, int], Released] = {}
+        self.leaving: dict[int, list[Released]] = {}
+        self.words: dict[tuple[int, int], Word] = {}
+        self.writer = np.full(self.cells, NOBODY, np.int16)
+        self.written = np.zeros(self.cells, np.int32)
+        self.write_step = np.zeros(self.cells, np.int32)
+        self.copier = np.full(self.cells, NOBODY, np.int16)
+        self.copy_step = np.zeros(self.cells, np.int32)
+        self.reads: dict[int, History] = {}
+        self.atomics: dict[int, History] = {}
 
-    # Accesses.
+    # Accesses of threads.
 
     def shared_read(self, m: Machine, g: Threads, address: np.ndarray, size: int) -> None:
-        a = self._access(m, g, "reads", address, size)
+        a = self._access(g, "reads", address, size)
         self._check_copies(a)
         self._check_writes(a)
         self._check_history(a, self.atomics, "atomic update")
-        self.reads.record(a.cell, a.warp, self.clock[a.cta, a.warp, a.warp], m.at)
+        self._record(self.reads, a)
 
     def shared_write(
         self, m: Machine, g: Threads, address: np.ndarray, values: np.ndarray, atomic: bool = False
     ) -> None:
-        a = self._access(m, g, "updates" if atomic else "writes", address, values.itemsize * values.shape[1])
+        a = self._access(g, "updates" if atomic else "writes", address, values.itemsize * values.shape[1])
         self._check_copies(a)
         self._check_writes(a)
         self._check_history(a, self.reads, "read")
         if atomic:
-            self.atomics.record(a.cell, a.warp, self.clock[a.cta, a.warp, a.warp], m.at)
+            self._record(self.atomics, a)
             return
         self._check_history(a, self.atomics, "atomic update")
         self._check_together(a, values)
-        self._record_write(a.cell, a.cta, a.warp, m.at)
+        self._record_write(a.cell, a.cluster, a.warp, m.at)
 
     def copy_issue(self, m: Machine, g: Threads, copy: Copy) -> None:
-        a = self._access(m, g, "copies to", copy.shared, copy.size)
+        a = self._access(g, "copies to", copy.shared, copy.size)
         self._check_copies(a)
         self._check_writes(a)
         self._check_history(a, self.reads, "read")
@@ -115,80 +193,267 @@ class RaceDetector(Observer):
         twice = np.flatnonzero(np.diff(a.cell[order]) == 0)
         if len(twice):
             raise a.race(int(order[twice[0] + 1]), "another thread's copy in the same instruction", m.at)
-        self.copy_warp[a.cell] = a.warp
+        self.copier[a.cell] = a.warp
         self.copy_step[a.cell] = m.at
 
     def copy_done(self, m: Machine, copy: Copy) -> None:
-        cell, cta, warp = self._cells(copy.cta, copy.thread // 32 // m.ctas, copy.shared, copy.size)
-        self.copy_warp[cell] = NOBODY
-        self._record_write(cell, cta, warp, self.copy_step[cell])
+        cell, n = self._cells(copy.cta, copy.shared, copy.size)
+        cta, warp = np.repeat(copy.cta, n), np.repeat(copy.thread // 32 // m.ctas, n)
+        self.copier[cell] = NOBODY
+        self._record_write(cell, *self._who(cta, warp), self.copy_step[cell])
+
+    # Accesses of units.
+
+    def async_read(self, m: Machine, unit: Unit, cta: int, address: np.ndarray, size: int) -> None:
+        cell, _ = self._cells(np.full(len(address), cta), address, size)
+        a = self._unit_access("a copy or product reads", (unit.cta, unit.warp), cta, cell)
+        self._check_copies(a)
+        self._check_writes(a)
+        self._check_history(a, self.atomics, "atomic update")
+        self._check_proxy(a)
+        agent = self._agent(unit)
+        self._history(self.reads, agent).record(cell, unit.epoch, m.at)
+
+    def async_write(self, m: Machine, warp: tuple[int, int], barrier: Barrier, span: Span) -> None:
+        address = np.arange(span.address, span.address + span.size, self.granule)
+        cell = span.cta * self.count + address // self.granule
+        a = self._unit_access("a copy writes", warp, span.cta, cell)
+        self._check_copies(a)
+        self._check_writes(a)
+        self._check_history(a, self.reads, "read")
+        self._check_history(a, self.atomics, "atomic update")
+        self._check_proxy(a)
+        self.writer[cell] = self._barrier_agent(barrier)
+        self.written[cell] = barrier.phase + 1
+        self.write_step[cell] = m.at
+
+    def unit_done(self, m: Machine, warp: tuple[int, int], unit: Unit) -> None:
+        cluster, number = self._one(warp)
+        agent = self._agent(unit)
+        self.clock[cluster, number, agent] = max(self.clock[cluster, number, agent], unit.epoch)
+
+    def proxy_fence(self, m: Machine, g: Threads, barriers_only: bool) -> None:
+        cluster, warp = self._who(g.cta_at, g.warp_at)
+        made_by = set(zip(cluster.tolist(), warp.tolist(), strict=True))
+        for (cta, _), word in self.words.items():
+            if (cta // m.cluster, word.warp) in made_by:
+                word.fenced = True
+        if barriers_only:
+            return
+        known = self.clock[cluster, warp][:, : self.warps]
+        self.fenced[cluster, warp] = np.maximum(self.fenced[cluster, warp], known)
+        self.clock[cluster, warp, warp] += 1
 
     # Barriers.
 
     def barrier_arrive(self, m: Machine, g: Threads, number: np.ndarray) -> None:
-        warp, cta = g.warp_at, g.cta_at
-        np.maximum.at(self.published, (cta, number), self.clock[cta, warp])
-        self.clock[cta, warp, warp] += 1
+        for cta, warp, n in zip(g.cta_at.tolist(), g.warp_at.tolist(), number.tolist(), strict=True):
+            into = self.named.setdefault((cta, n), self._nothing())
+            self._publish((cta, warp), into)
 
     def barrier_complete(self, m: Machine, complete: np.ndarray) -> None:
         for entry in m.barriers.waiting:
             warp, cta = np.nonzero(entry.mask.any(axis=2))
             number = entry.number[warp, cta]
             free = complete[cta, number]
-            warp, cta, number = warp[free], cta[free], number[free]
-            self.clock[cta, warp] = np.maximum(self.clock[cta, warp], self.published[cta, number])
-        self.published[complete] = 0
+            for w, c, n in zip(warp[free].tolist(), cta[free].tolist(), number[free].tolist(), strict=True):
+                self._learn((c, w), self.named[c, n])
+        for cta, number in zip(*np.nonzero(complete), strict=True):
+            self.named.pop((int(cta), int(number)), None)
+
+    def cluster_arrive(self, m: Machine, g: Threads, release: bool) -> None:
+        for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
+            cluster = cta // m.cluster
+            rounds = self.leaving.setdefault(cluster, [])
+            while len(rounds) <= int(m.cluster_barriers.phase[cluster]):
+                rounds.append(self._nothing())
+            if release:
+                self._publish((cta, warp), rounds[-1])
+            else:
+                self._publish_barriers((cta, warp))
+
+    def cluster_wait(self, m: Machine, g: Threads) -> None:
+        for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
+            due = int(m.cluster_barriers.due[warp, cta])
+            self._learn((cta, warp), self.leaving[cta // m.cluster][due])
+
+    def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
+        cluster, number = self._one(warp)
+        epoch = int(self.clock[cluster, number, number])
+        word = Word(number, epoch, m.at, False, self._nothing(), self._nothing())
+        self.words[barrier.cta, barrier.address] = word
+
+    def mbarrier_use(self, m: Machine, warp: tuple[int, int], barrier: Barrier, by_unit: bool) -> None:
+        word = self.words[barrier.cta, barrier.address]
+        cluster, number = self._one(warp)
+        who = f"(CTA {m.cta_name(warp[0])}, warp {warp[1]})"
+        made = f"its initialisation by warp {word.warp % m.warps} ({m.line(word.step)}) {who}"
+        if number != word.warp and self.clock[cluster, number, word.warp] < word.epoch:
+            raise DataRace(f"uses {barrier!r} without an order to {made}")
+        if by_unit and not word.fenced:
+            raise DataRace(f"lets a copy or product signal {barrier!r} without a fence after {made}")
+
+    def mbarrier_arrive(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
+        self._publish(warp, self.words[barrier.cta, barrier.address].arriving)
+
+    def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
+        into = self.words[barrier.cta, barrier.address].arriving
+        known = np.zeros(self.clock.shape[2], np.int32)
+        known[self._agent(unit)] = unit.epoch
+        into.clock = _wider(into.clock, len(known))
+        into.join(known, np.zeros(self.warps, np.int32))
+
+    def mbarrier_complete(self, m: Machine, barrier: Barrier) -> None:
+        word = self.words[barrier.cta, barrier.address]
+        word.released, word.arriving = word.arriving, self._nothing()
+
+    def mbarrier_wait(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
+        self._learn(warp, self.words[barrier.cta, barrier.address].released)
+        cluster, number = self._one(warp)
+        agent = self._barrier_agent(barrier)
+        self.clock[cluster, number, agent] = max(self.clock[cluster, number, agent], barrier.phase)
+
+    # Knowledge.
+
+    def _nothing(self) -> Released:
+        return Released(np.zeros(self.clock.shape[2], np.int32), np.zeros(self.warps, np.int32))
+
+    def _publish(self, warp: tuple[int, int], into: Released) -> None:
+        """A warp's knowledge joins a barrier's; its next epoch begins."""
+        cluster, number = self._one(warp)
+        into.clock = _wider(into.clock, self.clock.shape[2])
+        into.join(self.clock[cluster, number], self.fenced[cluster, number])
+        self.clock[cluster, number, number] += 1
+
+    def _publish_barriers(self, warp: tuple[int, int]) -> None:
+        """A relaxed arrival passes on only what fence.mbarrier_init has made visible to the cluster."""
+        cluster, number = self._one(warp)
+        for (cta, _), word in self.words.items():
+            if word.fenced and word.warp == number and cta // self.m.cluster == cluster:
+                word.epoch = 0
+
+    def _learn(self, warp: tuple[int, int], released: Released) -> None:
+        cluster, number = self._one(warp)
+        mine = self.clock[cluster, number]
+        np.maximum(mine[: len(released.clock)], released.clock, out=mine[: len(released.clock)])
+        np.maximum(self.fenced[cluster, number], released.fenced, out=self.fenced[cluster, number])
+
+    def _agent(self, unit: Unit) -> int:
+        return self._grown(self.agents.number(unit.name, int(self.m.rank[unit.cta]), unit.number))
+
+    def _barrier_agent(self, barrier: Barrier) -> int:
+        rank = int(self.m.rank[barrier.cta])
+        return self._grown(self.agents.number("barrier", rank, barrier.address))
+
+    def _grown(self, agent: int) -> int:
+        """The agent, after making room for it in every clock."""
+        if agent >= self.clock.shape[2]:
+            self.clock = _wider(self.clock, 2 * agent)
+        return agent
 
     # Histories.
 
-    def _access(self, m: Machine, g: Threads, verb: str, address: np.ndarray, size: int) -> Access:
-        return Access(m, g, verb, address, *self._cells(g.cta, g.warp, address, size))
+    def _who(self, cta: np.ndarray, warp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(cluster, warp of the cluster) of each."""
+        return cta // self.m.cluster, self.m.rank[cta] * self.m.warps + warp
 
-    def _cells(
-        self, cta: np.ndarray, warp: np.ndarray, address: np.ndarray, size: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(cell, cta, warp) of every granule touched, thread by thread."""
-        n = size // self.granule
+    def _one(self, warp: tuple[int, int]) -> tuple[int, int]:
+        """(cluster, warp of the cluster) of (cta, warp)."""
+        cta, number = warp
+        return cta // self.m.cluster, int(self.m.rank[cta]) * self.m.warps + number
+
+    def _cells(self, cta: np.ndarray, address: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+        """The granules touched, access by access, and how many each touches."""
+        n = max(1, size // self.granule)
         first = cta * self.count + address // self.granule
-        if n == 1:
-            return first, cta, warp
-        return (first[:, None] + np.arange(n)).reshape(-1), np.repeat(cta, n), np.repeat(warp, n)
+        return (first if n == 1 else (first[:, None] + np.arange(n)).reshape(-1)), n
+
+    def _access(self, g: Threads, verb: str, address: np.ndarray, size: int) -> Access:
+        owner, local = self.m.place(g, address, True)
+        cell, n = self._cells(owner, local, size)
+        cluster, warp = self._who(g.cta, g.warp)
+        if n > 1:
+            cluster, warp = np.repeat(cluster, n), np.repeat(warp, n)
+        return Access(self.m, g, verb, address, cell, cluster, warp)
+
+    def _unit_access(self, verb: str, warp: tuple[int, int], cta: int, cell: np.ndarray) -> UnitAccess:
+        cluster, number = self._one(warp)
+        base = cta * self.m.shared.stride
+        return UnitAccess(
+            self.m, verb, base, cell, np.full(1, cluster), np.full(1, number), self.granule
+        )
+
+    def _history(self, histories: dict[int, History], agent: int) -> History:
+        if agent not in histories:
+            histories[agent] = History(self.cells)
+        return histories[agent]
+
+    def _record(self, histories: dict[int, History], a: Access) -> None:
+        epoch = self.clock[a.cluster, a.warp, a.warp]
+        for warp in np.unique(a.warp):
+            own = a.warp == warp
+            self._history(histories, int(warp)).record(a.cell[own], epoch[own], self.m.at)
 
     def _record_write(
-        self, cell: np.ndarray, cta: np.ndarray, warp: np.ndarray, step: np.ndarray | int
+        self, cell: np.ndarray, cluster: np.ndarray, warp: np.ndarray, step: np.ndarray | int
     ) -> None:
-        self.write_warp[cell] = warp
-        self.write_clock[cell] = self.clock[cta, warp, warp]
+        self.writer[cell] = warp
+        self.written[cell] = self.clock[cluster, warp, warp]
         self.write_step[cell] = step
 
-    def _check_copies(self, a: Access) -> None:
-        under_way = self.copy_warp[a.cell] != NOBODY
+    # Checks.
+
+    def _check_copies(self, a: Access | UnitAccess) -> None:
+        under_way = self.copier[a.cell] != NOBODY
         if np.count_nonzero(under_way):
             k = int(np.flatnonzero(under_way)[0])
-            other = f"the copy of warp {int(self.copy_warp[a.cell[k]])} that is still under way there"
+            warp = int(self.copier[a.cell[k]]) % self.m.warps
+            other = f"the copy of warp {warp} that is still under way there"
             raise a.race(k, other, int(self.copy_step[a.cell[k]]))
 
-    def _check_writes(self, a: Access) -> None:
-        writer = self.write_warp[a.cell]
+    def _check_writes(self, a: Access | UnitAccess) -> None:
+        writer = self.writer[a.cell]
         race = (writer != NOBODY) & (writer != a.warp)
-        race &= self.write_clock[a.cell] > self.clock[a.cta, a.warp, writer]
+        race &= self.written[a.cell] > self.clock[a.cluster, a.warp, writer]
         if np.count_nonzero(race):
             k = int(np.flatnonzero(race)[0])
-            raise a.race(k, f"the write of warp {int(writer[k])}", int(self.write_step[a.cell[k]]))
+            raise a.race(k, self._named(int(writer[k]), "write"), int(self.write_step[a.cell[k]]))
 
-    def _check_history(self, a: Access, history: History, noun: str) -> None:
-        if history.clock is None:
+    def _check_history(self, a: Access | UnitAccess, histories: dict[int, History], noun: str) -> None:
+        for agent, history in histories.items():
+            race = history.epoch[a.cell] > self.clock[a.cluster, a.warp, agent]
+            if agent < self.warps:
+                race &= a.warp != agent
+            if np.count_nonzero(race):
+                k = int(np.flatnonzero(race)[0])
+                raise a.race(k, self._named(agent, noun), int(history.step[a.cell[k]]))
+
+    def _check_proxy(self, a: UnitAccess) -> None:
+        """A generic write before an asynchronous access needs a proxy fence between."""
+        writer = self.writer[a.cell]
+        generic = (writer != NOBODY) & (writer < self.warps)
+        if not np.count_nonzero(generic):
             return
-        race = history.clock[a.cell] > self.clock[a.cta, a.warp]
-        race[np.arange(len(a.cell)), a.warp] = False
-        if np.count_nonzero(race):
-            k, warp = (int(v[0]) for v in np.nonzero(race))
-            raise a.race(k, f"the {noun} of warp {warp}", int(history.step[a.cell[k], warp]))
+        k = np.flatnonzero(generic)
+        late = self.written[a.cell[k]] > self.fenced[a.cluster, a.warp, writer[k]]
+        if np.count_nonzero(late):
+            first = int(k[np.flatnonzero(late)[0]])
+            other = f"{self._named(int(writer[first]), 'write')}: no fence.proxy.async between"
+            raise a.race(first, other, int(self.write_step[a.cell[first]]))
+
+    def _named(self, agent: int, noun: str) -> str:
+        if agent < self.warps:
+            return f"the {noun} of warp {agent % self.m.warps}"
+        name = self.agents.names[agent]
+        if name[0] == "barrier":
+            return f"the {noun} of a copy that signals mbarrier {name[2]:#x}"
+        return f"the {noun} of {name[0]} {name[2]}, which nobody has waited for"
 
     def _check_together(self, a: Access, values: np.ndarray) -> None:
         """Two warps writing one place in one step race; lanes of one warp only when their values differ."""
         g, size = a.g, values.itemsize * values.shape[1]
-        place = g.cta * (self.count * self.granule) + a.address
+        owner, local = self.m.place(g, a.address, True)
+        place = owner * (self.count * self.granule) + local
         order = np.argsort(place, kind="stable")
         near = place[order]
         clash = np.flatnonzero(near[1:] < near[:-1] + size)
@@ -196,10 +461,18 @@ class RaceDetector(Observer):
             return
         one, other = order[clash], order[clash + 1]
         same = (near[clash] == near[clash + 1]) & (values[one] == values[other]).all(axis=1)
-        race = np.flatnonzero((g.warp[one] != g.warp[other]) | ~same)
+        race = np.flatnonzero((g.warp[one] != g.warp[other]) | (g.cta[one] != g.cta[other]) | ~same)
         if len(race):
             k, partner = int(other[race[0]]), int(one[race[0]])
             who = f"warp {int(g.warp[partner])}, lane {int(g.lane[partner])}"
             raise a.race(
                 k * len(a.cell) // len(a.address), f"the write of {who} in the same instruction", a.m.at
             )
+
+
+def _wider(clock: np.ndarray, agents: int) -> np.ndarray:
+    """A clock with room for more agents."""
+    missing = agents - clock.shape[-1]
+    if missing <= 0:
+        return clock
+    return np.concatenate([clock, np.zeros((*clock.shape[:-1], missing), clock.dtype)], axis=-1)

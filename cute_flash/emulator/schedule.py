@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import Deadlock
-
 if TYPE_CHECKING:
     from .machine import Machine
     from .state import Threads
@@ -51,6 +49,10 @@ class Lockstep:
             have = self.ready.get(pc)
             self.ready[pc] = threads if have is None else sets.union(have, threads)
 
+    def gathered(self) -> dict[int, Threads]:
+        """The sets that wait for lanes, by step."""
+        return self.gathering
+
     def retry(self) -> bool:
         """Wake the sets that wait for lanes, if threads have exited since: they may have waited for those."""
         if not self.gathering or self.exits == self.machine.exits:
@@ -61,7 +63,7 @@ class Lockstep:
         return True
 
     def pick(self) -> tuple[int, Threads, int] | None:
-        """(step, threads, step to stop before), or None when every thread has exited. Raises Deadlock."""
+        """(step, threads, step to stop before), or None when no thread can run."""
         ready = self.ready
         if len(ready) == 1:
             pc, threads = ready.popitem()
@@ -75,8 +77,6 @@ class Lockstep:
         elif self.retry():
             return self.pick()
         else:
-            if self.gathering or self.machine.barriers.waiting:
-                raise deadlock(self.machine, self.gathering)
             return None
         for other in self.gathering:
             if pc < other < limit:
@@ -110,6 +110,15 @@ class OneWarpAtATime:
                     one = m.sets.of(mask)
                 queue.put([(pc, one)])
 
+    def gathered(self) -> dict[int, Threads]:
+        """As Lockstep.gathered, for all warps."""
+        found: dict[int, Threads] = {}
+        for queue in self.queues.values():
+            for pc, threads in queue.gathering.items():
+                have = found.get(pc)
+                found[pc] = threads if have is None else self.machine.sets.union(have, threads)
+        return found
+
     def pick(self) -> tuple[int, Threads, int] | None:
         """As Lockstep.pick, for one warp."""
         random = self.machine.random
@@ -117,13 +126,6 @@ class OneWarpAtATime:
         if not runnable:
             runnable = [flat for flat, queue in self.queues.items() if queue.retry()]
         if not runnable:
-            gathering: dict[int, Threads] = {}
-            for queue in self.queues.values():
-                for pc, threads in queue.gathering.items():
-                    have = gathering.get(pc)
-                    gathering[pc] = threads if have is None else self.machine.sets.union(have, threads)
-            if gathering or self.machine.barriers.waiting:
-                raise deadlock(self.machine, gathering)
             return None
         flat, left = self.turn or (-1, 0)
         if left <= 0 or flat not in runnable:
@@ -133,21 +135,6 @@ class OneWarpAtATime:
         stop = min(limit, pc + left)
         self.turn = (flat, left - max(1, min(stop, self.machine.code.next_control[pc] + 1) - pc))
         return pc, threads, stop
-
-
-def deadlock(m: Machine, gathering: dict[int, Threads]) -> Deadlock:
-    """The error that names who waits for what."""
-    lines = m.barriers.describe()
-    for pc, threads in sorted(gathering.items()):
-        for warp, cta in zip(threads.warp_at.tolist(), threads.cta_at.tolist(), strict=True):
-            lanes = np.flatnonzero(threads.mask[warp, cta]).tolist()
-            who = f"CTA {m.cta_name(cta)} warp {warp}: lanes {lanes}"
-            lines.append(f"{who} wait for the warp's other lanes, {m.line(pc)}")
-    shown = lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
-    gone = int(np.count_nonzero(~m.live))
-    return Deadlock(
-        "nothing can run:\n  " + "\n  ".join(shown) + f"\n  ({gone} threads of the wave have exited)"
-    )
 
 
 def whole_wave(m: Machine) -> Threads:

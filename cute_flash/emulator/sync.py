@@ -1,7 +1,7 @@
 """Named barriers and cp.async groups of one wave.
 
 Named barrier, per CTA and number: a warp arrives when all its live lanes execute the instruction, and
-counts as 32 threads. When the expected count is there, everyone who waits goes on and the barrier starts
+counts as 32 threads, each time anew: hardware counts arrivals and does not know whose they are. When the expected count is there, everyone who waits goes on and the barrier starts
 its next phase. A barrier without a count expects every warp of the CTA that has not exited; one with a
 count gets no help from warps that exit.
 """
@@ -61,7 +61,7 @@ class NamedBarriers:
         self.expected = np.zeros(shape, np.int64)  # threads; 0 while nobody has arrived
         self.everyone = np.zeros(shape, bool)  # no count was given
         self.use = np.zeros(shape, np.int8)
-        self.present = np.zeros((*shape, m.warps), bool)
+        self.present = np.zeros((*shape, m.warps), np.int64)  # arrivals of each warp in this phase
         self.holding = np.zeros((*shape, 2), np.int64)  # threads whose predicate holds, threads
         self.waiting: list[Waiting] = []
 
@@ -80,7 +80,7 @@ class NamedBarriers:
         self._join(g, arrival)
         if m.watch is not None:
             m.watch.barrier_arrive(m, g, number)
-        self.present[cta, number, warp] = True
+        self.present[cta, number, warp] += 1
         if arrival.holds is not None:
             lanes = g.mask[warp, cta]
             totals = np.stack([(arrival.holds & lanes).sum(axis=1), lanes.sum(axis=1)], axis=1)
@@ -134,11 +134,6 @@ class NamedBarriers:
         warp, cta, number = g.warp_at, g.cta_at, arrival.number
         everyone = arrival.count is None
         count = np.full(g.warps, m.warps * LANES) if everyone else arrival.count
-        again = self.present[cta, number, warp]
-        if again.any():
-            k = int(np.flatnonzero(again)[0])
-            text = f"this warp arrives twice at barrier {int(number[k])} before the barrier is complete"
-            raise m.warp_fault(BarrierError, g, k, text)
         use = PLAIN if arrival.holds is None else REDUCTION
         # Where several are first together with different counts, the last one written stays: the others fail.
         fresh = self.expected[cta, number] == 0
@@ -162,7 +157,7 @@ class NamedBarriers:
         threads = self.present.sum(axis=2) * LANES
         if self.everyone.any():
             gone = ~self.machine.live.any(axis=2).T  # (ctas, warps)
-            missing = (gone[:, None, :] & ~self.present).sum(axis=2) * LANES
+            missing = (gone[:, None, :] & (self.present == 0)).sum(axis=2) * LANES
             threads = threads + np.where(self.everyone, missing, 0)
         return threads
 
@@ -172,6 +167,7 @@ class NamedBarriers:
         if not complete.any():
             return []
         m = self.machine
+        m.progress += 1
         if m.watch is not None:
             m.watch.barrier_complete(m, complete & (self.expected > 0))
         remaining, going = [], []
@@ -192,7 +188,7 @@ class NamedBarriers:
         self.waiting = remaining
         self.expected[complete] = 0
         self.everyone[complete] = False
-        self.present[complete] = False
+        self.present[complete] = 0
         self.holding[complete] = 0
         return going
 
@@ -254,7 +250,7 @@ class AsyncCopies:
         m.memory.check(m, g, copy.source, copy.filled, copy.size)
         if m.watch is not None:
             m.watch.copy_issue(m, g, copy)
-        if m.lands_at_issue():
+        if m.lands_at_issue("copy"):
             self.land(copy)
         else:
             m.shared.bytes.reshape(-1, copy.size)[at] = POISON

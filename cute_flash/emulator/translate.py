@@ -21,6 +21,7 @@ from .state import VIEWS
 
 if TYPE_CHECKING:
     from .machine import Machine
+    from .register_flight import Effect
     from .state import Threads
 
 PlainStep = Callable[["Machine", "Threads"], None]
@@ -118,7 +119,12 @@ class Translation:
 
     def architecture(self) -> int:
         """The target's number: 80 for sm_80, 100 for sm_100a."""
-        return int("".join(c for c in self.module.target if c.isdigit()))
+        return architecture(self.module.target)
+
+
+def architecture(target: str) -> int:
+    """A target's number: 80 for sm_80, 100 for sm_100a."""
+    return int("".join(c for c in target if c.isdigit()))
 
 
 class Operation:
@@ -131,6 +137,7 @@ class Operation:
         self.reads: list[Register] = []
         self.writes: list[Register] = []
         self.copies: list[Register] = []  # sources that are only moved: they may be undefined
+        self.effect: Effect | None = None  # on asynchronous products
         self.used: set[int] = set()
         self.name, self.function, self.modifiers = self._find(instruction.opcode.split("."))
 

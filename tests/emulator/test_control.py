@@ -220,7 +220,7 @@ def test_random_order_depends_on_the_seed_only():
         "fence.sc.cta;",
         "membar.gl;",
         "nanosleep.u32 20;",
-        "setmaxnreg.inc.sync.aligned.u32 232;",
+        "setmaxnreg.dec.sync.aligned.u32 232;",
         "griddepcontrol.wait;",
         "griddepcontrol.launch_dependents;",
         ".reg .b64 %c; createpolicy.fractional.L2::evict_first.b64 %c, 0f3F800000;",

@@ -1,6 +1,6 @@
-"""flash-attn-4's own sm_80 forward kernels, compiled without a GPU and described for who launches them.
+"""flash-attn-4's own forward kernels, compiled without a GPU and described for who launches them.
 
-    kernels = build(CASES, directory)          in a process of its own: it reads its target at import
+    kernels = build(CASES, directory)          in a process per target: it reads its target at import
 
 Its Python interface runs once on fake CUDA tensors; where it would launch, the compiled kernel's PTX and
 host object are written to `directory`, with a JSON file:
@@ -37,12 +37,13 @@ class Case:
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
     dtype: str = "bfloat16"
-    dim_v: int | None = None  # where it is not dim
+    dim_v: int | None = None
+    arch: str = "sm_80"
 
     @classmethod
     def read(cls, told: dict[str, Any]) -> Case:
         """A case from its members as JSON has them."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
+        return cls(**{k: tuple(value) if isinstance(value, list) else value for k, value in told.items()})
 
     @property
     def varlen(self) -> bool:
@@ -85,6 +86,32 @@ class Kernel:
         return cls(case, ptx, object_file, told["arguments"], tuple(told["tile"]))
 
 
+MULTIPROCESSORS = {
+    "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_100a": 148, "sm_103a": 160, "sm_120a": 170,
+}  # fmt: skip
+L2_BYTES = 50 << 20
+BLACKWELL = (
+    Case("sm100_d64", (256,), (256,), arch="sm_100a"),
+    Case("sm100_d64_causal", (192,), (192,), causal=True, arch="sm_100a"),
+    Case("sm100_d128", (256,), (256,), dim=128, arch="sm_100a"),
+    Case("sm100_d128_causal_gqa", (200,), (200,), heads=4, heads_kv=2, dim=128, causal=True, arch="sm_100a"),
+    Case("sm100_d64_ragged_fp16", (77,), (203,), heads=4, heads_kv=1, dtype="float16", arch="sm_100a"),
+    Case("sm100_d96_window", (300,), (300,), dim=96, window=(40, 10), arch="sm_100a"),
+    Case("sm100_d128_varlen_causal", (65, 1, 130), (97, 64, 130), dim=128, causal=True, arch="sm_100a"),
+    Case("sm100_d192_dv128", (256,), (256,), dim=192, dim_v=128, causal=True, arch="sm_100a"),
+    Case("sm100_d256", (256,), (256,), heads=1, heads_kv=1, dim=256, arch="sm_100a"),
+)
+HOPPER = (
+    Case("sm90_d64", (256,), (256,), arch="sm_90a"),
+    Case("sm90_d64_causal", (192,), (192,), causal=True, arch="sm_90a"),
+    Case("sm90_d128", (256,), (256,), dim=128, arch="sm_90a"),
+    Case("sm90_d128_causal_gqa", (200,), (200,), heads=4, heads_kv=2, dim=128, causal=True, arch="sm_90a"),
+    Case("sm90_d64_ragged_fp16", (77,), (203,), heads=4, heads_kv=1, dtype="float16", arch="sm_90a"),
+    Case("sm90_d96_window", (300,), (300,), dim=96, window=(40, 10), arch="sm_90a"),
+    Case("sm90_d64_varlen_causal", (65, 1, 130), (97, 64, 130), causal=True, arch="sm_90a"),
+    Case("sm90_d192_dv128", (256,), (256,), dim=192, dim_v=128, causal=True, arch="sm_90a"),
+    Case("sm90_d256", (128,), (256,), heads=1, heads_kv=1, dim=256, arch="sm_90a"),
+)
 CASES = (
     Case("d64", (256,), (256,)),
     Case("d64_causal", (192,), (192,), causal=True),
@@ -98,27 +125,35 @@ CASES = (
 
 
 def build(cases: tuple[Case, ...], directory: Path) -> dict[str, Kernel]:
-    """The kernels of `cases`, compiled into `directory` in a fresh process unless they are there already.
+    """The kernels of `cases`, compiled into `directory` unless they are there already.
 
-    Raises RuntimeError with the process's output where it fails.
+    Raises RuntimeError with the compiling process's output where it fails.
     """
-    environment = os.environ | {
-        "CUTE_DSL_ARCH": "sm_80",
+    missing = [case for case in cases if not (directory / f"{case.name}.json").exists()]
+    for arch in dict.fromkeys(case.arch for case in missing):
+        _compile([case for case in missing if case.arch == arch], arch, directory)
+    return {case.name: Kernel.load(case, directory / case.name) for case in cases}
+
+
+def environment(arch: str, directory: Path) -> dict[str, str]:
+    """What a process that compiles for `arch` into `directory` must be started with."""
+    return os.environ | {
+        "CUTE_DSL_ARCH": arch,
         "CUTE_DSL_KEEP": "ptx",
         "CUTE_DSL_DUMP_DIR": str(directory),
-        "FLASH_ATTENTION_ARCH": "sm_80",
-        "FLASH_ATTENTION_NUM_SMS": "108",
+        "FLASH_ATTENTION_ARCH": arch,
+        "FLASH_ATTENTION_NUM_SMS": str(MULTIPROCESSORS[arch]),
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
     }
-    missing = [asdict(case) for case in cases if not (directory / f"{case.name}.json").exists()]
-    if missing:
-        done = subprocess.run(
-            [sys.executable, __file__, str(directory)],
-            input=json.dumps(missing), env=environment, text=True, capture_output=True,
-        )
-        if done.returncode:
-            raise RuntimeError(f"flash-attn-4 did not compile:\n{done.stdout}{done.stderr}")
-    return {case.name: Kernel.load(case, directory / case.name) for case in cases}
+
+
+def _compile(cases: list[Case], arch: str, directory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, __file__, str(directory)], input=json.dumps([asdict(case) for case in cases]),
+        env=environment(arch, directory), text=True, capture_output=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"flash-attn-4 did not compile for {arch}:\n{done.stdout}{done.stderr}")
 
 
 def resolved(described: Any, tensors: Mapping[str, Any], longest: int) -> Any:
@@ -139,8 +174,10 @@ def record(cases: list[Case], directory: Path) -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.current_device = lambda: 0
     import cutlass.cute as cute
+    import cutlass.utils
     from flash_attn.cute import interface
 
+    _without_driver(cutlass.utils.HardwareInfo)
     interface.is_fake_mode = lambda: False
     with FakeTensorMode():
         for case in cases:
@@ -148,7 +185,7 @@ def record(cases: list[Case], directory: Path) -> None:
                 name: torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
                 for name, (shape, dtype) in case.shapes().items()
             }
-            recorded = partial(_compile_and_record, cute.compile, directory, case, tensors)
+            recorded = partial(_compile_and_record, cute.compile, (case, directory, tensors))
             with mock.patch.object(cute, "compile", recorded):
                 interface._flash_attn_fwd(
                     **tensors,
@@ -160,8 +197,9 @@ def record(cases: list[Case], directory: Path) -> None:
             interface._flash_attn_fwd.compile_cache.clear()
 
 
-def _compile_and_record(compile_kernel, directory: Path, case: Case, tensors: dict[str, Any], *args, **kwargs):
+def _compile_and_record(compile_kernel, what: tuple[Case, Path, dict[str, Any]], *args, **kwargs):
     """cute.compile, except that what it returns describes the call that it gets instead of launching."""
+    case, directory, tensors = what
     stem, compiled = directory / case.name, compile_kernel(*args, **kwargs)
     compiled.export_to_c(object_file_path=str(stem.with_suffix(".o")), function_name="func")
     stem.with_suffix(".ptx").write_text(compiled.__ptx__)
@@ -179,6 +217,15 @@ def _tile(kernel: Any) -> tuple[int, int]:
     if hasattr(kernel, "q_stage"):  # Blackwell's
         return kernel.m_block_size * kernel.q_stage * kernel.cta_group_size, kernel.n_block_size
     return kernel.tile_m, kernel.tile_n
+
+
+def _without_driver(hardware: type) -> None:
+    """Answer what persistent kernels ask of the driver: how many CTAs can be resident."""
+    sms = int(os.environ["FLASH_ATTENTION_NUM_SMS"])
+    hardware.__init__ = lambda self, *args, **kwargs: None
+    hardware.get_max_active_clusters = lambda self, cluster_size, *args, **kwargs: sms // cluster_size
+    hardware.get_device_multiprocessor_count = lambda self: sms
+    hardware.get_l2_cache_size_in_bytes = lambda self: L2_BYTES
 
 
 def _without_autotuner() -> None:

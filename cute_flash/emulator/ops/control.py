@@ -119,9 +119,29 @@ def pause(x: Operation) -> Callable:
 
 
 @operation("setmaxnreg")
-def setmaxnreg(x: Operation) -> Callable:
-    """Register budgets are not modelled: they change no result."""
-    x.one_of("inc", "dec")
+def setmaxnreg(x: Operation) -> Step:
+    """Give registers back to the CTA, or take some: this waits until others have given enough."""
+    grows = x.one_of("inc", "dec") == "inc"
     x.without_effect("sync", "aligned", "u32")
-    x.integer(0)
-    return lambda m, g: None
+    count = x.integer(0)
+    if count % 8 or not 24 <= count <= 256:
+        raise x.unmodelled(f"a register count of {count}; allowed are multiples of 8 from 24 to 256:")
+
+    def step(m: Machine, g: Threads, here: int) -> list[tuple[int, Threads]]:
+        ready, late = m.whole_warps(g, here)
+        if ready is None:
+            return late
+        pool, done = m.register_pool, np.zeros_like(ready.mask)
+        waiting: dict[int, np.ndarray] = {}
+        for warp, cta in zip(ready.warp_at.tolist(), ready.cta_at.tolist(), strict=True):
+            have = int(pool.held[warp, cta])
+            if have != count and grows != (count > have):
+                verb = "inc" if grows else "dec"
+                raise m.fault(EmulatorError, ready, 0, f"setmaxnreg.{verb} from {have} to {count} registers")
+            into = done if pool.change(warp, cta, count) else waiting.setdefault(cta, np.zeros_like(done))
+            into[warp, cta] = ready.mask[warp, cta]
+        for cta, mask in waiting.items():
+            m.park(here, m.sets.of(mask), pool.key(cta))
+        return [*late, (here + 1, m.sets.of(done))] if done.any() else late
+
+    return x.control(step)

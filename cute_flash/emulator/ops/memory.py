@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..machine import Machine
     from ..state import Threads
 
-SPACES = ("global", "shared", "shared::cta", "local", "param", "param::entry", "const")
+SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "param::entry", "const")
 CACHE_HINTS = (
     "ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "unified",
     "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
@@ -60,7 +60,7 @@ class Access:
             if variable is not None and not self.space:
                 self.space = _home(variable.space)
         self.row, self.view, self.offset = x.address(position)
-        if self.space in ("", "shared"):
+        if self.space in ("", "shared", "shared::cluster"):
             x.translation.shared_granule = min(x.translation.shared_granule, size)
 
     def of(self, m: Machine, g: Threads) -> np.ndarray:
@@ -83,17 +83,18 @@ def read(
     """Load `count` elements of `width` bytes per thread: (n, count). Space "" means generic addresses."""
     if space == "global":
         return m.memory.load(m, g, address, width, count)
-    if space == "shared":
+    if space in ("shared", "shared::cluster"):
         if m.watch is not None and not atomic:
             m.watch.shared_read(m, g, address, width * count)
-        return m.shared.load(m, g, g.cta, address, width, count)
+        return m.shared.load(m, g, *m.place(g, address, space != "shared"), width, count)
     if space == "local":
         return m.local.load(m, g, g.flat, address, width, count)
     if space == "param":
         return m.params.load(m, g, address, width, count)
     values = np.empty((len(address), count), UNSIGNED[width])
     for name, members, some in _resolve(m, g, address):
-        values[members] = read(m, some, name, address[members] - WINDOWS[name], width, count, atomic=atomic)
+        home = "shared::cluster" if name == "shared" else name
+        values[members] = read(m, some, home, address[members] - WINDOWS[name], width, count, atomic=atomic)
     return values
 
 
@@ -103,17 +104,18 @@ def write(
     """Store values (n, count) per thread."""
     if space == "global":
         m.memory.store(m, g, address, values)
-    elif space == "shared":
+    elif space in ("shared", "shared::cluster"):
         if m.watch is not None:
             m.watch.shared_write(m, g, address, values, atomic)
-        m.shared.store(m, g, g.cta, address, values)
+        m.shared.store(m, g, *m.place(g, address, space != "shared"), values)
     elif space == "local":
         m.local.store(m, g, g.flat, address, values)
     elif space == "param":
         raise m.fault(EmulatorError, g, 0, "parameter memory cannot be written")
     else:
         for name, members, some in _resolve(m, g, address):
-            write(m, some, name, address[members] - WINDOWS[name], values[members], atomic=atomic)
+            home = "shared::cluster" if name == "shared" else name
+            write(m, some, home, address[members] - WINDOWS[name], values[members], atomic=atomic)
 
 
 def _resolve(m: Machine, g: Threads, address: np.ndarray) -> list[tuple[str, np.ndarray, Threads]]:
@@ -261,13 +263,19 @@ def _single(m: Machine, g: Threads, k: int) -> Threads:
     return m.sets.of(mask)
 
 
+def _window(space: str) -> str:
+    """The window of generic addresses that a space lies in."""
+    home = {"shared::cta": "shared", "shared::cluster": "shared", "param::entry": "param", "const": "global"}
+    return home.get(space, space)
+
+
 @operation("cvta")
 def cvta(x: Operation) -> Callable:
     """Between generic addresses and a space's own; `to` is the way back."""
     back = x.flag("to")
-    space = x.one_of("global", "shared", "shared::cta", "local", "param", "param::entry", "const")
+    space = x.one_of(*SPACES)
     x.type("u64")
-    home = {"shared::cta": "shared", "param::entry": "param", "const": "global"}.get(space, space)
+    home = _window(space)
     window = np.uint64(WINDOWS[home])
     d, a = x.dest(0, "u64"), x.source(1, "u64")
 
@@ -281,8 +289,8 @@ def cvta(x: Operation) -> Callable:
 @operation("isspacep")
 def isspacep(x: Operation) -> Callable:
     """Whether a generic address lies in a space."""
-    space = x.one_of("global", "shared", "shared::cta", "local", "param", "param::entry", "const")
-    home = {"shared::cta": "shared", "param::entry": "param", "const": "global"}.get(space, space)
+    space = x.one_of(*SPACES)
+    home = _window(space)
     d, a = x.dest(0, "pred"), x.source(1, "u64")
     number = np.uint64(WINDOWS[home] >> WINDOW_SHIFT)
 
@@ -316,8 +324,19 @@ def createpolicy(x: Operation) -> Callable:
 
 @operation("membar", "fence")
 def fence(x: Operation) -> Callable:
-    """Memory is sequentially consistent here. Fences of the asynchronous proxy belong to the operations
-    that use it.
-    """
+    """Memory is sequentially consistent here: only observers learn of a fence."""
     x.without_effect("cta", "gl", "gpu", "sys", "cluster", "sc", "acq_rel", "acquire", "release")
     return lambda m, g: None
+
+
+@operation("fence.proxy.async", "fence.mbarrier_init.release.cluster")
+def proxy_fence(x: Operation) -> Callable:
+    """Order generic accesses before those of the asynchronous proxy; only observers see the difference."""
+    x.one_of("shared::cta", "shared::cluster", "global", default="")
+    barriers_only = x.name.startswith("fence.mbarrier_init")
+
+    def step(m: Machine, g: Threads) -> None:
+        if m.watch is not None:
+            m.watch.proxy_fence(m, g, barriers_only)
+
+    return step
