@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_flash import dispatch
-from cute_flash.arch.common.blocks import Phase, part_of
+from cute_flash.arch.common.blocks import Phase, Range, part_of
 from cute_flash.arch.problem import Problem, Sizes
 from cute_flash.arch.sm90 import tuning
 from cute_flash.arch.sm90.forward import Forward
@@ -36,7 +36,7 @@ def test_parts_are_the_whole(cuts, parts):
     """Every block is in exactly one part, with its own mask; parts differ by one block at most."""
     low, full_low, full_high, high = cuts
     whole = [Phase(full_high, high, True), Phase(full_low, full_high, False), Phase(low, full_low, True)]
-    found = [part_of(whole, part, parts) for part in range(parts)]
+    found = [part_of(Range(whole), part, parts).phases for part in range(parts)]
     visited = [blocks_of(part) for part in found]
     assert [block for part in reversed(visited) for block in part] == blocks_of(whole)
     counts = [len(part) for part in visited]

@@ -88,7 +88,7 @@ class Engine:
         """No thread can run: do one operation, the oldest or (random asynchrony) any; False without one."""
         if not self.pending:
             return False
-        for operation in self.pending:
+        for operation in self.pending if self.machine.exits else ():
             try:
                 operation.abandoned(self.machine)
             except EmulatorError as error:

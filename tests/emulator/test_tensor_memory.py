@@ -154,6 +154,35 @@ def test_the_second_half_may_be_anywhere():
     assert np.array_equal(after[:, 16:, :2], before[:, :16, 400:402])
 
 
+@pytest.mark.parametrize("kind", ["max.f32", "min.f32", "max.abs.f32", "min.NaN.f32", "min.u32", "max.s32"])
+def test_load_with_reduction(kind):
+    """The registers as ever, and the extreme of each lane's columns."""
+    name, *flags, view = kind.split(".")
+    code = f"""
+    .reg .b32 %u<9>;
+    shl.b32 %mine, %w, 21;
+    tcgen05.ld.red.sync.aligned.32x32b.x8.{kind} {{{registers(8)}}}, %u8, [%mine+100];
+    {plain("st", 8, 0)}
+    tcgen05.st.sync.aligned.32x32b.x1.b32 [%mine+8], {{%u8}};
+    tcgen05.wait::st.sync.aligned;
+    """
+    before = np.random.default_rng(3).standard_normal((1, 128, 512), np.float32)
+    before[0, 5, 101], before[0, 6, 100:108] = np.nan, np.nan
+    words = before.view(np.uint32)
+    got = tensor.run(code, tensor=words)[0]
+    assert np.array_equal(got[:, :8], words[0, :, 100:108])
+    numbers = words.view({"f32": np.float32, "u32": np.uint32, "s32": np.int32}[view])[0, :, 100:108]
+    numbers = np.abs(numbers) if "abs" in flags else numbers
+    if view == "f32":
+        clean = np.where(np.isnan(numbers), np.inf if name == "min" else -np.inf, numbers)
+        expected = getattr(clean, name)(axis=1)
+        lost = np.isnan(numbers).any(axis=1) if "NaN" in flags else np.isnan(numbers).all(axis=1)
+        expected[lost] = np.nan
+        assert np.array_equal(got[:, 8].view(np.float32), expected, equal_nan=True)
+    else:
+        assert np.array_equal(got[:, 8].view(numbers.dtype), getattr(numbers, name)(axis=1))
+
+
 @pytest.mark.parametrize("options", ORDERS, ids=str)
 def test_lane_bits_of_the_quarter_may_be_left_out(options):
     code = """
@@ -186,6 +215,8 @@ MINE = ".reg .b32 %u<128>;\nshl.b32 %mine, %w, 21;\n"
          TensorMemoryError, "different addresses"),
         (f"{LD}.32x32b.x2.b32 {{%u0}}, [%mine];", UnmodelledInstruction, "1 registers"),
         (f"{LD}.16x256b.x64.b32 {{{registers(128)}}}, [%mine];", UnmodelledInstruction, "x64"),
+        (f"{LD.replace('ld', 'ld.red', 1)}.16x32bx2.x2.max.f32 {{%u0, %u1}}, %u2, [%mine], 2;",
+         UnmodelledInstruction, "this reduction"),
         ("tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%slot], 32;",
          UnmodelledInstruction, "a kernel that uses the other one"),
     ],

@@ -11,10 +11,12 @@ import numpy as np
 
 from ..engine import Operation as Pending
 from ..errors import TensorMemoryError
+from ..formats import CANONICAL_NAN
 from ..observe import Columns
 from ..state import LANES
 from ..tensor_memory import COLUMNS, POISON
 from ..translate import Operation, Step, operation
+from .floating import extreme
 from .memory import Access, write
 
 if TYPE_CHECKING:
@@ -213,26 +215,61 @@ class _Target:
         return (self.form.lane * COLUMNS + self.form.column)[:, :, None, :] + start[:, None]
 
 
+def _load(m: Machine, g: Threads, target: _Target) -> np.ndarray:
+    """The register words that a load brings: (registers, warps, 32)."""
+    lane, column = target.columns(m, g)
+    index = target.index(g, lane, column)
+    if m.tensor.strict:
+        flags = m.tensor.written.reshape(-1)[index]
+        if not flags.all():
+            raise _unwritten(m, int(index[~flags].min()))
+    words = m.tensor.words.reshape(-1)[index]
+    if words.shape[1] == 2:
+        return words[:, 0] & np.uint32(0xFFFF) | words[:, 1] << np.uint32(16)
+    return words[:, 0]
+
+
 @operation("tcgen05.ld")
 def load(x: Operation) -> Step:
     """Registers from tensor memory, at once: reading the registers waits for them."""
     form = _form(x, "pack::16b", 2)
     dests = np.array([x.dest_of(item, "u32") for item in _registers(x, 0, form)])
     target = _Target(x, 1, form, False)
+    return x.converged(lambda m, g: g.scatter(m.banks[32], dests, _load(m, g, target)))
+
+
+@operation("tcgen05.ld.red")
+def load_reduced(x: Operation) -> Step:
+    """A load, and the smallest or largest of the words that each thread gets (sm_103a)."""
+    name = x.one_of("min", "max")
+    magnitude, nan = x.flag("abs"), x.flag("NaN")
+    kind = next((m for m in x.modifiers if m in ("f32", "u32", "s32")), "b32")
+    x.modifiers = ["b32" if m == kind else m for m in x.modifiers]
+    if "32x32b" not in x.modifiers or kind == "b32" or (kind != "f32" and (magnitude or nan)):
+        raise x.unmodelled("this reduction")
+    form = _form(x, "pack::16b", 3)
+    dests = np.array([x.dest_of(item, "u32") for item in _registers(x, 0, form)])
+    d, target = x.dest(1, kind), _Target(x, 2, form, False)
+    view = {"f32": np.float32, "u32": np.uint32, "s32": np.int32}[kind]
 
     def step(m: Machine, g: Threads) -> None:
-        lane, column = target.columns(m, g)
-        index = target.index(g, lane, column)
-        if m.tensor.strict:
-            flags = m.tensor.written.reshape(-1)[index]
-            if not flags.all():
-                raise _unwritten(m, int(index[~flags].min()))
-        words = m.tensor.words.reshape(-1)[index]
-        if words.shape[1] == 2:
-            words[:, 0] = words[:, 0] & np.uint32(0xFFFF) | words[:, 1] << np.uint32(16)
-        g.scatter(m.banks[32], dests, words[:, 0])
+        words = _load(m, g, target)
+        values = words.view(view)
+        if magnitude:
+            values = np.abs(values)
+        result = values[0]
+        for other in values[1:]:
+            result = extreme(name, result, other) if kind == "f32" else _EXTREMES[name](result, other)
+        if nan:
+            result = np.where(np.isnan(values).any(axis=0), _NAN, result)
+        g.scatter(m.banks[32], dests, words)
+        m.rows[kind][d][g.index] = result.reshape(g.shape)
 
     return x.converged(step)
+
+
+_EXTREMES = {"min": np.minimum, "max": np.maximum}
+_NAN = np.array(CANONICAL_NAN[32], np.uint32).view(np.float32)
 
 
 def _unwritten(m: Machine, position: int) -> Exception:
