@@ -61,11 +61,11 @@ def kernels(monkeypatch):
     def install(*classes):
         monkeypatch.setattr(arch, "load", lambda device: classes)
         dispatch.select.cache_clear()
-        dispatch.plan.cache_clear()
+        dispatch._planned.cache_clear()
 
     yield install
     dispatch.select.cache_clear()
-    dispatch.plan.cache_clear()
+    dispatch._planned.cache_clear()
 
 
 def test_the_first_kernel_that_serves_is_chosen(kernels):

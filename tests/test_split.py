@@ -110,11 +110,11 @@ def unpacked(monkeypatch):
 
     def separate() -> None:
         monkeypatch.setattr(tuning, "heads_of_tile", lambda *_: 1)
-        dispatch.plan.cache_clear()
+        dispatch._planned.cache_clear()
 
     yield separate
     monkeypatch.undo()
-    dispatch.plan.cache_clear()
+    dispatch._planned.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["few_rows", "few_rows_heads_24_1"])
