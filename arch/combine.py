@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .problem import Device, Problem, Sizes, Spec, Support
+from .problem import Device, Problem, Spec, Support
 
 WARPS = 4
 
@@ -101,7 +101,7 @@ class Combine:
         self.problem, self.config = problem, config
 
     @staticmethod
-    def config(problem: CombineProblem, device: Device, sizes: Sizes | None = None) -> Config:
+    def config(problem: CombineProblem, device: Device) -> Config:
         """One serves all."""
         return Config()
 

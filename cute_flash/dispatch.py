@@ -168,14 +168,33 @@ def _planned(problem: Problem, device: Device, sizes: Sizes, num_splits: int, _w
         num_splits = kernel.splits(problem, device, sizes) if splits_itself else 1
     if num_splits == 1:
         return Plan(Step(kernel, problem, kernel.config(problem, device, sizes)))
-    partial = replace(problem, split_kv=True, sink=False, lse=True)
+    partial = _part_of(problem)
     kernel, _ = dispatch(partial, device)
-    merging, combine = CombineProblem.of(problem), kernel.combine
-    return Plan(
-        Step(kernel, partial, kernel.config(partial, device, sizes)),
-        num_splits,
-        Step(combine, merging, combine.config(merging, device, sizes)),
-    )
+    forward = Step(kernel, partial, kernel.config(partial, device, sizes))
+    return Plan(forward, num_splits, _merging(kernel, problem, device))
+
+
+def steps(problem: Problem, device: Device) -> tuple[Step, ...]:
+    """Every launch that calls of an unsplit `problem` may need by themselves, whatever their sizes."""
+    kernel, _ = dispatch(problem, device)
+    found = [Step(kernel, problem, config) for config in kernel.configs(problem, device)]
+    if "split_kv" in kernel.support.features:
+        partial = _part_of(problem)
+        kernel, _ = dispatch(partial, device)
+        found += [Step(kernel, partial, config) for config in kernel.configs(partial, device)]
+        found.append(_merging(kernel, problem, device))
+    return tuple(found)
+
+
+def _part_of(problem: Problem) -> Problem:
+    """The problem of one part of the keys. The sink joins when parts are merged, by their log-sum-exp."""
+    return replace(problem, split_kv=True, sink=False, lse=True)
+
+
+def _merging(kernel: Any, problem: Problem, device: Device) -> Step:
+    """What merges the parts that `kernel` wrote into the answer to `problem`."""
+    merging = CombineProblem.of(problem)
+    return Step(kernel.combine, merging, kernel.combine.config(merging, device))
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
     python -m cute_flash compile DIR --arch sm80 --head-dim 64 192x128 --features causal varlen,causal,lse
 
 DIR then serves as CUTE_FLASH_BUNDLE on a machine that has no compiler. Each word list after --features is
-one kernel. Kernels for rules of your own: call them once, on an emulated device too, and carry the
-cache's folder of your compiler version, which has the same format; they are found by the rule's bytecode,
-so under the same minor version of Python.
+one problem; every kernel is compiled that calls of some size get for it. Kernels for rules of your own: call
+them once, on an emulated device too, and carry the cache's folder of your compiler version, which has the
+same format; they are found by the rule's bytecode, so under the same minor version of Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from . import cache, rules
 from .arch.problem import Device, Problem
-from .dispatch import EMULATED, select
+from .dispatch import EMULATED, Step, select, steps
 from .executable import artifact, key_of
 from .masks import Document, PrefixLM
 from .request import DTYPES
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = " ".join(DEFAULT_FEATURES)
     parser.add_argument(
         "--features", nargs="+", default=list(DEFAULT_FEATURES), metavar="WORDS",
-        help=f"one kernel per comma-separated list of: {', '.join(WORDS)}; default: {default}",
+        help=f"one problem per comma-separated list of: {', '.join(WORDS)}; default: {default}",
     )
     parser.add_argument(
         "--emit", type=_parts, metavar="PARTS",
@@ -84,15 +84,20 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
             failed = 1
             continue
         started = time.perf_counter()
-        chosen = (answer.kernel, problem, answer.config, device)
-        key, built = key_of(*chosen), artifact(*chosen)
-        for part in arguments.emit or ():
-            suffix = Path(PARTS[part]).suffix
-            (arguments.directory / f"{key}{suffix}").write_bytes(built.files()[PARTS[part]])
-        if not arguments.emit:
-            cache.write(arguments.directory / f"{key}{cache.SUFFIX}", built)
-        say(f"{name}: {key}, {time.perf_counter() - started:.1f} s")
+        keys = [_write(step, device, arguments) for step in steps(problem, device)]
+        say(f"{name}: {', '.join(keys)}, {time.perf_counter() - started:.1f} s")
     return failed
+
+
+def _write(step: Step, device: Device, arguments: argparse.Namespace) -> str:
+    """Compile one kernel and write what is asked for; its key."""
+    key, built = key_of(*step, device), artifact(*step, device)
+    for part in arguments.emit or ():
+        suffix = Path(PARTS[part]).suffix
+        (arguments.directory / f"{key}{suffix}").write_bytes(built.files()[PARTS[part]])
+    if not arguments.emit:
+        cache.write(arguments.directory / f"{key}{cache.SUFFIX}", built)
+    return key
 
 
 def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Problem:

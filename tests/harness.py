@@ -122,7 +122,7 @@ class Call:
         return out.cpu(), lse.cpu()
 
     def check(self, device: str, **emulator_options: Any) -> None:
-        """Run, and hold the result to the accuracy rule; a split that nothing serves must be refused as such."""
+        """Run, and hold the result to the accuracy rule; a split that nothing serves must be refused."""
         if (self.case.splits or 1) > 1 and not answer_for(self.case, device):
             with pytest.raises(NotImplementedError, match=re.escape(FEATURES["split_kv"])):
                 self.run(device, **emulator_options)

@@ -41,8 +41,11 @@ def test_what_is_described(tiny):
             "dims": ["batch", "seqlen_q", "num_heads_q", 64],
             "strides": "strided",
             "meaning": "queries",
+            "written": False,
         }
     ]
+    written = {name for name, found in members.items() if any(member["written"] for member in found)}
+    assert written == {"out", "lse"}
     assert [m["dtype"] for m in members["mask_values"]] == ["int32", "int32"]
     assert members["cu_seqlens_q"] == members["score_values"] == []
     assert described["target"] == "sm_80" and described["config"] == {"threads": 64}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import cute_flash
 from cute_flash import arch, dispatch
-from cute_flash.arch.problem import FEATURES, Device, Problem, Support
+from cute_flash.arch.combine import Combine, CombineProblem
+from cute_flash.arch.problem import FEATURES, Device, Problem, Sizes, Support
 from cute_flash.masks import Causal, Document
 from cute_flash.scores import Softcap
 
@@ -43,8 +44,12 @@ def fake_kernel(kernel_name: str, **declared):
             return Fake.support.reasons(problem, device)
 
         @staticmethod
-        def config(problem, device):
-            return FakeConfig(device.shared_memory)
+        def config(problem, device, sizes=None):
+            return FakeConfig(device.shared_memory if sizes is None else sizes.seqlen_q)
+
+        @staticmethod
+        def splits(problem, device, sizes):
+            return sizes.batch
 
     return Fake
 
@@ -56,9 +61,11 @@ def kernels(monkeypatch):
     def install(*classes):
         monkeypatch.setattr(arch, "load", lambda device: classes)
         dispatch.select.cache_clear()
+        dispatch._planned.cache_clear()
 
     yield install
     dispatch.select.cache_clear()
+    dispatch._planned.cache_clear()
 
 
 def test_the_first_kernel_that_serves_is_chosen(kernels):
@@ -85,6 +92,58 @@ def test_a_refusal_lists_every_kernel_and_every_reason(kernels):
     ):
         assert f"  {line}" in text
     assert "float16 with head_dim 64" in text and "sm_80" in text and "166912" in text
+
+
+def sizes(batch: int = 1, seqlen_q: int = 8) -> Sizes:
+    return Sizes(batch, 4, 4, seqlen_q, 100)
+
+
+def splitting(name: str, **declared):
+    """A kernel that splits keys in as many parts as the call has sequences, unless told otherwise."""
+    kernel = fake_kernel(name, features=frozenset(("dense", "sink", "lse", "split_kv")), **declared)
+    kernel.combine = Combine
+    return kernel
+
+
+def test_one_launch_where_nothing_is_split(kernels):
+    whole = fake_kernel("whole")
+    kernels(whole)
+    for num_splits in (0, 1):
+        plan = dispatch.plan(PLAIN, A100, sizes(batch=7), num_splits)
+        assert plan == dispatch.Plan(dispatch.Step(whole, PLAIN, FakeConfig(8)), 1, None)
+
+
+def test_the_config_may_depend_on_sizes(kernels):
+    kernels(fake_kernel("whole"))
+    assert dispatch.plan(PLAIN, A100, sizes(seqlen_q=77), 0).forward.config == FakeConfig(77)
+
+
+@pytest.mark.parametrize("num_splits, expected", [(0, 3), (1, 1), (5, 5)])
+def test_splits_are_chosen_or_given(kernels, num_splits, expected):
+    kernels(splitting("parts"))
+    plan = dispatch.plan(PLAIN, A100, sizes(batch=3), num_splits)
+    assert plan.splits == expected and (plan.combine is not None) == (expected > 1)
+
+
+def test_what_joins_once_is_left_to_the_combine_kernel(kernels):
+    """Parts are told nothing of the sink and always write their log-sum-exp."""
+    kernels(splitting("parts"))
+    plan = dispatch.plan(replace(PLAIN, sink=True), A100, sizes(), 2)
+    assert plan.forward.problem == replace(PLAIN, split_kv=True, lse=True)
+    assert plan.combine.kernel is Combine
+    assert plan.combine.problem == CombineProblem("float16", 64, sink=True, lse=False)
+
+
+def test_a_split_is_refused_with_its_reason(kernels):
+    kernels(fake_kernel("whole", features=frozenset(("dense", "lse"))))
+    with pytest.raises(NotImplementedError, match=r"whole: no split-KV \(`num_splits`\)"):
+        dispatch.plan(PLAIN, A100, sizes(), 2)
+
+
+def test_another_kernel_may_serve_the_split(kernels):
+    kernels(fake_kernel("whole"), splitting("parts"))
+    assert dispatch.plan(PLAIN, A100, sizes(batch=9), 0).splits == 1
+    assert dispatch.plan(PLAIN, A100, sizes(), 2).forward.kernel.name == "parts"
 
 
 def test_a_device_without_a_tree_is_refused():
@@ -225,11 +284,11 @@ def test_emulating_an_unknown_device():
 
 def test_a_cuda_device_is_known_by_its_properties(monkeypatch):
     class Properties:
-        major, minor, shared_memory_per_block_optin = 8, 6, 101376
+        major, minor, shared_memory_per_block_optin, multi_processor_count = 8, 6, 101376, 82
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     dispatch._cuda_device.cache_clear()
-    assert dispatch.place_of(torch.device("cuda", 3)) == (Device((8, 6), 101376), "cuda")
+    assert dispatch.place_of(torch.device("cuda", 3)) == (Device((8, 6), 101376, 82), "cuda")
     dispatch._cuda_device.cache_clear()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cute_flash.arch.problem import Device, Problem, Support
+from cute_flash.arch.problem import Device, Problem, Sizes, Support
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,14 @@ class Tiny:
         self.config = config
 
     @staticmethod
-    def config(problem: Problem, device: Device) -> TinyConfig:
+    def config(problem: Problem, device: Device, sizes: Sizes | None = None) -> TinyConfig:
         """A thread per column."""
         return TinyConfig(threads=problem.head_dim)
+
+    @staticmethod
+    def configs(problem: Problem, device: Device) -> tuple[TinyConfig, ...]:
+        """The only one."""
+        return (Tiny.config(problem, device),)
 
     @staticmethod
     def reasons(problem: Problem, device: Device) -> tuple[str, ...]:

@@ -68,8 +68,7 @@ class CombineKernel:
         # Rows out of use have seen no key; what makes them different is that the sink is not theirs.
         lse = where(used, top + cute.math.log2(total, fastmath=True), -Float32.inf)
         if cutlass.const_expr(self.problem.lse):
-            if lane == 0:
-                call.lse[at] = lse * LN_2
+            self.write_lse(call.lse, at, lse * LN_2, lane == 0)
         for start in cutlass.range_constexpr(0, self.problem.head_dim_v, LANES * COLUMNS):
             column = start + lane * COLUMNS
             if column < self.problem.head_dim_v:
@@ -92,6 +91,11 @@ class CombineKernel:
         if cutlass.const_expr(sink is not None):
             total += exp2(sink - top)
         return top, total
+
+    @cute.jit
+    def write_lse(self, target: cute.Tensor, at: tuple, lse: Float32, due: Boolean):
+        if due:
+            target[at] = lse
 
     @cute.jit
     def columns(self, call: CombineOperands, place: tuple, parts: cute.Tensor, lse: Float32, column: Int32):

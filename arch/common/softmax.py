@@ -44,9 +44,8 @@ class OnlineSoftmax(NamedTuple):
 
     def some_rows(self, first: int, count: int) -> OnlineSoftmax:
         """The state of `count` rows, from `first` on."""
-        parts = (
-            cute.make_tensor(t.iterator + first, cute.make_layout(count)) for t in (self.row_max, self.row_sum)
-        )
+        layout = cute.make_layout(count)
+        parts = (cute.make_tensor(t.iterator + first, layout) for t in (self.row_max, self.row_sum))
         return OnlineSoftmax(*parts, self.scale_log2, self.lanes)
 
     def raise_max(self, s: cute.Tensor) -> cute.Tensor:

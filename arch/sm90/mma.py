@@ -60,8 +60,8 @@ def hold(x: Float32, y: Float32) -> None:
     """Compute `x` and `y`, which are never negative, before anything that follows, a wait above all.
 
     ptxas moves a wait up to where the product's registers come in sight, past most of the work that is
-    meant to run beside the product. A barrier of the warp whose mask depends on their signs stands in its way;
-    a branch would do so too, but makes ptxas serialize the products.
+    meant to run beside the product. A barrier of the warp whose mask depends on their signs stands in its
+    way; a branch would do so too, but makes ptxas serialize the products.
     """
     mask = "or.b32 m, $0, $1; setp.ge.s32 p, m, 0; selp.b32 m, -1, 0, p;"
     barrier = "{ .reg .pred p; .reg .b32 m; " + mask + " bar.warp.sync m; }"

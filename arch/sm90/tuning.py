@@ -95,7 +95,7 @@ def packs(problem: Problem) -> bool:
 
 
 def heads_of_tile(problem: Problem, config: Config, sizes: Sizes) -> int:
-    """How many heads should share a tile: those that leave the fewest tiles; where equal, the fewest heads."""
+    """How many heads should share a tile: as leaves the fewest tiles; where equal, the fewest heads."""
     group = sizes.heads_q // max(sizes.heads_kv, 1)
     if not packs(problem):
         return 1
@@ -128,8 +128,8 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     return persistent if fits and device.multiprocessors > 1 and not problem.split_kv else config
 
 
-# In units of the time that one KV block takes: what a tile costs besides its blocks (Q's way in, the pipeline's
-# start, O's way out), and what the combine kernel's launch costs.
+# In units of the time that one KV block takes: what a tile costs besides its blocks (Q's way in, the
+# pipeline's start, O's way out), and what the combine kernel's launch costs.
 TILE_COST, COMBINE_COST = 2, 4
 MOST_SPLITS = 128
 
@@ -137,8 +137,9 @@ MOST_SPLITS = 128
 def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
     """In how many parts to take the keys: that which is done first, by waves of equal tiles.
 
-    A wave lasts as long as its tiles: ceil(KV blocks / splits) + TILE_COST; there are as many waves as it takes
-    to give every tile's split a multiprocessor. Not measured. Windows and block masks see few: not split.
+    A wave lasts as long as its tiles: ceil(KV blocks / splits) + TILE_COST; there are as many waves as it
+    takes to give every tile's split a multiprocessor. Not measured. Windows and block masks see few blocks:
+    they stay whole.
     """
     config = forward_config(replace(problem, split_kv=True), device, sizes)
     if config is None or problem.block_size or _has_window(problem.mask):

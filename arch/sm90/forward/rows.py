@@ -30,7 +30,7 @@ def row_of(config: Config, job: Job, warpgroup: Int32, row: Int32) -> Int32:
 
 
 def heads_of_thread(config: Config, job: Job, warpgroup: Int32) -> list[Int32]:
-    """The heads of a thread's rows: one of both, or one of each. Heads from `job.end_head` on do not exist."""
+    """The heads of a thread's rows: one of both, or one of each. None exist from `job.end_head` on."""
     if config.heads == 1:
         return [job.head]
     thread = cute.arch.thread_idx()[0] % 128

@@ -1,0 +1,155 @@
+"""Keys in parts, heads in one tile, CTAs that persist: who takes what, and that results do not change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cute_flash import dispatch
+from cute_flash.arch.common.blocks import Phase, Range, part_of
+from cute_flash.arch.problem import Problem, Sizes
+from cute_flash.arch.sm90 import tuning
+from cute_flash.arch.sm90.forward import Forward
+from cute_flash.masks import Causal, Document, PrefixLM
+from cute_flash.rules import decode, encode
+from tests.cases import CASES, Case, WindowByHead
+from tests.harness import Call, answer_for
+
+H100 = dispatch.EMULATED["sm90"]
+GROUPED = Problem("bfloat16", 128, 128, gqa=True)
+TABLE = torch.zeros(4, dtype=torch.int32)
+EVERY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+
+def blocks_of(phases: list[Phase]) -> list[tuple[int, bool]]:
+    """(block, masked) in the order of visits."""
+    return [(n, p.masked) for p in phases for n in reversed(range(p.first, p.last))]
+
+
+@EVERY
+@given(cuts=st.lists(st.integers(0, 40), min_size=4, max_size=4).map(sorted), parts=st.integers(1, 50))
+def test_parts_are_the_whole(cuts, parts):
+    """Every block is in exactly one part, with its own mask; parts differ by one block at most."""
+    low, full_low, full_high, high = cuts
+    whole = [Phase(full_high, high, True), Phase(full_low, full_high, False), Phase(low, full_low, True)]
+    found = [part_of(Range(whole), part, parts).phases for part in range(parts)]
+    visited = [blocks_of(part) for part in found]
+    assert [block for part in reversed(visited) for block in part] == blocks_of(whole)
+    counts = [len(part) for part in visited]
+    assert max(counts) - min(counts) <= 1
+    for part, blocks in zip(found, visited, strict=True):
+        assert max(part[0].last - part[-1].first, 0) == len(blocks), "what the load role brings"
+
+
+def test_a_full_gpu_is_not_split():
+    assert tuning.splits(GROUPED, H100, Sizes(8, 32, 8, 4096, 4096)) == 1
+    assert tuning.splits(GROUPED, H100, Sizes(16, 64, 8, 1, 4096)) == 1
+
+
+def test_few_rows_and_many_keys_are_split():
+    """One wave: every multiprocessor gets a part, and no second wave is begun."""
+    for batch in (1, 2, 4):
+        splits = tuning.splits(GROUPED, H100, Sizes(batch, 64, 8, 1, 65536))
+        assert 100 <= batch * 8 * splits <= 132
+
+
+def test_few_keys_are_not_split():
+    for seqlen_k in (0, 1, 128, 500):
+        assert tuning.splits(GROUPED, H100, Sizes(1, 64, 8, 1, seqlen_k)) == 1
+
+
+def test_a_window_is_not_split():
+    window = answer_for(replace(CASES["few_rows"], mask="window"), "sm90").problem
+    assert tuning.splits(window, H100, Sizes(1, 6, 2, 1, 65536)) == 1
+
+
+@pytest.mark.parametrize(
+    "group, seqlen_q, heads",
+    [(1, 1, 1), (2, 1, 2), (3, 1, 4), (8, 1, 8), (8, 16, 8), (32, 1, 16),
+     (8, 128, 1), (8, 4096, 1), (4, 40, 2)],
+)
+def test_heads_of_a_tile(group, seqlen_q, heads):
+    config = tuning.forward_config(GROUPED, H100, Sizes(1, group * 2, 2, seqlen_q, 999))
+    assert config.heads == heads
+    assert config.consumers == (1 if seqlen_q * heads <= 64 else 2)
+
+
+@pytest.mark.parametrize(
+    "mask, packs",
+    [
+        (Causal(), True),
+        (PrefixLM(TABLE), True),
+        (Document(TABLE[None]) & Causal(), True),
+        (WindowByHead(TABLE), False),
+        (Causal() & WindowByHead(TABLE), False),
+    ],
+)
+def test_heads_with_masks_of_their_own_do_not_share_a_tile(mask, packs):
+    assert tuning.packs(replace(GROUPED, mask=decode(encode([mask], []).code)[0])) == packs
+
+
+@EVERY
+@given(
+    batch=st.integers(1, 40), kv_heads=st.integers(1, 8), group=st.integers(1, 40),
+    lengths=st.tuples(st.integers(1, 5000), st.integers(0, 9000)),
+)  # fmt: skip
+def test_every_config_is_known_beforehand(batch, kv_heads, group, lengths):
+    """So a bundle can hold every kernel that some call gets."""
+    sizes = Sizes(batch, kv_heads * group, kv_heads, *lengths)
+    problem = replace(GROUPED, gqa=group > 1)
+    assert Forward.config(problem, H100, sizes) in Forward.configs(problem, H100)
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """A function after which heads have tiles of their own."""
+
+    def separate() -> None:
+        monkeypatch.setattr(tuning, "heads_of_tile", lambda *_: 1)
+        dispatch._planned.cache_clear()
+
+    yield separate
+    monkeypatch.undo()
+    dispatch._planned.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["few_rows", "few_rows_heads_24_1"])
+def test_sharing_a_tile_changes_no_bit(name, unpacked):
+    call = Call.make(CASES[name])
+    together = call.run("sm90")
+    unpacked()
+    apart = call.run("sm90")
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+@pytest.fixture
+def two_multiprocessors(monkeypatch):
+    """An H100 with two of them, so that few tiles make CTAs persist."""
+    monkeypatch.setitem(dispatch.EMULATED, "sm90", replace(H100, multiprocessors=2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"asynchrony": "late", "races": True}, {"asynchrony": "random", "schedule": "random", "seed": 1}],
+    ids=["eager", "late", "random"],
+)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+def test_ctas_that_persist(dims, options, two_multiprocessors):
+    case = Case("", ((300, 140),) * 2, heads=(2, 2), dims=dims)
+    answer = answer_for(case, "sm90")
+    assert answer.config.persistent == 2
+    Call.make(case).check("sm90", **options)
+
+
+STRICT = ("split_causal", "split_used", "few_rows_heads_24_1", "few_rows_varlen_few")
+
+
+@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("late", [True, False], ids=["late", "random"])
+def test_any_order_of_events(name, late):
+    how = "late" if late else "random"
+    Call.make(CASES[name]).check("sm90", asynchrony=how, schedule="random", seed=1, races=late)
