@@ -90,7 +90,9 @@ def _compile(launcher: Any, problem: Any, device: Device, function: str) -> tupl
         _for_any_host(result.ir_module)
         path = Path(directory) / "kernel.o"
         result.export_to_c(str(path), function, export_only_tvm_ffi_symbols=True)
-        return path.read_bytes(), result.__ptx__.encode(), result.__cubin__
+        # Not from `result`, which looks for the files of sm_110a under that name, not the one they have.
+        (ptx,), (cubin,) = (Path(directory).glob(f"*.{kind}") for kind in ("ptx", "cubin"))
+        return path.read_bytes(), ptx.read_bytes(), cubin.read_bytes()
 
 
 def _for_any_host(module: Any) -> None:

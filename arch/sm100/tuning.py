@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..problem import Device, Problem
 
 TILE_M = 128
+# Twice the exponentials per clock (NVIDIA, "Inside NVIDIA Blackwell Ultra", 2025): FMA need not help out.
+FAST_EX2 = ((10, 3),)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Config:
 
 def forward_config(problem: Problem, device: Device) -> Config | None:
     """The first row that serves and fits, or None."""
-    return next((row.config for row in ROWS if row.serves(problem, device)), None)
+    config = next((row.config for row in ROWS if row.serves(problem, device)), None)
+    if config is not None and device.capability in FAST_EX2:
+        return replace(config, polynomial=0)
+    return config
 
 
 def reads_tables(problem: Problem) -> bool:

@@ -16,7 +16,9 @@ One CTA takes `tile_m` rows of one query head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -26,7 +28,7 @@ from cutlass.cute.nvgpu import cpasync
 from ...common.channel import channels_ready, mma_channel
 from ...common.operand import Operand, padded
 from ...common.roles import Role, specialize_warps
-from ...common.schedule import OneTile
+from ...common.schedule import OneTile, WorkTile
 from ...common.sequence import sequence_of
 from ...problem import Operands, Problem
 from ..edge import Edge
@@ -41,6 +43,15 @@ from .softmax import Softmax
 
 DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 WARPGROUP = 4  # warps
+
+
+class Launch(NamedTuple):
+    """What a CTA is launched with. group: query heads that share a KV head."""
+
+    call: Operands
+    maps: Maps
+    tile: WorkTile
+    group: Int32
 
 
 class ForwardKernel:
@@ -82,15 +93,24 @@ class ForwardKernel:
 
     @cute.kernel
     def kernel(self, call: Operands, maps: Maps, schedule: OneTile, group: Int32):
-        tile = schedule.tile(cute.arch.block_idx()[0])
-        sequence = sequence_of(call, tile.batch)
+        launch = Launch(call, maps, schedule.tile(cute.arch.block_idx()[0]), group)
+        job = self.job(launch)
+        if job.first_row < job.sequence.q_rows:
+            self.row_block(launch)
+
+    def job(self, launch: Launch) -> Job:
+        """What this CTA has to do."""
+        call, maps, tile, group = launch
+        kv_head = tile.head // group if self.problem.gqa else tile.head
         first_row = tile.m_block * self.config.tile_m
-        if first_row < sequence.q_rows:
-            kv_head = tile.head // group if cutlass.const_expr(self.problem.gqa) else tile.head
-            self.row_block(Job(call, maps, sequence, tile.head, kv_head, first_row))
+        return Job(call, maps, sequence_of(call, tile.batch), tile.head, kv_head, first_row)
+
+    def start(self, run: Callable, launch: Launch, memory: Memory, edges: Edges, *ends_and_warp) -> None:
+        """Begin a role, which looks up its sequence itself: kept from before, that would take registers."""
+        run(Work(self.job(launch), memory, edges), *ends_and_warp)
 
     @cute.jit
-    def row_block(self, job: Job):
+    def row_block(self, launch: Launch):
         problem, config, plan = self.problem, self.config, self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tiles, stats, barriers, address = self.shared_memory()
@@ -103,17 +123,18 @@ class ForwardKernel:
             cute.arch.relinquish_tmem_alloc_permit()
         channels_ready()
         tensor = cute.arch.retrieve_tmem_ptr(Float32, 16, address)
-        work = Work(job, Memory(tiles, stats, tensor), edges)
+        memory = Memory(tiles, stats, tensor)
         load = Load(problem, config, self.q, self.k, self.v)
         mma = Mma(problem, config, Products(self.dtype, plan))
         softmax = Softmax(problem, config, self.dtype, plan)
         correction = Correction(problem, config, plan, self.out)
-        few = config.other_registers
+        read, fill = MmaEnds(q.read, k.read, v.read), LoadEnds(q.fill, k.fill, v.fill)
+        told, few = (launch, memory, edges), config.other_registers
         roles = (
-            Role(partial(softmax.run, work), WARPGROUP * config.tiles, config.softmax_registers),
-            Role(partial(correction.run, work), WARPGROUP, config.correction_registers),
-            Role(partial(mma.run, work, MmaEnds(q.read, k.read, v.read)), 1, few),
-            Role(partial(load.run, work, LoadEnds(q.fill, k.fill, v.fill)), 1, few),
+            Role(partial(self.start, softmax.run, *told), WARPGROUP * config.tiles, config.softmax_registers),
+            Role(partial(self.start, correction.run, *told), WARPGROUP, config.correction_registers),
+            Role(partial(self.start, mma.run, *told, read), 1, few),
+            Role(partial(self.start, load.run, *told, fill), 1, few),
         )
         specialize_warps(roles, config.launch_registers, warp)
         cute.arch.sync_threads()
