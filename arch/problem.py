@@ -25,6 +25,7 @@ FEATURES = {
     "gqa": "MQA / GQA",
     "split_dims": "different QK and V head dims",
     "mask": "masks: causal, window, prefix, document, your own",
+    "block_mask": "block-sparse (`block_mask`)",
     "score": "scores: softcap, ALiBi, your own",
     "dropout": "dropout (Philox)",
     "sink": "learnable sinks",
@@ -74,6 +75,7 @@ class Problem:
     varlen: q, k, v are packed as (total, heads, dim) with cu_seqlens_q and cu_seqlens_k.
     seqused_q, seqused_k: the used length of every sequence is given.
     gqa: there are fewer KV heads than query heads.
+    block_size: (block_q, block_k) of a block mask, rows of q and of k; None without one.
     split_kv: the keys are shared out among CTAs: out and lse are a partial result for each of them.
     """
 
@@ -89,6 +91,7 @@ class Problem:
     dropout: bool = False
     sink: bool = False
     lse: bool = True
+    block_size: tuple[int, int] | None = None
     split_kv: bool = False
 
     def features(self) -> tuple[str, ...]:
@@ -100,6 +103,7 @@ class Problem:
             "gqa": self.gqa,
             "split_dims": self.head_dim != self.head_dim_v,
             "mask": self.mask is not None,
+            "block_mask": self.block_size is not None,
             "score": self.score is not None,
             "dropout": self.dropout,
             "sink": self.sink,
@@ -107,6 +111,11 @@ class Problem:
             "split_kv": self.split_kv,
         }
         return tuple(name for name, needs in needed.items() if needs)
+
+    def takes_tiles(self, tile_m: int, tile_n: int) -> bool:
+        """Whether tiles of these rows of Q and of K and V divide the blocks of the mask, if there is one."""
+        block_q, block_k = self.block_size or (tile_m, tile_n)
+        return block_q % tile_m == block_k % tile_n == 0
 
     def specs(self) -> Operands:
         """What a kernel for this problem is launched with."""
@@ -135,6 +144,8 @@ class Operands(NamedTuple):
     keep_threshold: Any
     keep_scale: Any
     max_seqlen_q: Any
+    block_counts: Any
+    block_indices: Any
     mask_values: Any
     score_values: Any
 
@@ -169,6 +180,8 @@ def forward_specs(problem: Problem) -> Operands:
         out = out._replace(dtype="float32", dims=("splits", *out_dims), meaning="output of each split")
         lse = lse._replace(dims=("splits", *lse_dims), meaning="natural log-sum-exp of each split")
 
+    listed, block_dims = problem.block_size is not None, ("batch_or_1", "num_heads_q_or_1", "q_blocks")
+
     def tensor(dims: tuple[str, ...], meaning: str) -> Spec:
         return Spec(dtype, dims, "strided", meaning)
 
@@ -191,6 +204,8 @@ def forward_specs(problem: Problem) -> Operands:
         keep_threshold=optional(problem.dropout, "int32", (), "keep where the 16 random bits are below"),
         keep_scale=optional(problem.dropout, "float32", (), "65536 / keep_threshold"),
         max_seqlen_q=optional(problem.varlen, "int32", (), "longest sequence of q: sizes the grid"),
+        block_counts=optional(listed, "int32", (*block_dims, "two"), "partial and full blocks to visit"),
+        block_indices=optional(listed, "int32", (*block_dims, "listed"), "partial ones, then full"),
         mask_values=_rule_specs(problem.mask, "mask"),
         score_values=_rule_specs(problem.score, "score"),
     )
@@ -236,7 +251,18 @@ class Support:
         for feature in problem.features():
             if feature not in self.features:
                 found.append(f"no {FEATURES[feature]}")
+        if problem.block_size and (problem.varlen or problem.seqused_q or problem.seqused_k):
+            found.append("no block mask for packed sequences or used lengths: its blocks are of one length")
         return tuple(found)
+
+
+def no_tile(problem: Problem, device: Device, configs: Iterable[Any]) -> str:
+    """Why none of a table's configs serves; `configs`: those that would without a block mask."""
+    tiles = sorted({(config.tile_m, config.tile_n) for config in configs})
+    if not tiles:
+        return f"no tile fits {device.shared_memory} bytes of shared memory"
+    (block_q, block_k), allowed = problem.block_size, ", ".join(f"({m}, {n})" for m, n in tiles)
+    return f"block_size ({block_q}, {block_k}) is a multiple of no tile; allowed: multiples of {allowed}"
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import ops, request
+from .block_mask import BlockMask
 from .request import Call, Options, Packing
 
 
@@ -37,6 +38,7 @@ def flash_attn_func(
     learnable_sink: torch.Tensor | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    block_mask: BlockMask | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Exact attention on dense batches, in O(seqlen) memory (Dao et al. 2022; Dao 2023).
@@ -64,6 +66,9 @@ def flash_attn_func(
         value (gpt-oss).
     return_lse: also return lse.
     out: (batch, seqlen_q, heads, head_dim_v), where the result is written; it must not overlap inputs.
+    block_mask: a `BlockMask`: only the blocks that it lists are computed, and its own rule takes the place
+        of causal, window_size and mask, which must not be given beside it. Its block sizes must be
+        multiples of a kernel's tile; 128 always is.
     num_splits: in how many parts, 1 to 128, the keys are taken at the same time and then merged in float32
         (Flash-Decoding, Dao et al. 2023): for few queries and many keys. None or 0: as many as fill the GPU,
         1 where the kernel cannot split; more than 1 there is NotImplementedError.
@@ -75,7 +80,7 @@ def flash_attn_func(
     lse = return_lse or return_attn_probs
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
-        lse, out, num_splits,
+        lse, out, block_mask, num_splits,
     )
     call = request.dense(q, k, v, options)
     return _results(call, out, return_attn_probs)
@@ -106,6 +111,7 @@ def flash_attn_varlen_func(
     learnable_sink: torch.Tensor | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    block_mask: BlockMask | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Exact attention on sequences of different lengths, packed one after the other without padding.
@@ -118,6 +124,7 @@ def flash_attn_varlen_func(
     seqused_q, seqused_k: int32 (batch,): use only so many rows of each sequence. Rows of q beyond get
         out 0 and lse -inf.
     block_table: paged keys and values are not available: NotImplementedError unless None.
+    block_mask: for dense batches only: NotImplementedError unless None.
     All others: as in `flash_attn_func`; alibi_slopes (heads,) or (batch, heads); tables of rules by
     sequence and position inside it. return_attn_probs: NotImplementedError if True.
 
@@ -126,6 +133,11 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise NotImplementedError("block_table is given; allowed: None, there are no paged keys yet")
+    if block_mask is not None:
+        raise NotImplementedError(
+            "block_mask is given; allowed for packed sequences: None, for its blocks are of one seqlen_q and "
+            "seqlen_k. Use flash_attn_func, or a mask: blocks that it hides are skipped where it has bounds"
+        )
     if return_attn_probs:
         raise NotImplementedError(
             "return_attn_probs is True; allowed for packed sequences: False. Use flash_attn_func on one "

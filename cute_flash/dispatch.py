@@ -195,14 +195,15 @@ def supports(
     device: str | torch.device | None = None,
     mask: Any = None,
     score: Any = None,
-    **features: bool,
+    **features: Any,
 ) -> Answer:
     """Whether a kernel serves such a call: an object that is true or false and whose text says why.
 
     device: an architecture ("sm80"), a CUDA device, or None for the one at hand, emulated or not.
     mask, score: a rule (`Causal()` for causal calls, `Softcap(...)` for softcap, ...), a plain function,
     or a list of them that apply together. features: `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`,
-    `sink`, `lse`, `split_kv` (num_splits above 1), all False unless given.
+    `sink`, `lse`, `split_kv` (num_splits above 1), all False unless given; `block_size`, a block mask's
+    (block_q, block_k).
     """
     mask_type, score_type = rules.decode(rules.encode(_parts(mask, Mask), _parts(score, Score)).code)
     problem = Problem(

@@ -9,6 +9,7 @@ is an argument.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? seqused_q, Tensor? seqused_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "Tensor? sink, Tensor? rng_state, float softmax_scale, float dropout_p, "
-    "str rules, Tensor[] rule_tensors, SymInt[] rule_ints, float[] rule_floats, bool lse, SymInt num_splits"
+    "str rules, Tensor[] rule_tensors, SymInt[] rule_ints, float[] rule_floats, "
+    "Tensor? block_counts, Tensor? block_indices, int[] block_size, bool lse, SymInt num_splits"
 )
 
 
@@ -97,6 +99,7 @@ def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         q.dtype, q.shape[-1], v.shape[-1], call.rules,
         call.cu_seqlens_q is not None, call.seqused_q is not None, call.seqused_k is not None,
         q.shape[-2] != v.shape[-2], call.rng_state is not None, call.sink is not None, call.lse,
+        tuple(call.block_size) or None,
     )
     place = place_of(q.device)
     launches = plan(problem, place.device, _sizes(call), call.num_splits)
@@ -127,10 +130,10 @@ def _sizes(call: Call) -> Sizes:
 
 
 @functools.cache
-def _problem(dtype: torch.dtype, head_dim: int, head_dim_v: int, code: str, *present: bool) -> Problem:
+def _problem(dtype: torch.dtype, head_dim: int, head_dim_v: int, code: str, *rest: Any) -> Problem:
     """A Problem from what a call's tensors and rules show; building one anew costs more than this lookup."""
     mask, score = rules.decode(code)
-    return Problem(str(dtype).removeprefix("torch."), head_dim, head_dim_v, mask, score, *present)
+    return Problem(str(dtype).removeprefix("torch."), head_dim, head_dim_v, mask, score, *rest)
 
 
 def _operands(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Operands:
@@ -146,6 +149,7 @@ def _operands(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Operands:
         call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
         call.sink, call.rng_state, call.softmax_scale, threshold, scale,
         None if call.cu_seqlens_q is None else call.max_seqlen_q,
+        call.block_counts, call.block_indices,
         mask_values, score_values,
     )
 

@@ -43,7 +43,8 @@ _RULES: dict[str, dict[str, Any]] = {
     "alibi": {"alibi_slopes": _SLOPES[0]},
     "alibi_batch": {"alibi_slopes": _SLOPES},
 }
-WORDS = ("dense", *_FLAGS, *_RULES)
+_BLOCKS = {"block_mask": (128, 128)}  # a block mask's default block size
+WORDS = ("dense", *_FLAGS, *_RULES, *_BLOCKS)
 DEFAULT_FEATURES = ("dense", "causal", "varlen", "varlen,causal")
 PARTS = {"object": "kernel.o", "ptx": "kernel.ptx", "cubin": "kernel.cubin", "json": "kernel.json"}
 
@@ -98,12 +99,14 @@ def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Prob
     """The Problem of a call with the features that `words` name."""
     given: dict[str, Any] = {"causal": False, "window": (None, None), "mask": None}
     given |= {"softcap": 0.0, "alibi_slopes": None}
-    flags = dict.fromkeys(_FLAGS, False)
+    flags: dict[str, Any] = dict.fromkeys(_FLAGS, False)
     for word in words:
-        if word in flags:
+        if word in _FLAGS:
             flags[word] = True
         elif word in _RULES:
             given |= _RULES[word]
+        elif word in _BLOCKS:
+            flags["block_size"] = _BLOCKS[word]
         elif word != "dense":
             raise ValueError(f"--features has {word!r}; allowed: {', '.join(WORDS)}")
     masks = rules.mask_of(given["causal"], given["window"], given["mask"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from . import rules
+from .block_mask import blocks_of
 from .request import Call, keep_threshold
 
 _ROUNDS = 7
@@ -44,8 +45,13 @@ def signed_probabilities(call: Call) -> torch.Tensor:
     )
     if score is not None:
         s = score.at(b, h, seqlen_q, seqlen_k).score(s, b, h, position, k).float()
+    visible = k >= 0
     if mask is not None:
-        s = s.masked_fill(~mask.at(b, h, seqlen_q, seqlen_k).visible(position, k), -torch.inf)
+        visible = mask.at(b, h, seqlen_q, seqlen_k).visible(position, k)
+    if call.block_counts is not None:
+        listed, full = _listed_pairs(call)
+        visible = listed & (full | visible)
+    s = s.masked_fill(~visible, -torch.inf)
     sink = torch.full((heads,), -torch.inf, device=device) if call.sink is None else call.sink
     top = torch.maximum(s.amax(-1, keepdim=True) if seqlen_k else sink.view(-1, 1, 1), sink.view(-1, 1, 1))
     top = torch.where(top == -torch.inf, 0.0, top)
@@ -55,6 +61,14 @@ def signed_probabilities(call: Call) -> torch.Tensor:
     if call.rng_state is None:
         return p
     return torch.where(_kept(call, b * heads + h, row, k), p, -p)
+
+
+def _listed_pairs(call: Call) -> list[torch.Tensor]:
+    """(batch or 1, heads or 1, seqlen_q, seqlen_k): pairs in listed blocks, and in those listed as full."""
+    seqlen_q, seqlen_k, (block_q, block_k) = call.q.shape[1], call.k.shape[1], call.block_size
+    maps = blocks_of(call.block_counts, call.block_indices, -(-seqlen_k // block_k))
+    spread = (blocks.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3) for blocks in maps)
+    return [pairs[..., :seqlen_q, :seqlen_k] for pairs in spread]
 
 
 def _kept(call: Call, head: torch.Tensor, row: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

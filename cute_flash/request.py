@@ -16,6 +16,7 @@ import torch
 
 from . import rules
 from .arch.rule import Rule
+from .block_mask import BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16)
 SINK_DTYPES = (torch.float32, *DTYPES)
@@ -41,6 +42,7 @@ class Options(NamedTuple):
     learnable_sink: torch.Tensor | None
     lse: bool
     out: torch.Tensor | None
+    block_mask: BlockMask | None = None
     num_splits: int | None = None
 
 
@@ -75,6 +77,9 @@ class Call(NamedTuple):
     rule_tensors: list[torch.Tensor]
     rule_ints: list[int]
     rule_floats: list[float]
+    block_counts: torch.Tensor | None
+    block_indices: torch.Tensor | None
+    block_size: list[int]
     lse: bool
     num_splits: int
 
@@ -144,16 +149,26 @@ def check_tensors(call: Call, out: torch.Tensor) -> None:
     Numbers inside CUDA tensors cannot be seen without waiting for the GPU: they are checked where
     CUTE_FLASH_CHECK=1 is set and no graph is being captured.
     """
+    _check_addresses(call, out)
+    if call.q.device.type == "cuda" and (call.cu_seqlens_q is not None or call.block_counts is not None):
+        asked = os.environ.get("CUTE_FLASH_CHECK", "") not in ("", "0")
+        if not asked or torch.cuda.is_current_stream_capturing():
+            return
+    if call.cu_seqlens_q is not None:
+        _check_lengths(call)
+    if call.block_counts is not None:
+        _check_lists(call)
+
+
+def _check_addresses(call: Call, out: torch.Tensor) -> None:
     _check_alignment("q", call.q)
     _check_alignment("k", call.k)
     _check_alignment("v", call.v)
     _check_alignment("out", out)
-    if call.cu_seqlens_q is None:
-        return
-    if call.q.device.type == "cuda":
-        asked = os.environ.get("CUTE_FLASH_CHECK", "") not in ("", "0")
-        if not asked or torch.cuda.is_current_stream_capturing():
-            return
+
+
+def _check_lengths(call: Call) -> None:
+    """The numbers in cu_seqlens and seqused."""
     for side in ("q", "k"):
         cu_seqlens, used = getattr(call, f"cu_seqlens_{side}"), getattr(call, f"seqused_{side}")
         lengths = _check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, getattr(call, side).shape[0])
@@ -163,6 +178,29 @@ def check_tensors(call: Call, out: torch.Tensor) -> None:
             lengths = used.tolist()
         if max(lengths, default=0) > longest:
             raise ValueError(f"max_seqlen_{side} is {longest}, the longest sequence has {max(lengths)}")
+
+
+def _check_lists(call: Call) -> None:
+    """The numbers in the lists of a block mask."""
+    counts, indices = call.block_counts, call.block_indices
+    seqlen_k, block_k = call.k.shape[1], call.block_size[1]
+    k_blocks, most = -(-seqlen_k // block_k), indices.shape[-1]
+    total = counts.sum(-1, keepdim=True)
+    if counts.numel() and not (counts.min() >= 0 and total.max() <= most):
+        found = f"numbers from {counts.min()} and sums up to {total.max()}"
+        raise ValueError(f"block_mask.counts has {found}; allowed: from 0, sums up to {most}")
+    place = torch.arange(most, device=indices.device)
+    listed = indices[place < total]
+    if listed.numel() and not (listed.min() >= 0 and listed.max() < k_blocks):
+        found = f"{listed.min()} to {listed.max()}"
+        raise ValueError(f"block_mask.indices has numbers from {found}; allowed: 0 to {k_blocks - 1}")
+    # The kernels look for keys that do not exist in the first block only, where they evaluate the mask.
+    late = (place < total) & ((place > 0) | (counts[..., :1] == 0))
+    if seqlen_k % block_k and (indices == k_blocks - 1)[late].any():
+        raise ValueError(
+            f"block_mask.indices has {k_blocks - 1}, which reaches beyond the {seqlen_k} keys, as a full "
+            "block or not at the beginning of its list"
+        )
 
 
 def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
@@ -178,7 +216,7 @@ def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
         )
     if options.alibi_slopes is not None:
         _check_tensor("alibi_slopes", options.alibi_slopes, q, (torch.float32,), None)
-    masks = rules.mask_of(bool(options.causal), _window(options.window_size), options.mask)
+    masks, blocks = _masks(options, q, sizes)
     scores = rules.score_of(softcap, options.alibi_slopes, options.score)
     encoded = rules.encode(masks, scores)
     if encoded.tensors:
@@ -189,7 +227,52 @@ def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
     splits = _num_splits(options.num_splits)
-    return Call(q, k, v, *packing, sink, rng_state, scale, dropout_p, *encoded, options.lse, splits)
+    return Call(
+        q, k, v, *packing, sink, rng_state, scale, dropout_p, *encoded, *blocks, options.lse, splits
+    )
+
+
+def _masks(options: Options, q: torch.Tensor, sizes: _Sizes) -> tuple[list, tuple]:
+    """Masks that must all show a pair, and counts, indices and block size of a block mask."""
+    window, block_mask = _window(options.window_size), options.block_mask
+    if block_mask is None:
+        return rules.mask_of(bool(options.causal), window, options.mask), (None, None, [])
+    _check_block_mask(block_mask, q, sizes)
+    present = (options.causal, window != (None, None), options.mask is not None)
+    named = zip(("causal", "window_size", "mask"), present, strict=True)
+    if beside := " and ".join(name for name, given in named if given):
+        raise ValueError(
+            f"{beside} is given beside block_mask, which does not evaluate it in full blocks; allowed: a "
+            "block mask made of all rules together, create_block_mask(Causal() & ..., ...)"
+        )
+    masks = rules.mask_of(False, (None, None), block_mask.mask)
+    return masks, (block_mask.counts, block_mask.indices, list(block_mask.block_size))
+
+
+def _check_block_mask(block_mask: Any, q: torch.Tensor, sizes: _Sizes) -> None:
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            f"block_mask is {type(block_mask).__name__}; allowed: a BlockMask, from create_block_mask or "
+            "BlockMask.from_blocks"
+        )
+    for name in ("counts", "indices"):
+        _check_tensor(f"block_mask.{name}", getattr(block_mask, name), q, (torch.int32,), 4)
+    if tuple(block_mask.seqlens) != (sizes.seqlen_q, sizes.seqlen_k):
+        raise ValueError(
+            f"block_mask is for seqlen_q and seqlen_k {tuple(block_mask.seqlens)}, q and k have "
+            f"{(sizes.seqlen_q, sizes.seqlen_k)}: they must be equal"
+        )
+    q_blocks, (batch, heads, *rest) = -(-sizes.seqlen_q // block_mask.block_size[0]), block_mask.counts.shape
+    if batch not in (1, sizes.batch) or heads not in (1, sizes.heads) or rest != [q_blocks, 2]:
+        raise ValueError(
+            f"block_mask.counts has shape {_shape(block_mask.counts)}; allowed: (1 or {sizes.batch}, "
+            f"1 or {sizes.heads}, {q_blocks}, 2), for batch and heads of q"
+        )
+    if block_mask.indices.shape[:3] != block_mask.counts.shape[:3] or block_mask.indices.shape[3] < 1:
+        raise ValueError(
+            f"block_mask.indices has shape {_shape(block_mask.indices)}; allowed: "
+            f"({batch}, {heads}, {q_blocks}, 1 or more)"
+        )
 
 
 def _check_qkv(q: Any, k: Any, v: Any, dims: tuple[str, ...]) -> None:

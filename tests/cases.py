@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cute_flash import BlockMask, create_block_mask
 from cute_flash.arch.common.mask import Causal, Document, Mask, PrefixLM, SlidingWindow
 from cute_flash.arch.common.score import Score
 from cute_flash.arch.elementwise import load, where
@@ -23,7 +24,8 @@ from cute_flash.arch.elementwise import load, where
 class Case:
     """One call. seqlens: (seqlen_q, seqlen_k) of each sequence, all equal unless varlen.
 
-    heads, dims: (query, key/value) heads and (QK, V) head dims. mask, score: keys of MASKS and SCORES.
+    heads, dims: (query, key/value) heads and (QK, V) head dims. mask, score, blocks: keys of MASKS, SCORES
+    and BLOCKS.
     used: which of "q", "k" get used lengths, as in "qk"; varlen only. layout: key of LAYOUTS in harness.py.
     splits: parts of the keys; None leaves it to the kernel.
     """
@@ -36,6 +38,7 @@ class Case:
     dtype: str = "bfloat16"
     mask: str = "full"
     score: str = "plain"
+    blocks: str = "none"
     used: str = ""
     dropout: float = 0.0
     sink: bool = False
@@ -100,6 +103,7 @@ class Sizes:
 
     batch: int
     heads: int
+    longest_q: int
     longest_k: int
     generator: torch.Generator
 
@@ -107,6 +111,29 @@ class Sizes:
         """Document of each position, int32 (batch, longest_k): runs of 1 to 60 positions."""
         starts = torch.rand(self.batch, max(self.longest_k, 1), generator=self.generator) < 1 / 30
         return starts.cumsum(1).int()
+
+    def block_mask(self, mask: Any, block_size: int | tuple[int, int] = 128) -> dict[str, BlockMask]:
+        """A rule's block mask."""
+        sizes = (self.batch, self.heads, self.longest_q, self.longest_k)
+        return {"block_mask": create_block_mask(mask, *sizes, block_size=block_size)}
+
+    def random_blocks(
+        self, share: float, mask: Any = None, block_size: tuple[int, int] = (128, 128)
+    ) -> dict[str, BlockMask]:
+        """A share of all blocks, other ones for every sequence and head, none for the very first rows.
+
+        With a rule, those among them that it shows in whole are full.
+        """
+        seqlens = (self.longest_q, self.longest_k)
+        blocks = (-(-n // size) for n, size in zip(seqlens, block_size, strict=True))
+        visit = torch.rand(self.batch, self.heads, *blocks, generator=self.generator) < share
+        visit[:1, -1:, :1] = False
+        full = None
+        if mask is not None:
+            _, full = create_block_mask(mask, 1, 1, *seqlens, block_size=block_size).blocks()
+            full = visit & full
+        told = {"block_size": block_size, "seqlens": seqlens, "mask": mask}
+        return {"block_mask": BlockMask.from_blocks(visit, full, **told)}
 
 
 # Name -> keyword arguments of a call.
@@ -138,6 +165,21 @@ SCORES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "own": lambda n: {"score": RelativeBias(torch.randn(n.heads, 128, generator=n.generator))},
     "function": lambda _: {"score": halved_in_the_past},
     "own_softcap": lambda n: SCORES["softcap"](n) | SCORES["own"](n),
+}
+# Block masks, by rules and by maps.
+BLOCKS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
+    "none": lambda _: {},
+    "causal": lambda n: n.block_mask(Causal()),
+    "window": lambda n: n.block_mask(SlidingWindow(150, 20)),
+    "document": lambda n: n.block_mask(Document(n.document_ids() // 3) & Causal()),
+    "function": lambda n: n.block_mask(checkerboard),
+    "small": lambda n: n.block_mask(Causal(), 64),
+    "large": lambda n: n.block_mask(SlidingWindow(150, 20), (384, 256)),
+    "random": lambda n: n.random_blocks(0.4),
+    "random_small": lambda n: n.random_blocks(0.3, block_size=(64, 64)),
+    "random_causal": lambda n: n.random_blocks(0.6, Causal()),
+    "all": lambda n: n.random_blocks(1.0),
+    "nothing": lambda n: n.random_blocks(0.0),
 }
 
 DIMS = (
@@ -187,6 +229,27 @@ def singles() -> Iterator[Case]:
     yield Case("sink_without_keys", ((70, 20),), sink=True, mask="causal")
     yield from few_rows()
     yield from split()
+    yield from blocked()
+
+
+def blocked() -> Iterator[Case]:
+    """Block masks: rules and maps, lengths that no block divides, and the features beside them."""
+    several, one = ((200, 330),) * 2, ((200, 270),)
+    for blocks in BLOCKS:
+        if blocks != "none":
+            yield Case(f"blocks_{blocks}", several, blocks=blocks)
+    yield Case("blocks_whole", ((256, 384),), blocks="random_causal")
+    yield Case("blocks_tall", ((410, 130),), blocks="causal", heads=(1, 1))
+    for q, k in ((1, 1), (0, 5), (5, 0), (128, 129), (257, 127)):
+        yield Case(f"blocks_lengths_{q}_{k}", ((q, k),), blocks="random_causal")
+    for dims in ((96, 96), (128, 128), (192, 128), (256, 256)):
+        name = f"blocks_dims_{dims[0]}_{dims[1]}"
+        yield Case(name, one, dims=dims, blocks="random_causal", dtype="float16")
+    yield Case("blocks_gqa", one, heads=(4, 2), blocks="random")
+    yield Case("blocks_dropout", one, blocks="random_causal", dropout=0.3)
+    yield Case("blocks_dropout_128", one, dims=(128, 128), blocks="document", dropout=0.3)
+    yield Case("blocks_sink", one, blocks="random", sink=True)
+    yield Case("blocks_score", one, blocks="random_causal", score="own_softcap", layout="sliced")
 
 
 def few_rows() -> Iterator[Case]:
@@ -206,6 +269,7 @@ def few_rows() -> Iterator[Case]:
     yield replace(few, name="few_rows_alibi", score="alibi_per_batch", heads=(24, 1))
     yield replace(few, name="few_rows_own", score="own_softcap", mask="own")
     yield replace(few, name="few_rows_mask_by_head", mask="by_head", heads=(4, 1))
+    yield replace(few, name="few_rows_blocks", mask="full", blocks="random_causal")
     yield replace(few, name="few_rows_layout", layout="interleaved", dims=(40, 104))
 
 
@@ -222,6 +286,8 @@ def split() -> Iterator[Case]:
     yield replace(several, name="split_varlen", seqlens=((3, 500), *RAGGED), varlen=True, mask="causal")
     yield replace(several, name="split_used", seqlens=RAGGED, varlen=True, used="qk", sink=True, splits=2)
     yield replace(several, name="split_dropout", dropout=0.3, sink=True, heads=(4, 1))
+    yield replace(several, name="split_blocks", seqlens=((200, 520),), blocks="random", splits=3)
+    yield replace(several, name="split_blocks_rule", seqlens=((200, 520),), blocks="random_causal", splits=4)
     yield replace(several, name="split_128", dims=(128, 128), mask="causal", heads=(8, 1), splits=5)
     yield replace(several, name="split_192_128", dims=(192, 128), heads=(5, 1), layout="sliced")
     yield replace(several, name="split_256", dims=(256, 256), mask="causal")

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import rules
+from cute_flash import BlockMask, rules
 from cute_flash.arch.problem import FEATURES
 from cute_flash.arch.rule import Rule, describe
 from tests.accuracy import assert_accurate
-from tests.cases import MASKS, SCORES, Case, Sizes
+from tests.cases import BLOCKS, MASKS, SCORES, Case, Sizes
 from tests.reference import Dropout
 
 MARGIN = 64
@@ -76,8 +76,9 @@ class Call:
         batch, heads = len(case.seqlens), case.heads[0]
         lengths = {"q": [q for q, _ in case.seqlens], "k": [k for _, k in case.seqlens]}
         used = {name: _used_lengths(lengths[name], name in case.used, generator) for name in lengths}
-        sizes = Sizes(batch, heads, max(lengths["k"], default=0), generator)
-        arguments = MASKS[case.mask](sizes) | SCORES[case.score](sizes)
+        longest = (max(lengths[name], default=0) for name in lengths)
+        sizes = Sizes(batch, heads, *longest, generator)
+        arguments = MASKS[case.mask](sizes) | SCORES[case.score](sizes) | BLOCKS[case.blocks](sizes)
         if case.varlen:
             starts = {name: torch.tensor([0, *lengths[name]]).cumsum(0).int() for name in lengths}
             arguments |= {f"cu_seqlens_{name}": starts[name] for name in lengths}
@@ -149,8 +150,10 @@ def where(device: str, **emulator_options: Any):
 
 
 def moved(value: Any, device: str) -> Any:
-    """A tensor, or a rule with its tensors, on the torch device that serves `device`."""
+    """A tensor, or a rule or block mask with its tensors, on the torch device that serves `device`."""
     place = "cuda" if device == "cuda" else "cpu"
+    if isinstance(value, BlockMask):
+        return value.to(place)
     if isinstance(value, Rule):
         kind, values = describe(value)
         return kind.build(tuple(moved(leaf, device) for leaf in values))
@@ -159,14 +162,16 @@ def moved(value: Any, device: str) -> Any:
 
 def answer_for(case: Case, device: str):
     """`cute_flash.supports` for a case: the kernel and config that serve it."""
-    sizes = Sizes(len(case.seqlens), case.heads[0], 9, torch.Generator())
+    sizes = Sizes(len(case.seqlens), case.heads[0], 9, 9, torch.Generator())
     told = MASKS[case.mask](sizes) | SCORES[case.score](sizes)
+    block_mask = BLOCKS[case.blocks](sizes).get("block_mask")
     left, right = (None if side == -1 else side for side in told.get("window_size", (None, None)))
+    mask = block_mask.mask if block_mask else told.get("mask")
     return cute_flash.supports(
         case.dtype,
         *case.dims,
         device=device,
-        mask=rules.mask_of(told.get("causal", False), (left, right), told.get("mask")),
+        mask=rules.mask_of(told.get("causal", False), (left, right), mask),
         score=rules.score_of(told.get("softcap", 0.0), told.get("alibi_slopes"), told.get("score")),
         varlen=case.varlen,
         seqused_q="q" in case.used,
@@ -175,6 +180,7 @@ def answer_for(case: Case, device: str):
         dropout=case.dropout > 0,
         sink=case.sink,
         lse=True,
+        block_size=block_mask and block_mask.block_size,
         split_kv=(case.splits or 1) > 1,
     )
 

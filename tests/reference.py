@@ -42,6 +42,7 @@ class Call(NamedTuple):
     mask: Any = None
     learnable_sink: Any = None
     dropout: Dropout | None = None
+    block_mask: Any = None
 
 
 def attention(q, k, v, *, compute=torch.float64, cu_seqlens_q=None, cu_seqlens_k=None, **call):
@@ -111,7 +112,27 @@ def scores(s, batch: int, head: int, call: Call):
     if call.mask is not None:
         rule = call.mask if isfunction(call.mask) else call.mask.at(*at).visible
         visible &= rule(q, k)
+    if call.block_mask is not None:
+        visible &= in_blocks(call.block_mask, at)
     return s.to(dtype).masked_fill(~visible, -math.inf)
+
+
+def in_blocks(block_mask, at: tuple[int, int, int, int]):
+    """(seqlen_q, seqlen_k) bool: pairs in full blocks, and in partial ones where the rule shows them."""
+    batch, head, rows, keys = at
+    block_q, block_k = block_mask.block_size
+    counts, indices = (x[min(batch, len(x) - 1)] for x in (block_mask.counts, block_mask.indices))
+    counts, indices = (x[min(head, len(x) - 1)].tolist() for x in (counts, indices))
+    q, k = torch.arange(rows)[:, None] + keys - rows, torch.arange(keys)[None, :]
+    shown, mask = torch.ones(rows, keys, dtype=torch.bool), block_mask.mask
+    if mask is not None:
+        shown &= (mask if isfunction(mask) else mask.at(*at).visible)(q, k)
+    visible = torch.zeros(rows, keys, dtype=torch.bool)
+    for i, (partial, full) in enumerate(counts):
+        for place, j in enumerate(indices[i][: partial + full]):
+            pairs = slice(i * block_q, (i + 1) * block_q), slice(j * block_k, (j + 1) * block_k)
+            visible[pairs] = shown[pairs] if place < partial else True
+    return visible
 
 
 def keep_mask(dropout: Dropout, batch_head: int, rows: int, keys: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ SHARED = {
     "return_attn_probs": False,
 }
 OURS = {"mask": None, "score": None, "learnable_sink": None, "return_lse": False, "out": None}
+OURS |= {"block_mask": None}
 PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 REQUIRED = inspect.Parameter.empty
 

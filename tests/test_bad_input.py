@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 import cute_flash
-from cute_flash import ALiBi, Causal, Document, PrefixLM, Softcap, ops, request
+from cute_flash import ALiBi, BlockMask, Causal, Document, PrefixLM, Softcap, create_block_mask, ops, request
 from cute_flash.masks import Mask
 
 HALF = torch.float16
@@ -74,6 +75,12 @@ class Listed(Mask):
 class Undecorated(Mask):
     def visible(self, q, k):
         return k <= q
+
+
+def blocks(batch: int, heads: int) -> BlockMask:
+    """A block mask of one block, which 8 queries and 16 keys do not fill."""
+    visit = torch.ones(batch, heads, 1, 1, dtype=torch.bool)
+    return BlockMask.from_blocks(visit, block_size=128, seqlens=(8, 16))
 
 
 HELD = [1, 2]
@@ -276,6 +283,68 @@ DENSE = {
         NotImplementedError,
         "a rule's tensor requires",
     ),
+    "block_mask_type": (
+        {"block_mask": torch.ones(1, 1, dtype=torch.bool)},
+        TypeError,
+        "block_mask is Tensor; allowed: a BlockMask, from create_block_mask or BlockMask.from_blocks",
+    ),
+    "block_mask_seqlens": (
+        {"block_mask": create_block_mask(Causal(), 2, 4, 8, 17)},
+        ValueError,
+        r"block_mask is for seqlen_q and seqlen_k \(8, 17\), q and k have \(8, 16\)",
+    ),
+    "block_mask_batch": (
+        {"block_mask": blocks(3, 1)},
+        ValueError,
+        r"block_mask.counts has shape \(3, 1, 1, 2\); allowed: \(1 or 2, 1 or 4, 1, 2\)",
+    ),
+    "block_mask_heads": ({"block_mask": blocks(1, 2)}, ValueError, r"shape \(1, 2, 1, 2\); allowed: \(1"),
+    "block_mask_device": ({"block_mask": blocks(1, 1).to("meta")}, ValueError, "mask.counts is on meta"),
+    "block_mask_counts_dtype": (
+        {"block_mask": replace(blocks(1, 1), counts=torch.zeros(1, 1, 1, 2))},
+        TypeError,
+        "block_mask.counts has dtype torch.float32; allowed: torch.int32",
+    ),
+    "block_mask_indices_shape": (
+        {"block_mask": replace(blocks(1, 1), indices=ints(0, 0).view(2, 1, 1, 1))},
+        ValueError,
+        r"block_mask.indices has shape \(2, 1, 1, 1\); allowed: \(1, 1, 1, 1 or more\)",
+    ),
+    "block_mask_counts": (
+        {"block_mask": replace(blocks(1, 1), counts=ints(1, 1).view(1, 1, 1, 2))},
+        ValueError,
+        "block_mask.counts has numbers from 1 and sums up to 2; allowed: from 0, sums up to 1",
+    ),
+    "block_mask_indices": (
+        {"block_mask": replace(blocks(1, 1), indices=ints(1).view(1, 1, 1, 1))},
+        ValueError,
+        "block_mask.indices has numbers from 1 to 1; allowed: 0 to 0",
+    ),
+    "block_mask_full_beyond_the_end": (
+        {"block_mask": replace(blocks(1, 1), counts=ints(0, 1).view(1, 1, 1, 2))},
+        ValueError,
+        "block_mask.indices has 0, which reaches beyond the 16 keys, as a full block",
+    ),
+    "block_mask_and_rules": (
+        {"block_mask": blocks(1, 1), "causal": True, "mask": Causal()},
+        ValueError,
+        "causal and mask is given beside block_mask, .*; allowed: a block mask made of all rules",
+    ),
+    "block_mask_and_window": (
+        {"block_mask": blocks(1, 1), "window_size": (3, -1)},
+        ValueError,
+        "window_size is given beside block_mask",
+    ),
+    "block_mask_table": (
+        {"block_mask": replace(blocks(1, 1), mask=PrefixLM(ints(1, 2, 3)))},
+        ValueError,
+        r"PrefixLM.prefix has shape \(3,\); allowed: batch 2",
+    ),
+    "block_size": (
+        {"block_mask": create_block_mask(Causal(), 2, 4, 8, 16, block_size=(96, 100))},
+        NotImplementedError,
+        r"block_size \(96, 100\) is a multiple of no tile; allowed: multiples of \(64, 64\), \(128, 48\)",
+    ),
     "many_sequences": (
         {name: torch.zeros(1, dtype=HALF).expand(65536, 8, 1, 64) for name in ("q", "k", "v")},
         NotImplementedError,
@@ -284,6 +353,11 @@ DENSE = {
 }
 
 PACKED = {
+    "block_mask": (
+        {"block_mask": blocks(1, 1)},
+        NotImplementedError,
+        "block_mask is given; allowed for packed sequences: None, for its blocks are of one seqlen_q",
+    ),
     "q_rank": (
         {"q": tensor(1, 10, 4, 64)},
         ValueError,
@@ -400,17 +474,25 @@ class OnTheGpu:
         return getattr(self.held, name)
 
 
-@pytest.mark.parametrize("asked, capturing, checked", [(None, 0, 0), ("0", 0, 0), ("1", 0, 1), ("1", 1, 0)])
-def test_numbers_on_the_gpu_are_checked_where_asked(monkeypatch, asked, capturing, checked):
-    given = {"q": tensor(10, 4, 64), "k": tensor(20, 2, 64), "v": tensor(20, 2, 64)}
+def calls_with_wrong_numbers() -> Iterator[tuple[request.Call, str]]:
+    """Calls that cannot be told from right ones without reading tensors, and what is said of them."""
     options = request.Options(0.0, None, False, (-1, -1), 0.0, None, None, None, None, False, None)
     packing = request.Packing(ints(1, 4, 10), ints(0, 15, 20), 6, 15, None, None)
-    call = request.varlen(**given, packing=packing, options=options)
+    yield request.varlen(*map(tensor, (10, 20, 20), (4, 2, 2), (64,) * 3), packing, options), "starts with 1"
+    wrong = replace(blocks(1, 1), indices=ints(7).view(1, 1, 1, 1))
+    dense = (tensor(2, 8, 4, 64), tensor(2, 16, 2, 64), tensor(2, 16, 2, 64))
+    yield request.dense(*dense, options._replace(block_mask=wrong)), "indices has numbers from 7 to 7"
+
+
+@pytest.mark.parametrize("call, text", list(calls_with_wrong_numbers()), ids=["packed", "blocks"])
+@pytest.mark.parametrize("asked, capturing, checked", [(None, 0, 0), ("0", 0, 0), ("1", 0, 1), ("1", 1, 0)])
+def test_numbers_on_the_gpu_are_checked_where_asked(monkeypatch, call, text, asked, capturing, checked):
+    out = torch.zeros_like(call.q)
     call = call._replace(q=OnTheGpu(call.q))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     monkeypatch.delenv("CUTE_FLASH_CHECK", raising=False)
     if asked is not None:
         monkeypatch.setenv("CUTE_FLASH_CHECK", asked)
-    expected = pytest.raises(ValueError, match="starts with 1") if checked else contextlib.nullcontext()
+    expected = pytest.raises(ValueError, match=text) if checked else contextlib.nullcontext()
     with expected:
-        request.check_tensors(call, tensor(10, 4, 64))
+        request.check_tensors(call, out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import threading
 from dataclasses import dataclass
 
@@ -11,7 +13,8 @@ import torch
 import cute_flash
 from cute_flash import arch, dispatch
 from cute_flash.arch.problem import FEATURES, Device, Problem, Support
-from cute_flash.masks import Causal
+from cute_flash.masks import Causal, Document
+from cute_flash.scores import Softcap
 
 A100 = dispatch.EMULATED["sm80"]
 PLAIN = Problem("float16", 64, 64, lse=False)
@@ -121,6 +124,35 @@ def test_supports_says_which_kernel_or_why_not():
         cute_flash.supports("float16", 64, device="sm70")
     with pytest.raises(TypeError, match="paged"):
         cute_flash.supports("float16", 64, device="sm80", paged=True)
+
+
+HEAVY = {"mask": Document(torch.zeros(1, 1).int()), "score": Softcap(1.0), "dropout": True, "sink": True}
+
+
+@pytest.mark.parametrize("name", dispatch.EMULATED)
+@pytest.mark.parametrize("rules", [{}, HEAVY], ids=["plain", "heavy"])
+def test_blocks_of_128_are_served_everywhere(name, rules):
+    """And by the first kernel of the tree: none falls back for want of a tile."""
+    kernel = arch.load(dispatch.EMULATED[name])[0]
+    for dims in itertools.product(range(8, 257, 8), (8, 64, 96, 128, 192, 256)):
+        answer = cute_flash.supports("float16", *dims, device=name, block_size=(128, 128), **rules)
+        assert answer.kernel is kernel, f"{dims}: {answer}"
+        assert 128 % answer.config.tile_m == 128 % answer.config.tile_n == 0
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        ({"block_size": (96, 128)}, r"block_size \(96, 128\) is a multiple of no tile; .* of \(64, 64"),
+        ({"block_size": (128, 128), "varlen": True}, "no block mask for packed sequences or used lengths"),
+        ({"block_size": (128, 128), "seqused_k": True}, "no block mask for packed sequences or used lengths"),
+    ],
+    ids=str,
+)
+def test_block_masks_that_no_kernel_takes(asked, reason):
+    answer = cute_flash.supports("float16", 128, device="sm80", **asked)
+    assert not answer
+    assert re.search(reason, str(answer)), str(answer)
 
 
 def test_supports_takes_several_rules_and_plain_functions():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from dataclasses import replace
@@ -22,12 +23,18 @@ LIGHT = Case("light", dtype="float16", varlen=True, used="qk", heads=(4, 2), mas
 EXTREMES = {
     "light": LIGHT,
     "heavy": replace(LIGHT, mask="document_causal", score="own_softcap", dropout=0.1),
+    "blocks_light": replace(LIGHT, varlen=False, used="", mask="full", blocks="causal"),
+    "blocks_heavy": replace(
+        LIGHT, varlen=False, used="", mask="full", blocks="document", score="own_softcap", dropout=0.1
+    ),
 }
 # The largest head dims of every row of the tuning table, which need most registers.
 DIMS = ((64, 64), (96, 96), (256, 128), (256, 256))
 SHIPPED = (
-    *((device, rules, dims) for device in ("sm80", "sm86", "sm120") for rules in EXTREMES for dims in DIMS),
+    *itertools.product(("sm80", "sm86", "sm120"), ("light", "heavy"), DIMS),
     *((device, "heavy", dims) for device in ("sm90", "sm100") for dims in DIMS[2:]),
+    *((device, "blocks_light", dims) for device in ("sm80", "sm86") for dims in DIMS),
+    *((device, "blocks_heavy", dims) for device in ("sm86", "sm90") for dims in DIMS[2:]),
 )
 
 

@@ -13,7 +13,17 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import ALiBi, Causal, Document, PrefixLM, SlidingWindow, ops, request
+from cute_flash import (
+    ALiBi,
+    BlockMask,
+    Causal,
+    Document,
+    PrefixLM,
+    SlidingWindow,
+    create_block_mask,
+    ops,
+    request,
+)
 from cute_flash.arch.problem import Operands
 from cute_flash.masks import Mask
 
@@ -66,6 +76,8 @@ Q, K, V = (
 CU_Q, CU_K = torch.tensor([0, 5, 16], dtype=torch.int32), torch.tensor([0, 12, 32], dtype=torch.int32)
 USED = torch.tensor([3, 20], dtype=torch.int32)
 SLOPES, IDS, SINK = torch.rand(4), torch.zeros(2, 16, dtype=torch.int32), torch.rand(4)
+BLOCKS = BlockMask.from_blocks(torch.ones(1, 1, dtype=torch.bool), seqlens=(8, 16))
+DOCUMENTS = create_block_mask(Document(IDS) & Causal(), 2, 4, 8, 16)
 
 
 def packed(q, k, v, **options):
@@ -90,6 +102,9 @@ CALLS: dict[str, Callable] = {
     "mask_lambda": lambda q, k, v: attention(q, k, v, mask=lambda q, k: q > k),
     "score_object": lambda q, k, v: attention(q, k, v, score=ALiBi(SLOPES), softcap=2.0),
     "score_function": lambda q, k, v: attention(q, k, v, score=by_head),
+    "block_mask": lambda q, k, v: attention(q, k, v, block_mask=BLOCKS),
+    "block_mask_table": lambda q, k, v: attention(q, k, v, 0.1, block_mask=DOCUMENTS, return_lse=True),
+    "block_mask_probabilities": lambda q, k, v: attention(q, k, v, block_mask=BLOCKS, return_attn_probs=True),
     "varlen": packed,
     "varlen_used": lambda q, k, v: packed(q, k, v, seqused_k=USED, causal=True, return_lse=True),
 }
@@ -170,6 +185,7 @@ def checked_calls() -> dict[str, request.Call]:
     return {
         "plain": request.dense(Q, K, V, plain),
         "every": request.dense(Q, K, V, every),
+        "blocks": request.dense(Q, K, V, plain._replace(block_mask=DOCUMENTS)),
         "varlen": request.varlen(*flat, packing, plain._replace(lse=True)),
     }
 

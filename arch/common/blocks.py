@@ -1,6 +1,10 @@
-"""Which KV blocks a row block visits, and which of them need the mask evaluated.
+"""Which KV blocks a row block visits, in which order, and which of them need the mask evaluated.
 
-Blocks are visited from the last to the first, in up to three phases that share one loop body each:
+    Range     neighbouring blocks, from the last to the first: what a rule's bounds leave
+    Listed    the blocks that a block mask lists
+
+Both answer the same questions, so that loops know no difference. A *place* is where a visit stands in the
+order; only these classes know what it is. Blocks come in phases that share one loop body each:
 
     first ........ full_first ........ full_last ........ last
           partly              wholly             partly
@@ -12,22 +16,149 @@ lower bound, never wholly visible) is left out of the list, so it costs no code.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ..elementwise import maximum, minimum
-from .mask import Mask
+from ..elementwise import maximum, minimum, where
+from ..problem import Operands, Problem
+from .mask import Everything, Mask
 
 
 class Phase(NamedTuple):
-    """Blocks first <= n < last, empty where first >= last; `masked` where elements need the mask."""
+    """Places first <= p < last, empty where first >= last; `masked` where elements need the mask."""
 
     first: Any
     last: Any
     masked: bool
 
+    @property
+    def visits(self):
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Range:
+    """Neighbouring blocks, from the last to the first. A place is the block's index."""
+
+    phases: list[Phase]
+
+    @property
+    def start(self):
+        """The first place."""
+        return self.phases[0].last - 1
+
+    @property
+    def end(self):
+        """The last place."""
+        return self.phases[-1].first
+
+    lowest = end
+
+    @property
+    def total(self):
+        """How many visits there are, where there are any."""
+        return self.phases[0].last - self.phases[-1].first
+
+    def any(self):
+        return self.phases[-1].first < self.phases[0].last
+
+    def nth(self, phase: Phase, i):
+        """Place of the visit number i of a phase."""
+        return phase.last - 1 - i
+
+    def after(self, place, steps):
+        """The place `steps` visits later; past the end it is not `inside`."""
+        return place - steps
+
+    def inside(self, place):
+        return place >= self.end
+
+    def is_later(self, place):
+        """Whether it is not the first visit."""
+        return place < self.start
+
+    def block(self, place):
+        """The KV block visited there, in tiles."""
+        return place
+
+    def rest(self) -> Range:
+        """The same without the first visit."""
+        return Range([phase._replace(last=minimum(phase.last, self.start)) for phase in self.phases])
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The blocks of a list in its order, each as `steps` tiles from the last to the first.
+
+    indices: the listed blocks. A place counts tiles from the beginning of the list.
+    """
+
+    phases: list[Phase]
+    indices: Any
+    steps: int
+
+    @property
+    def start(self):
+        return self.phases[0].first
+
+    lowest = start
+
+    @property
+    def end(self):
+        return self.phases[-1].last - 1
+
+    @property
+    def total(self):
+        return self.phases[-1].last - self.phases[0].first
+
+    def any(self):
+        return self.phases[0].first < self.phases[-1].last
+
+    def nth(self, phase: Phase, i):
+        return phase.first + i
+
+    def after(self, place, steps):
+        return place + steps
+
+    def inside(self, place):
+        return place < self.phases[-1].last
+
+    def is_later(self, place):
+        return place > self.start
+
+    def block(self, place):
+        if self.steps == 1:
+            return self.indices[place]
+        listed = place // self.steps
+        return (self.indices[listed] + listed + 1) * self.steps - 1 - place
+
+    def rest(self) -> Listed:
+        second = self.start + 1
+        return replace(self, phases=[p._replace(first=maximum(p.first, second)) for p in self.phases])
+
+
+def visits_of(
+    problem: Problem, tile: tuple[int, int], call: Operands, rules, sequence, first_row
+) -> Range | Listed:
+    """What rows visit. tile: how many, from `first_row` on, and keys of a block. rules, sequence: theirs."""
+    rows, tile_n = tile
+    if problem.block_size:
+        block_q, block_k = problem.block_size
+        batches, heads = call.block_counts.shape[:2]  # each may be 1: the same lists for all
+        row = minimum(rules.batch, batches - 1), minimum(rules.head, heads - 1), first_row // block_q
+        counts, indices = (table[(*row, None)] for table in (call.block_counts, call.block_indices))
+        tiles = _ceil_div(rules.seqlen_k, tile_n)
+        return listed(indices, counts, block_k // tile_n, tiles, rules.mask is not None)
+    seqlen_k = rules.seqlen_k
+    end_row = minimum(first_row + rows, sequence.seqlen_q)
+    if problem.seqused_q:
+        seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
+    q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
+    return Range(phases(rules.mask or Everything(), q_first, q_last, seqlen_k, tile_n))
+
 
 def phases(mask: Mask, q_first, q_last, seqlen_k, tile_n: int) -> list[Phase]:
-    """Phases of the row block whose queries stand at q_first..q_last, in visiting order."""
+    """Phases, in blocks, of the row block whose queries stand at q_first..q_last, in visiting order."""
     low, high = mask.keys(q_first, q_last, seqlen_k)
     full_low, full_high = mask.full(q_first, q_last, seqlen_k)
     first = maximum(low, 0) // tile_n
@@ -42,12 +173,25 @@ def phases(mask: Mask, q_first, q_last, seqlen_k, tile_n: int) -> list[Phase]:
     return [Phase(full_last, last, True), Phase(full_first, full_last, False), Phase(first, full_first, True)]
 
 
-def part_of(blocks: list[Phase], part, parts) -> list[Phase]:
-    """Of the blocks of these phases, the `part`-th of `parts` parts, as equal as whole blocks allow."""
-    first = blocks[-1].first
-    count = maximum(blocks[0].last - first, 0)
+def listed(indices, counts, steps: int, tiles, has_rule: bool) -> Listed:
+    """Visits of a row of a block mask: counts = (partial, full) blocks of `indices`, `steps` tiles each.
+
+    tiles: how many the keys fill. Only the first block of the list may reach beyond them: its tiles that
+    hold no key are left out, and of the others only its last may hold a part of one. So without a rule
+    just the first visit is masked.
+    """
+    partial, last = counts[0] * steps, (counts[0] + counts[1]) * steps
+    first = maximum((indices[0] + 1) * steps - tiles, 0)
+    middle = partial if has_rule else minimum(first + 1, last)
+    return Listed([Phase(first, middle, True), Phase(middle, last, False)], indices, steps)
+
+
+def part_of(visits: Range | Listed, part, parts) -> Range | Listed:
+    """Of these visits, the `part`-th of `parts` parts, as equal as whole blocks allow."""
+    first, count = visits.lowest, maximum(visits.total, 0)
     low, high = first + count * part // parts, first + count * (part + 1) // parts
-    return [Phase(maximum(p.first, low), minimum(p.last, high), p.masked) for p in blocks]
+    clipped = [Phase(maximum(p.first, low), minimum(p.last, high), p.masked) for p in visits.phases]
+    return replace(visits, phases=clipped)
 
 
 def _never_positive(bound) -> bool:

@@ -36,6 +36,19 @@ def channel(barriers: cute.Pointer, stages: int, nbytes: int, reading_warps: int
     return Channel(*made.make_participants())
 
 
+def mma_channel(barriers: cute.Pointer, stages: int, nbytes: int) -> Channel:
+    """The same for a warp that reads with tcgen05: a release waits for the products that it has begun."""
+    made = pipeline.PipelineTmaUmma.create(
+        barrier_storage=barriers,
+        num_stages=stages,
+        tx_count=nbytes,
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+        defer_sync=True,
+    )
+    return Channel(*made.make_participants())
+
+
 def channels_ready() -> None:
     """All threads of the CTA see the barriers of all channels."""
     cute.arch.mbarrier_init_fence()

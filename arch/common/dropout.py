@@ -66,3 +66,17 @@ class Dropout(NamedTuple):
                     number = Int32(words[j // 2] >> 16 if j % 2 else words[j // 2] & 0xFFFF)
                     kept = number < self.keep_threshold
                     p[r, first + j] = where(kept, p[r, first + j], Float32(0.0))
+
+    def apply_to_row(self, p: cute.Tensor, row: Int32, first_key: Int32) -> None:
+        """Zero what is dropped of P (1, columns), the columns being neighbouring keys of one row.
+
+        first_key: of column 0, a multiple of GROUP_KEYS, as is the number of columns.
+        """
+        for first in range(0, cute.size(p), GROUP_KEYS):
+            for pair in range(4):
+                group = (first_key + first) // 8 + pair
+                words = philox((Uint32(group), Uint32(row), self.head, self.offset), self.key)
+                for j in range(8):
+                    c = first + j // 2 * 8 + pair * 2 + j % 2
+                    number = Int32(words[j // 2] >> 16 if j % 2 else words[j // 2] & 0xFFFF)
+                    p[0, c] = where(number < self.keep_threshold, p[0, c], Float32(0.0))

@@ -32,16 +32,21 @@ class OutputRows(NamedTuple):
         row_of(r): row in the sequence. writes_lse: in one of the lanes that share the rows.
         """
         for r in range_constexpr(cute.size(o, mode=[0])):
-            row = row_of(r)
-            factor, lse = softmax.finish(r, self.sink)
-            if const_expr(self.factor is not None):
-                factor = factor * self.factor
-            if const_expr(self.used is not None):
-                factor, lse = where(row < self.used, factor, 0.0), where(row < self.used, lse, -Float32.inf)
+            factor = self.close(softmax, r, row_of(r), writes_lse)
             for c in range_constexpr(cute.size(o, mode=[1])):
                 o[r, c] = where(factor == 0.0, 0.0, o[r, c] * factor)
-            if const_expr(self.lse is not None):
-                self._write_lse(row, lse, writes_lse & (row < self.end))
+
+    @cute.jit
+    def close(self, softmax: OnlineSoftmax, r: Constexpr, row: Int32, writes_lse: Boolean):
+        """The factor that normalises row r of `softmax`, 0 for a row of zeros; writes its log-sum-exp."""
+        factor, lse = softmax.finish(r, self.sink)
+        if const_expr(self.factor is not None):
+            factor = factor * self.factor
+        if const_expr(self.used is not None):
+            factor, lse = where(row < self.used, factor, 0.0), where(row < self.used, lse, -Float32.inf)
+        if const_expr(self.lse is not None):
+            self._write_lse(row, lse, writes_lse & (row < self.end))
+        return factor
 
     @cute.jit
     def _write_lse(self, row: Int32, lse: Float32, due: Boolean):

@@ -6,7 +6,7 @@ The classes here are light; `launcher` imports the DSL.
 
 from __future__ import annotations
 
-from ..problem import Device, Problem, Sizes, Support
+from ..problem import Device, Problem, Sizes, Support, no_tile
 from . import tuning
 
 
@@ -19,7 +19,10 @@ class Forward:
         dtypes=("float16", "bfloat16"),
         head_dims=range(8, 257, 8),
         features=frozenset(
-            ("dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "dropout", "sink", "lse")
+            (
+                "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
+                "sink", "lse",
+            )
         ),
     )
 
@@ -44,7 +47,7 @@ class Forward:
         """Every reason why not; empty when this kernel serves `problem` on `device`."""
         found = Forward.support.reasons(problem, device)
         if not found and tuning.forward_config(problem, device) is None:
-            found = (f"no tile fits {device.shared_memory} bytes of shared memory",)
+            found = (no_tile(problem, device, tuning.fitting_configs(problem, device)),)
         return found
 
     def launcher(self):

@@ -1,6 +1,6 @@
 """FlashAttention-2 forward (Dao 2023, algorithm 1) in sm_80 instructions.
 
-One CTA takes tile_m rows of one query head and walks the KV blocks that they may see, latest first:
+One CTA takes tile_m rows of one query head and walks the KV blocks that they may see:
 
     wait K[n]    begin V ahead    S = Q K[n]    P, rescale = softmax(S)
     wait V[n]    begin K ahead    O = rescale O + P V[n]
@@ -25,21 +25,19 @@ try:
 except ImportError:  # before 4.8
     from cutlass.utils import SmemAllocator
 
-from ..common.blocks import Phase, phases
+from ..common.blocks import Listed, Range, visits_of
 from ..common.dropout import Dropout
 from ..common.fragment import as_operand_a, rows_by_columns
-from ..common.mask import Everything
 from ..common.output import OutputRows
 from ..common.rules import Rules
 from ..common.schedule import OneTile
 from ..common.sequence import Sequence, sequence_of
 from ..common.softmax import LOG2_E, OnlineSoftmax
-from ..elementwise import minimum, where
 from ..problem import Operands, Problem
 from .copy import TileCopy, tile_layout
 from .kv import KvLoader, KvStream, Source, hidden_zero
 from .mma import PIECE, Pieces, product, tiled_mma
-from .tuning import Config, padded
+from .tuning import LARGEST_SHARED_MEMORY, Config, padded
 
 DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 ROW_LANES = (1, 2)  # mma.sync spreads a row of the accumulator over 4 neighbouring lanes
@@ -108,11 +106,22 @@ class ForwardKernel:
             rows, batches = call.q.shape[1], call.q.shape[0]
         schedule = OneTile(cute.ceil_div(rows, self.config.tile_m), heads, batches)
         kernel = self.kernel(call, schedule, heads // kv_heads)
-        kernel.launch(grid=schedule.grid(), block=(self.config.threads, 1, 1), stream=stream)
+        threads = (self.config.threads, 1, 1)
+        kernel.launch(
+            grid=schedule.grid(), block=threads, stream=stream, min_blocks_per_mp=self.least_resident()
+        )
+
+    def least_resident(self) -> int:
+        """CTAs of an SM that the compiler must leave registers for; 0: it decides.
+
+        With some block masks it spills to make room for a third one, though there is no shared memory for it.
+        """
+        third_fits = 3 * self.config.shared_memory(self.problem) <= LARGEST_SHARED_MEMORY
+        return 0 if third_fits or not self.problem.block_size else 1
 
     @cute.kernel
     def kernel(self, call: Operands, schedule: OneTile, group_size: Int32):
-        m_block, head, batch = schedule.tile(cute.arch.block_idx()[0])
+        m_block, head, batch, _ = schedule.tile(cute.arch.block_idx()[0])
         sequence = sequence_of(call, batch)
         kv_head = head // group_size if const_expr(self.problem.gqa) else head
         first_row = m_block * self.config.tile_m
@@ -124,26 +133,27 @@ class ForwardKernel:
     def row_block(self, block: RowBlock):
         tiles = self.tiles()
         rules = Rules.of(self.problem, block.call, block.sequence, block.head)
-        blocks = self.phases(block, rules)
-        stream = self.stream(block, tiles, blocks)
+        tile = self.config.tile_m, self.config.tile_n
+        visits = visits_of(self.problem, tile, block.call, rules, block.sequence, block.first_row)
+        stream = self.stream(block, tiles, visits)
         walk = self.walk(block, tiles, stream, rules)
-        if stream.first < stream.last:
+        if visits.any():
             self.begin_q(block, tiles)
             self.kv.begin(stream)
             self.keep_q(walk)
-        for phase in cutlass.range_constexpr(len(blocks)):
-            first, last, masked = blocks[phase]
-            for i in cutlass.range(last - first, unroll=1):
-                self.visit(walk, last - 1 - i, masked)
+        phases = visits.phases
+        for p in cutlass.range_constexpr(len(phases)):
+            for i in cutlass.range(phases[p].visits, unroll=1):
+                self.visit(walk, visits.nth(phases[p], i), phases[p].masked)
         self.store(walk, tiles)
 
-    def visit(self, walk: Walk, n: Int32, masked: bool) -> None:
-        """KV block n: S = Q K^T, P = exp(rules(S) - max), O = rescale O + P V."""
-        slot, first_key = self.kv.slot(walk.stream, n), n * self.config.tile_n
+    def visit(self, walk: Walk, place: Int32, masked: bool) -> None:
+        """The KV block at a place: S = Q K^T, P = exp(rules(S) - max), O = rescale O + P V."""
+        slot, first_key = self.kv.slot(place), walk.stream.visits.block(place) * self.config.tile_n
         self.kv.wait()
-        self.kv.begin_v(walk.stream, n)
+        self.kv.begin_v(walk.stream, place)
         acc_s = self.accumulator(walk.mma, self.config.tile_n)
-        product(walk.mma, acc_s, self.dim // PIECE, self.q_operand(walk, n), walk.k.at(slot))
+        product(walk.mma, acc_s, self.dim // PIECE, self.q_operand(walk, place), walk.k.at(slot))
         s, row_of, column_of = self.elements(walk, acc_s)
         walk.rules.apply(s, row_of, lambda c: first_key + column_of(c), masked)
         rescale = walk.softmax.raise_max(s)
@@ -153,7 +163,7 @@ class ForwardKernel:
             walk.dropout.apply(s, row_of, first_key, walk.block.thread)
         p = as_operand_a(self.rounded(acc_s))
         self.kv.wait()
-        self.kv.begin_k(walk.stream, n)
+        self.kv.begin_k(walk.stream, place)
         steps = self.config.tile_n // PIECE
         product(walk.mma, walk.acc_o, steps, lambda k: p[None, None, k], walk.v.at(slot))
 
@@ -227,11 +237,11 @@ class ForwardKernel:
             for k, registers in enumerate(walk.q_registers):
                 walk.q.operand_a(k, registers, self.config.warps)
 
-    def q_operand(self, walk: Walk, n: Int32) -> Callable:
+    def q_operand(self, walk: Walk, place: Int32) -> Callable:
         """k -> Q's registers for that k step: kept, or read again from shared memory."""
         if self.config.q_in_registers:
             return lambda k: walk.q_registers[k]
-        q = walk.q.at(hidden_zero(n))
+        q = walk.q.at(hidden_zero(place))
         registers = cute.make_rmem_tensor(((2, 2, 2), self.row_blocks), self.dtype)
         return lambda k: q.operand_a(k, registers, self.config.warps)
 
@@ -248,23 +258,12 @@ class ForwardKernel:
             out=cute.make_tensor(q_or_out, tile_layout(config.tile_m, self.dim_v, 1)),
         )
 
-    def phases(self, block: RowBlock, rules: Rules) -> list[Phase]:
-        """Which KV blocks the rows visit, and how."""
-        sequence, first_row = block.sequence, block.first_row
-        end_row = minimum(first_row + self.config.tile_m, sequence.seqlen_q)
-        seqlen_k = sequence.seqlen_k
-        if self.problem.seqused_q:
-            seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
-        q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
-        return phases(rules.mask or Everything(), q_first, q_last, seqlen_k, self.config.tile_n)
-
-    def stream(self, block: RowBlock, tiles: Tiles, blocks: list[Phase]) -> KvStream:
+    def stream(self, block: RowBlock, tiles: Tiles, visits: Range | Listed) -> KvStream:
         k_rows, v_rows = (block.sequence.k_rows_of(t, block.kv_head) for t in (block.call.k, block.call.v))
         return KvStream(
             k=Source(k_rows, self.kv.copy_k.partition(tiles.k, block.thread)),
             v=Source(v_rows, self.kv.copy_v.partition(tiles.v, block.thread)),
-            first=blocks[-1].first,
-            last=blocks[0].last,
+            visits=visits,
             seqlen_k=block.sequence.seqlen_k,
             thread=block.thread,
         )

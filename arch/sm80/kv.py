@@ -1,6 +1,6 @@
-"""K and V blocks on their way to shared memory: cp.async, latest block first, `stages` tiles of each.
+"""K and V blocks on their way to shared memory: cp.async, in the order of visits, `stages` tiles of each.
 
-Groups are committed in the order K V K V ..., one per call and empty past the first block, so that
+Groups are committed in the order K V K V ..., one per call and empty past the last visit, so that
 whenever a tile is waited for exactly 2 (stages - 1) groups are younger.
 """
 
@@ -11,16 +11,17 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32
 
+from ..common.blocks import Listed, Range
 from .copy import TileCopy
 
 
-def hidden_zero(n: Int32) -> Int32:
-    """0 for a block n, in a way that compilers do not see through.
+def hidden_zero(place: Int32) -> Int32:
+    """0 for a place, in a way that compilers do not see through.
 
     What is added to it in the loop stays in the loop: else the addresses of all pieces of a tile would
     be computed before it and held in registers, which the output needs.
     """
-    return n >> 31
+    return place >> 31
 
 
 class Source(NamedTuple):
@@ -31,12 +32,11 @@ class Source(NamedTuple):
 
 
 class KvStream(NamedTuple):
-    """Blocks first <= n < last; nothing from row seqlen_k on is touched."""
+    """The blocks to visit; nothing from row seqlen_k on is touched."""
 
     k: Source
     v: Source
-    first: Int32
-    last: Int32
+    visits: Range | Listed
     seqlen_k: Int32
     thread: Int32
 
@@ -53,34 +53,35 @@ class KvLoader:
         """Groups that `begin` commits."""
         return max(2, 2 * self.stages - 1)
 
-    def slot(self, stream: KvStream, n: Int32) -> Int32:
-        """Which of the `stages` tiles block n goes to."""
-        return hidden_zero(n) if self.stages == 1 else n % self.stages
+    def slot(self, place: Int32) -> Int32:
+        """Which of the `stages` tiles a visit's block goes to."""
+        return hidden_zero(place) if self.stages == 1 else place % self.stages
 
     def begin(self, stream: KvStream) -> None:
         """Begin the tiles that `begin_k` and `begin_v` leave out: K of the first `stages` blocks visited,
-        V of one less, but at least of the last block, the only one that may reach beyond seqlen_k.
+        V of one less, but at least of the very first, the only one that may reach beyond seqlen_k.
         """
         self.copy_k.clear_padding(stream.k.chunks, stream.thread)
         self.copy_v.clear_padding(stream.v.chunks, stream.thread)
+        visits = stream.visits
         for stage in range(self.stages):
-            n = stream.last - 1 - stage
-            self._begin(stream, stream.k, self.copy_k, n, n >= stream.first, stage == 0)
+            place = visits.after(visits.start, stage)
+            self._begin(stream, stream.k, self.copy_k, place, visits.inside(place), stage == 0)
             if stage + 1 < self.stages or stage == 0:
-                self._begin(stream, stream.v, self.copy_v, n, n >= stream.first, stage == 0)
+                self._begin(stream, stream.v, self.copy_v, place, visits.inside(place), stage == 0)
 
-    def begin_k(self, stream: KvStream, n: Int32) -> None:
-        """Begin copying K of the block `stages` after n, if there is one; its slot must be free."""
-        n = n - self.stages
-        self._begin(stream, stream.k, self.copy_k, n, n >= stream.first, False)
+    def begin_k(self, stream: KvStream, place: Int32) -> None:
+        """Begin copying K of the visit `stages` after a place, if there is one; its slot must be free."""
+        place = stream.visits.after(place, self.stages)
+        self._begin(stream, stream.k, self.copy_k, place, stream.visits.inside(place), False)
 
-    def begin_v(self, stream: KvStream, n: Int32) -> None:
-        """Begin copying V of the block `stages` - 1 after n, if there is one; its slot must be free."""
-        n = n - (self.stages - 1)
-        due = n >= stream.first
+    def begin_v(self, stream: KvStream, place: Int32) -> None:
+        """Begin copying V of the visit `stages` - 1 after a place, if there is one; its slot must be free."""
+        place = stream.visits.after(place, self.stages - 1)
+        due = stream.visits.inside(place)
         if self.stages == 1:
-            due = due & (n < stream.last - 1)
-        self._begin(stream, stream.v, self.copy_v, n, due, False)
+            due = due & stream.visits.is_later(place)
+        self._begin(stream, stream.v, self.copy_v, place, due, False)
 
     def wait(self) -> None:
         """The next tile is complete and visible to all warps; they are done with the one before it."""
@@ -88,10 +89,13 @@ class KvLoader:
         cute.arch.barrier()
 
     @cute.jit
-    def _begin(self, stream, source, copy, n: Int32, due: Boolean, bounded: Constexpr):
+    def _begin(self, stream: Constexpr, source, copy, place: Int32, due: Boolean, bounded: Constexpr):
         if due:
-            first_row = n * self.tile_n
+            first_row = self._first_row(stream, place)
             rows = cute.domain_offset((first_row, 0), source.rows)
             last_row = stream.seqlen_k - 1 - first_row if bounded else None
-            copy.load(rows, source.chunks[None, None, None, self.slot(stream, n)], stream.thread, last_row)
+            copy.load(rows, source.chunks[None, None, None, self.slot(place)], stream.thread, last_row)
         cute.arch.cp_async_commit_group()
+
+    def _first_row(self, stream: KvStream, place: Int32) -> Int32:
+        return stream.visits.block(place) * self.tile_n

@@ -7,12 +7,14 @@ timed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..problem import Device, Problem
 
 SM_REGISTERS = 65536
 RESERVED_SHARED_MEMORY = 1024  # bytes that a resident CTA costs besides its own
+LARGEST_SHARED_MEMORY = 166912  # bytes that CTAs share on the largest multiprocessor of these, A100's
 # Masks that are a comparison or two per score, and leave the registers as without one.
 LIGHT_MASKS = ("Causal", "SlidingWindow")
 
@@ -90,11 +92,16 @@ def is_light(problem: Problem) -> bool:
 
 
 def forward_config(problem: Problem, device: Device) -> Config | None:
-    """The first row that fits, or None; two stages where they cost no resident CTA."""
+    """The first row that fits and divides the blocks of a block mask, or None."""
+    fitting = fitting_configs(problem, device)
+    return next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
+
+
+def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
+    """Rows that fit, block mask aside; two stages where they cost no resident CTA."""
     for row in FORWARD:
         reaches = problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
         resident = row.config.resident(problem, device)
         if reaches and resident and (is_light(problem) or not row.light):
             deeper = replace(row.config, stages=2)
-            return deeper if deeper.resident(problem, device) == resident else row.config
-    return None
+            yield deeper if deeper.resident(problem, device) == resident else row.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..problem import Device, Problem, Sizes
@@ -53,8 +54,12 @@ class Config:
 
 
 def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None) -> Config | None:
-    """The first row that serves and fits, as the call's sizes have it; None where there is none."""
-    config = next((row.config for row in ROWS if row.serves(problem, device)), None)
+    """The first row that serves, fits and divides the blocks of a block mask, as the call's sizes have it.
+
+    None where there is none.
+    """
+    fitting = fitting_configs(problem, device)
+    config = next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
     if config is None or sizes is None:
         return config and scheduled(config, problem, device)
     heads = heads_of_tile(problem, config, sizes)
@@ -62,6 +67,11 @@ def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None)
     if sizes.seqlen_q * heads <= FEW_ROWS:
         packed = for_few_rows(packed, problem, device)
     return scheduled(packed, problem, device)
+
+
+def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
+    """Rows that serve and fit, block mask aside."""
+    return (row.config for row in ROWS if row.serves(problem, device))
 
 
 def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
@@ -80,7 +90,8 @@ STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under
 
 def packs(problem: Problem) -> bool:
     """Whether heads may share a tile: which blocks it visits must then be the same for all of them."""
-    return problem.gqa and (problem.mask is None or problem.mask.ignores_head())
+    same_blocks = problem.block_size is None and (problem.mask is None or problem.mask.ignores_head())
+    return problem.gqa and same_blocks
 
 
 def heads_of_tile(problem: Problem, config: Config, sizes: Sizes) -> int:
@@ -110,7 +121,7 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     the hardware gives a CTA for each its place. Equal tiles leave nothing to balance, so CTAs may persist: O
     leaves while the next tile's Q, K and V arrive, if there is shared memory for Q and O at once.
     """
-    if problem.mask is not None or problem.varlen:
+    if problem.mask is not None or problem.block_size or problem.varlen:
         return replace(config, longest_first=True)
     persistent = replace(config, persistent=device.multiprocessors)
     fits = persistent.shared_memory(problem) <= device.shared_memory
@@ -127,10 +138,10 @@ def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
     """In how many parts to take the keys: that which is done first, by waves of equal tiles.
 
     A wave lasts as long as its tiles: ceil(KV blocks / splits) + TILE_COST; there are as many waves as it takes
-    to give every tile's split a multiprocessor. Not measured. Windows see few blocks: they are not split.
+    to give every tile's split a multiprocessor. Not measured. Windows and block masks see few: not split.
     """
     config = forward_config(replace(problem, split_kv=True), device, sizes)
-    if config is None or _has_window(problem.mask):
+    if config is None or problem.block_size or _has_window(problem.mask):
         return 1
     group = -(-sizes.heads_q // max(sizes.heads_kv, 1) // config.heads) if config.heads > 1 else 1
     heads = sizes.heads_kv * group if config.heads > 1 else sizes.heads_q

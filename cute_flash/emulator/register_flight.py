@@ -2,11 +2,11 @@
 
 Two rules of the PTX ISA. A product's accumulator and its A registers belong to it from its issue until its
 warp has waited for its group; only products on the same accumulator may come between. And a register that an
-instruction writes may be used by a product only after a wgmma.fence.
+instruction reads or writes may be used by a product only after a wgmma.fence.
 
 Forward dataflow over the control-flow graph finds the instructions where a rule may be broken on some path:
 which products may be under way (not committed, and a stack of committed groups, youngest first), and which
-registers may have been written since the last fence. A plain mov passes its source's state on: compilers
+registers may have been used since the last fence. A plain mov only passes its source's state on: compilers
 place copies between a fence and a product, and ptxas removes them. Only what the analysis cannot clear is
 checked while running.
 """
@@ -44,7 +44,7 @@ class Effect:
 
 
 class State(NamedTuple):
-    """dirty: bits of registers written since a fence. open, groups (youngest first): of products."""
+    """dirty: bits of registers used since a fence. open, groups (youngest first): of products."""
 
     dirty: int
     open: int = 0
@@ -61,7 +61,7 @@ class RegisterFlight:
     """The analysis of one entry.
 
     touches[i]: registers of operation i that a product under way may own. unfenced[i]: registers of product
-    i that may have been written without a fence since.
+    i that may have been used without a fence since.
     """
 
     def __init__(self, operations: list[Operation], starts: list[int]):
@@ -145,12 +145,13 @@ class RegisterFlight:
         effect = self.effects[i]
         if effect is None:
             writes = self.writes[i]
-            if not writes:
-                return state
-            clean_copy = self.copies[i] and not self.copies[i] & state.dirty
-            if clean_copy and self.operations[i].instruction.guard is None:
-                return state._replace(dirty=state.dirty & ~writes)
-            return state if clean_copy else state._replace(dirty=state.dirty | writes)
+            if not self.copies[i]:
+                used = writes | self.reads[i]
+                return state._replace(dirty=state.dirty | used) if used & ~state.dirty else state
+            if self.copies[i] & state.dirty:
+                return state._replace(dirty=state.dirty | writes)
+            guarded = self.operations[i].instruction.guard is not None
+            return state if guarded else state._replace(dirty=state.dirty & ~writes)
         if effect.kind == "fence":
             return state._replace(dirty=0)
         if effect.kind == "product":
@@ -193,7 +194,7 @@ class RegisterFlight:
     # Checks while running.
 
     def tracked(self) -> set[Register]:
-        """Registers whose writes must be noted while running."""
+        """Registers whose uses must be noted while running."""
         found = {register for registers in self.unfenced.values() for register in registers}
         grown = bool(found)
         while grown:
@@ -234,14 +235,14 @@ def _fenced(registers: list[tuple[str, int]]) -> Callable:
             clean = m.rows["pred"][row][g.index]
             if not clean.all():
                 k = int(np.flatnonzero(~clean.reshape(-1))[0])
-                text = f"a product uses {name}, which was written without a wgmma.fence since"
+                text = f"a product uses {name}, which something else used without a wgmma.fence since"
                 raise m.fault(RegisterInFlight, g, k, text)
 
     return check
 
 
 def _note(operation: Operation, clean: dict[Register, int]) -> Callable | None:
-    """What keeps the clean-rows after an operation: a fence cleans, a write soils, a mov passes on."""
+    """What keeps the clean-rows after an operation: a fence cleans, a use soils, a mov passes on."""
     if not clean or (operation.effect is not None and operation.effect.kind != "fence"):
         return None
     if operation.effect is not None:
@@ -252,12 +253,13 @@ def _note(operation: Operation, clean: dict[Register, int]) -> Callable | None:
                 m.rows["pred"][row][g.index] = True
 
         return fence
-    targets = [clean[r] for r in operation.writes if r in clean]
+    sources = [clean[r] for r in operation.copies if r in clean] if _is_move(operation) else []
+    used = operation.writes if sources else [*operation.writes, *operation.reads, *operation.copies]
+    targets = [clean[r] for r in used if r in clean]
     if not targets:
         return None
-    sources = [clean[r] for r in operation.copies if r in clean] if _is_move(operation) else []
 
-    def write(m: Machine, g: Threads) -> None:
+    def use(m: Machine, g: Threads) -> None:
         rows = m.rows["pred"]
         state: np.ndarray | bool = bool(sources)
         for row in sources:
@@ -265,7 +267,7 @@ def _note(operation: Operation, clean: dict[Register, int]) -> Callable | None:
         for row in targets:
             rows[row][g.index] = state
 
-    return write
+    return use
 
 
 def _around(checks: list[Callable], run: Callable, note: Callable | None, control: bool) -> Callable:

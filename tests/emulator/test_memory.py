@@ -468,8 +468,8 @@ def test_generic_addresses_find_their_space():
 def test_stores_into_parameters_and_unknown_spaces():
     with pytest.raises(EmulatorError, match="parameter memory"):
         launch(module("st.param.u32 [out], 1;", ".param .u64 out"), [np.zeros(1)])
-    with pytest.raises(UnmodelledInstruction, match="shared::cluster"):
-        launch(module("st.shared::cluster.u32 [0], 1;"), [])
+    with pytest.raises(UnmodelledInstruction, match="tensor"):
+        launch(module("st.tensor.u32 [0], 1;"), [])
     with pytest.raises(OutOfBounds, match="lies in no space"):
         launch(module(".reg .b64 %d;\nmov.u64 %d, 0x7fff000000000000;\nst.u32 [%d], 1;"), [])
 

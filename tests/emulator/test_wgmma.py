@@ -274,6 +274,12 @@ def test_a_predicate_that_only_the_run_knows():
 
 
 
+def spoil_tile(base: int) -> str:
+    """PTX with which a warpgroup makes 8 KB of shared memory zero."""
+    stores = [f"st.shared.v4.b32 [%s1+{2048 * k}], {{0, 0, 0, 0}};\n" for k in range(4)]
+    return f"and.b32 %s1, %t, 127;\nmad.lo.u32 %s1, %s1, 16, {base};\n" + "".join(stores)
+
+
 def test_late_products_read_late():
     """What is stored over A after the issue is what a late product multiplies; an eager one is done."""
     case = Case(16, ("f16", "f16"), steps=1)
@@ -287,6 +293,30 @@ def test_late_products_read_late():
     assert not case.run(code, asynchrony="late").any()
     with pytest.raises(DataRace, match="product reads|read of"):
         case.run(code, races=True)
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "random"])
+def test_a_wait_of_one_warpgroup_leaves_the_other_ones_products(schedule):
+    """Both issue together; the first one waits, then A is made zero, then the second one waits."""
+    case = Case(16, ("f16", "f16"), steps=1)
+    base = int(case.words[0][0]) << 4 & 0x3FFFF
+    middle = f"""
+        {FENCE}{case.product(0, "%no")}{COMMIT}
+        setp.ge.u32 %p1, %t, 128;
+        @%p1 bra SECOND;
+        {WAIT}
+        {spoil_tile(base)}
+        bar.sync 1, 256;
+        bra BOTH;
+        SECOND:
+        bar.sync 1, 256;
+        {WAIT}
+        BOTH:
+    """
+    out = case.run(case.code(middle), block=256, asynchrony="late", schedule=schedule)
+    case.check(out[:128])
+    assert not out[128:].any()
+    case.check(case.run(case.code(middle), block=256))
 
 
 def test_groups_complete_in_order():
@@ -323,8 +353,9 @@ def test_a_group_waits_for_what_is_added_to_later():
         ((COMMIT, ""), "touches a register of the product"),
         ((WAIT, f"mov.b32 %f3, 0;\n{WAIT}"), "touches a register of the product"),
         ((WAIT, f"add.f32 %f3, %f3, %f3;\n{WAIT}"), "touches a register of the product"),
-        ((FENCE, ""), "written without a wgmma.fence since"),
-        ((FENCE, f"{FENCE}mov.b32 %f3, 0;\n"), "uses %f3, which was written without"),
+        ((FENCE, ""), "something else used without a wgmma.fence since"),
+        ((FENCE, f"mov.b32 %f3, 0;\n{FENCE}add.f32 %f9, %f3, %f3;\n"), "uses %f3, which something else used"),
+        ((FENCE, f"{FENCE}mov.b32 %f3, 0;\n"), "uses %f3, which something else used without"),
     ],
 )
 def test_accumulator_mistakes(change, what, mode):
@@ -341,7 +372,7 @@ def test_accumulator_mistakes(change, what, mode):
     [
         ((WAIT, f"mov.b32 %a1, 0;\n{WAIT}"), "touches a register of the product"),
         ((WAIT, f"mov.b32 %r1, %a1;\n{WAIT}"), "touches a register of the product"),
-        ((FENCE, f"{FENCE}add.u32 %a1, %a1, 0;\n"), "uses %a1, which was written without"),
+        ((FENCE, f"{FENCE}add.u32 %a1, %a1, 0;\n"), "uses %a1, which something else used without"),
     ],
 )
 def test_mistakes_with_a_in_registers(change, what, mode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...combine import Combine
-from ...problem import Device, Problem, Sizes, Support
+from ...problem import Device, Problem, Sizes, Support, no_tile
 from .. import tuning
 
 
@@ -16,8 +16,10 @@ class Forward:
         dtypes=("float16", "bfloat16"),
         head_dims=range(8, 257, 8),
         features=frozenset(
-            ("dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "dropout", "sink", "lse",
-             "split_kv")
+            (
+                "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
+                "sink", "lse", "split_kv",
+            )
         ),
     )
 
@@ -49,7 +51,7 @@ class Forward:
         """Every reason why not; empty when this kernel serves `problem` on `device`."""
         found = Forward.support.reasons(problem, device)
         if not found and tuning.forward_config(problem, device) is None:
-            found = (f"no tile fits {device.shared_memory} bytes of shared memory",)
+            found = (no_tile(problem, device, tuning.fitting_configs(problem, device)),)
         return found
 
     def launcher(self):

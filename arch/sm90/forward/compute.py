@@ -26,7 +26,7 @@ from ...elementwise import minimum, where
 from ...problem import Problem
 from ..mma import accumulator, begin, hold, operand_a, pin, tiled_mma, wait
 from ..tuning import Config
-from .job import Job, Tiles, Work, job_of, phases_of
+from .job import Job, Tiles, Work, job_of, visits_of
 from .rows import ROW_LANES, coordinates, heads_of_thread, row_of
 from .store import Partial, Result
 
@@ -98,21 +98,22 @@ class Compute:
 
     @cute.jit
     def overlapped(self, job: Job, state: State, ends: ComputeEnds, warpgroup: Int32):
-        blocks = phases_of(self.problem, self.config, job, state.shares[0].rules)
-        first, last = blocks[-1].first, blocks[0].last
-        if first < last:
+        visits = visits_of(self.problem, self.config, job, state.shares[0].rules)
+        if visits.any():
             q = ends.q.wait_and_advance()
             k = ends.k.wait_and_advance()
             self.begin_s(state, k)
             wait(0, state.s)
             k.release()
-            self.softmax(job, state, last - 1, True, warpgroup)
+            self.softmax(job, state, visits.block(visits.start), True, warpgroup)
             self.to_p(state)
-            # Without a mask only the last block is partly hidden, and that is done.
-            rest = blocks if self.problem.mask else blocks[1:]
-            for p in cutlass.range_constexpr(len(rest)):
-                top = minimum(rest[p].last, last - 1)
-                for i in cutlass.range(top - rest[p].first, unroll=1):
+            rest = visits.rest()
+            # Without a mask only the first block visited is partly hidden, and that is done.
+            phases = rest.phases if self.problem.mask else rest.phases[1:]
+            for p in cutlass.range_constexpr(len(phases)):
+                masked = phases[p].masked
+                for i in cutlass.range(phases[p].visits, unroll=1):
+                    n = rest.block(rest.nth(phases[p], i))
                     k = ends.k.wait_and_advance()
                     self.await_turn(warpgroup)
                     self.begin_s(state, k)
@@ -121,8 +122,7 @@ class Compute:
                     self.end_turn(warpgroup)
                     wait(1, state.s)
                     k.release()
-                    n = top - 1 - i
-                    rescale = self.softmax(job, state, n, rest[p].masked, warpgroup)
+                    rescale = self.softmax(job, state, n, masked, warpgroup)
                     hold(state.softmax.row_sum[0], state.softmax.row_sum[1])
                     wait(0, state.o)
                     v.release()
@@ -137,19 +137,21 @@ class Compute:
 
     @cute.jit
     def in_order(self, job: Job, state: State, ends: ComputeEnds, warpgroup: Int32):
-        blocks = phases_of(self.problem, self.config, job, state.shares[0].rules)
-        if blocks[-1].first < blocks[0].last:
+        visits = visits_of(self.problem, self.config, job, state.shares[0].rules)
+        if visits.any():
             q = ends.q.wait_and_advance()
-            for p in cutlass.range_constexpr(len(blocks)):
-                for i in cutlass.range(blocks[p].last - blocks[p].first, unroll=1):
+            phases = visits.phases
+            for p in cutlass.range_constexpr(len(phases)):
+                masked = phases[p].masked
+                for i in cutlass.range(phases[p].visits, unroll=1):
+                    n = visits.block(visits.nth(phases[p], i))
                     k = ends.k.wait_and_advance()
                     self.await_turn(warpgroup)
                     self.begin_s(state, k)
                     self.end_turn(warpgroup)
                     wait(0, state.s)
                     k.release()
-                    n = blocks[p].last - 1 - i
-                    rescale = self.softmax(job, state, n, blocks[p].masked, warpgroup)
+                    rescale = self.softmax(job, state, n, masked, warpgroup)
                     self.rescale(state.o, rescale)
                     self.to_p(state)
                     v = ends.v.wait_and_advance()

@@ -7,13 +7,11 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 
-from ...common.blocks import Phase, part_of, phases
-from ...common.mask import Everything
+from ...common import blocks
 from ...common.operand import Mapped
 from ...common.rules import Rules
 from ...common.schedule import InSections
 from ...common.sequence import Sequence, sequence_of
-from ...elementwise import minimum, where
 from ...problem import Operands, Problem
 from ..tuning import Config
 
@@ -93,12 +91,8 @@ def job_of(problem: Problem, config: Config, work: Work, index: Int32) -> Job:
     )
 
 
-def phases_of(problem: Problem, config: Config, job: Job, rules: Rules) -> list[Phase]:
-    """The KV blocks to visit, from last to first."""
-    sequence, first_row, seqlen_k = job.sequence, job.first_row, job.sequence.seqlen_k
-    end_row = minimum(first_row + rows_of_tile(config), sequence.seqlen_q)
-    if problem.seqused_q:
-        seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
-    q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
-    blocks = phases(rules.mask or Everything(), q_first, q_last, seqlen_k, config.tile_n)
-    return part_of(blocks, job.split, job.splits) if problem.split_kv else blocks
+def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:
+    """The KV blocks to visit, in their order."""
+    tile = rows_of_tile(config), config.tile_n
+    visits = blocks.visits_of(problem, tile, job.call, rules, job.sequence, job.first_row)
+    return blocks.part_of(visits, job.split, job.splits) if problem.split_kv else visits

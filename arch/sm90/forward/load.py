@@ -1,4 +1,4 @@
-"""The load role: one warp brings Q, then blocks of K and V, latest first, by TMA.
+"""The load role: one warp brings Q, then the blocks of K and V in the order of their visits, by TMA.
 
 K and V are asked to stay in L2, for the other row blocks and heads that read them; Q, which nobody reads
 again, to leave it first.
@@ -13,11 +13,12 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, pipeline
 from cutlass.cute.nvgpu import cpasync
 
+from ...common.blocks import Listed, Range
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
 from ..tuning import Config
-from .job import Job, Tiles, Work, job_of, phases_of
+from .job import Job, Tiles, Work, job_of, visits_of
 
 # Cache policies, as createpolicy.fractional would make them for all of the bytes.
 EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
@@ -51,30 +52,34 @@ class Load:
     @cute.jit
     def tile(self, job: Job, tiles: Tiles, ends: LoadEnds):
         if job.first_row < job.sequence.q_rows:
-            rules = Rules.of(self.problem, job.call, job.sequence, job.head)
-            blocks = phases_of(self.problem, self.config, job, rules)
-            ends = self.blocks(job, tiles, ends, blocks[-1].first, blocks[0].last)
+            ends = self.blocks(job, tiles, ends)
         return ends
 
     @cute.jit
-    def blocks(self, job: Job, tiles: Tiles, ends: LoadEnds, first: Int32, last: Int32):
-        if first < last:
+    def blocks(self, job: Job, tiles: Tiles, ends: LoadEnds):
+        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        visits = visits_of(self.problem, self.config, job, rules)
+        if visits.any():
             q, k, v = self.sources(job)
             # K before Q and V: the first product needs K and Q, and the copies arrive in order.
             slot = ends.k.acquire_and_advance()
-            self.copy(self.k, k, (last - 1) * self.config.tile_n, tiles.k, slot, slot.index)
+            self.copy(self.k, k, self.first_key(visits, visits.start), tiles.k, slot, slot.index)
             slot = ends.q.acquire_and_advance()
             for w in cutlass.range_constexpr(self.config.consumers):
                 self.copy(self.q, q, job.first_row + w * self.q.sequence_rows, tiles.q, slot, w)
-            for i in cutlass.range(last - 1 - first, unroll=1):
-                n = last - 2 - i
+            for i in cutlass.range(visits.total - 1, unroll=1):
+                place = visits.after(visits.start, i)
                 slot = ends.k.acquire_and_advance()
-                self.copy(self.k, k, n * self.config.tile_n, tiles.k, slot, slot.index)
+                next_key = self.first_key(visits, visits.after(place, 1))
+                self.copy(self.k, k, next_key, tiles.k, slot, slot.index)
                 slot = ends.v.acquire_and_advance()
-                self.copy(self.v, v, (n + 1) * self.config.tile_n, tiles.v, slot, slot.index)
+                self.copy(self.v, v, self.first_key(visits, place), tiles.v, slot, slot.index)
             slot = ends.v.acquire_and_advance()
-            self.copy(self.v, v, first * self.config.tile_n, tiles.v, slot, slot.index)
+            self.copy(self.v, v, self.first_key(visits, visits.end), tiles.v, slot, slot.index)
         return ends
+
+    def first_key(self, visits: Range | Listed, place: Int32) -> Int32:
+        return visits.block(place) * self.config.tile_n
 
     def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
         s, maps = job.sequence, job.maps

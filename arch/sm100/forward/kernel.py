@@ -1,0 +1,154 @@
+"""FlashAttention-4 forward (Zadouri et al. 2026) for sm_100a, sm_103a and sm_110a.
+
+    softmax      4 warps per Q tile   S -> P, one row per thread; S and P in tensor memory
+    correction   4 warps              O *= factor where a maximum was raised; in the end O / sum, by TMA
+    mma          1 warp               S = Q K and O += P V with tcgen05, tile by tile
+    load         1 warp               TMA: Q, then K[n] and V[n], latest first
+
+    load --q--> mma                        a stage for each Q tile
+    load --k, v--> mma                     K and V apart, so that a product waits for its own tile only
+    mma --s--> softmax, correction         `slots` for each Q tile; back when P is stored and O rescaled
+    softmax --stats--> correction          one for each Q tile: factors, in the end sum and maximum
+    mma --o--> correction                  one for each Q tile: O after each block
+
+One CTA takes `tile_m` rows of one query head.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import cpasync
+
+from ...common.channel import channels_ready, mma_channel
+from ...common.operand import Operand, padded
+from ...common.roles import Role, specialize_warps
+from ...common.schedule import OneTile
+from ...common.sequence import sequence_of
+from ...problem import Operands, Problem
+from ..edge import Edge
+from ..mma import Products
+from ..tmem import Plan
+from ..tuning import TILE_M, Config
+from .correction import Correction
+from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Tiles, Work
+from .load import Load
+from .mma import Mma
+from .softmax import Softmax
+
+DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
+WARPGROUP = 4  # warps
+
+
+class ForwardKernel:
+    """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
+
+    def __init__(self, problem: Problem, config: Config):
+        self.problem, self.config, self.dtype = problem, config, DTYPES[problem.dtype]
+        operand = partial(Operand.of, self.dtype)
+        dim, dim_v = problem.head_dim, problem.head_dim_v
+        ragged_k = problem.varlen or problem.seqused_k
+        pitch = TILE_M * max(padded(dim), padded(dim_v))  # a tile's O takes the place of its own Q
+        self.q = operand(TILE_M, dim, config.tiles, problem.varlen, pitch)
+        self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch)
+        self.k = operand(config.tile_n, dim, config.k_stages, ragged_k)
+        self.v = operand(config.tile_n, dim_v, config.v_stages, ragged_k)
+        self.plan = Plan(config.tiles, config.slots, config.tile_n, padded(dim_v))
+
+    @cute.jit
+    def __call__(self, *operands_and_stream):
+        *operands, stream = operands_and_stream
+        call = Operands(*operands)
+        heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
+        if cutlass.const_expr(self.problem.varlen):
+            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
+        else:
+            rows, batches = call.q.shape[1], call.q.shape[0]
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        maps = Maps(
+            q=self.q.map(load, call.q),
+            k=self.k.map(load, call.k),
+            v=self.v.map(load, call.v),
+            out=self.out.map(store, call.out),
+        )
+        schedule = OneTile(cute.ceil_div(rows, self.config.tile_m), heads, batches)
+        threads = (self.config.threads, 1, 1)
+        self.kernel(call, maps, schedule, heads // kv_heads).launch(
+            grid=schedule.grid(), block=threads, stream=stream, min_blocks_per_mp=1
+        )
+
+    @cute.kernel
+    def kernel(self, call: Operands, maps: Maps, schedule: OneTile, group: Int32):
+        tile = schedule.tile(cute.arch.block_idx()[0])
+        sequence = sequence_of(call, tile.batch)
+        first_row = tile.m_block * self.config.tile_m
+        if first_row < sequence.q_rows:
+            kv_head = tile.head // group if cutlass.const_expr(self.problem.gqa) else tile.head
+            self.row_block(Job(call, maps, sequence, tile.head, kv_head, first_row))
+
+    @cute.jit
+    def row_block(self, job: Job):
+        problem, config, plan = self.problem, self.config, self.plan
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        tiles, stats, barriers, address = self.shared_memory()
+        q = mma_channel(barriers, config.tiles, self.q.bytes)
+        k = mma_channel(barriers + 2 * config.tiles, config.k_stages, self.k.bytes)
+        v = mma_channel(barriers + 2 * (config.tiles + config.k_stages), config.v_stages, self.v.bytes)
+        edges = self.edges(barriers + 2 * (config.tiles + config.k_stages + config.v_stages), warp)
+        if warp == 0:
+            cute.arch.alloc_tmem(plan.allocated, address)
+            cute.arch.relinquish_tmem_alloc_permit()
+        channels_ready()
+        tensor = cute.arch.retrieve_tmem_ptr(Float32, 16, address)
+        work = Work(job, Memory(tiles, stats, tensor), edges)
+        load = Load(problem, config, self.q, self.k, self.v)
+        mma = Mma(problem, config, Products(self.dtype, plan))
+        softmax = Softmax(problem, config, self.dtype, plan)
+        correction = Correction(problem, config, plan, self.out)
+        few = config.other_registers
+        roles = (
+            Role(partial(softmax.run, work), WARPGROUP * config.tiles, config.softmax_registers),
+            Role(partial(correction.run, work), WARPGROUP, config.correction_registers),
+            Role(partial(mma.run, work, MmaEnds(q.read, k.read, v.read)), 1, few),
+            Role(partial(load.run, work, LoadEnds(q.fill, k.fill, v.fill)), 1, few),
+        )
+        specialize_warps(roles, config.launch_registers, warp)
+        cute.arch.sync_threads()
+        if warp == 0:
+            cute.arch.dealloc_tmem(tensor, plan.allocated)
+
+    @cute.jit
+    def edges(self, barriers: cute.Pointer, warp: Int32):
+        """The edges between roles of this CTA, made by one thread."""
+        tiles, scores = self.config.tiles, self.config.tiles * self.config.slots
+        stats, o = barriers + 2 * scores, barriers + 2 * (scores + tiles)
+        if warp == 0:
+            with cute.arch.elect_one():
+                Edge.make(barriers, scores, 1, 2 * WARPGROUP)
+                Edge.make(stats, tiles, WARPGROUP, WARPGROUP)
+                Edge.make(o, tiles, 1, 1)
+        return Edges(Edge.at(barriers, scores), Edge.at(stats, tiles), Edge.at(o, tiles))
+
+    def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer]:
+        """The tiles, the rows' statistics, the barriers, and a word for tensor memory's address."""
+        config = self.config
+        smem = cutlass.memory.SmemAllocator()
+        count = 2 * (config.tiles * (3 + config.slots) + config.k_stages + config.v_stages)
+        barriers = smem.allocate_array(cutlass.Int64, count)
+        address = smem.allocate_array(cutlass.Int32, 1)
+        stats = smem.allocate_tensor(Float32, cute.make_layout((TILE_M, 2, config.tiles)), byte_alignment=16)
+
+        def tensor(operand: Operand) -> cute.Tensor:
+            shape, swizzle = operand.layout().outer, operand.layout().inner
+            return smem.allocate_tensor(operand.dtype, shape, byte_alignment=1024, swizzle=swizzle)
+
+        def in_place(tile: cute.Tensor, operand: Operand) -> cute.Tensor:
+            pointer = cute.recast_ptr(tile.iterator, operand.layout().inner, operand.dtype)
+            return cute.make_tensor(pointer, operand.layout().outer)
+
+        larger = tensor(max(self.q, self.out, key=lambda operand: operand.bytes))
+        q, out = in_place(larger, self.q), in_place(larger, self.out)
+        return Tiles(q, tensor(self.k), tensor(self.v), out), stats, barriers, address

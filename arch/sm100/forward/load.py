@@ -1,0 +1,60 @@
+"""The load role: one warp brings Q's tiles, then blocks of K and V, latest first, by TMA."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.cute.nvgpu import cpasync
+
+from ...common.operand import HeadRows, Operand
+from ...common.rules import Rules
+from ...problem import Problem
+from ..tuning import TILE_M, Config
+from .job import Job, LoadEnds, Work, blocks_of, phases_of
+
+
+class Load:
+    """q, k, v: the operands that it fills."""
+
+    def __init__(self, problem: Problem, config: Config, q: Operand, k: Operand, v: Operand):
+        self.problem, self.config = problem, config
+        self.q, self.k, self.v = q, k, v
+
+    @cute.jit
+    def run(self, work: Work, ends: LoadEnds, warp: Int32):
+        job, tiles = work.job, work.memory.tiles
+        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        first, last = blocks_of(phases_of(self.problem, self.config, job, rules))
+        q, k, v = self.sources(job)
+        for rows in (q, k, v):
+            cpasync.prefetch_descriptor(rows.atom)
+        if first < last:
+            # The first product needs K and one tile of Q.
+            slot = ends.k.acquire_and_advance()
+            self.copy(self.k, k, (last - 1) * self.config.tile_n, tiles.k, slot)
+            for t in cutlass.range_constexpr(self.config.tiles):
+                slot = ends.q.acquire_and_advance()
+                self.copy(self.q, q, job.first_row + t * TILE_M, tiles.q, slot)
+            for i in cutlass.range(last - first - 1, unroll=1):
+                n = last - 1 - i
+                slot = ends.v.acquire_and_advance()
+                self.copy(self.v, v, n * self.config.tile_n, tiles.v, slot)
+                slot = ends.k.acquire_and_advance()
+                self.copy(self.k, k, (n - 1) * self.config.tile_n, tiles.k, slot)
+            slot = ends.v.acquire_and_advance()
+            self.copy(self.v, v, first * self.config.tile_n, tiles.v, slot)
+
+    def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
+        s, maps = job.sequence, job.maps
+        q = self.q.head_rows(maps.q, s.batch, job.head, s.q_start, s.q_start + s.q_rows)
+        k, v = (
+            operand.head_rows(mapped, s.batch, job.kv_head, s.k_start, s.k_start + s.seqlen_k)
+            for operand, mapped in ((self.k, maps.k), (self.v, maps.v))
+        )
+        return q, k, v
+
+    def copy(self, operand: Operand, rows: HeadRows, first: Int32, tiles: cute.Tensor, slot) -> None:
+        """Begin copying rows `first` and on into the slot's tile."""
+        source, target = operand.sides(rows, first, tiles[None, None, slot.index])
+        cute.copy(rows.atom, source, target, tma_bar_ptr=slot.barrier)

@@ -1,0 +1,75 @@
+"""The mma role: one warp begins every product of the CTA.
+
+    one S per tile:    for each block, for each Q tile   O += P V[n]       S = Q K[n-1]
+    two S's per tile:  for each block, for each Q tile   S' = Q K[n-1]     O += P V[n]
+
+With one, the other tile's softmax runs beside a tile's products; with two, the tile's own does. P stands in
+S's columns: the next S there is begun after the product that reads P, and products run in order.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32
+
+from ...common.rules import Rules
+from ...problem import Problem
+from ..mma import Products, begin, tile_of
+from ..tuning import Config
+from .job import MmaEnds, Work, blocks_of, phases_of
+
+
+class Mma:
+    """products: the two tiled products, and where they write."""
+
+    def __init__(self, problem: Problem, config: Config, products: Products):
+        self.problem, self.config, self.products = problem, config, products
+
+    @cute.jit
+    def run(self, work: Work, ends: MmaEnds, warp: Int32):
+        job = work.job
+        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        first, last = blocks_of(phases_of(self.problem, self.config, job, rules))
+        if first < last:
+            k_slot = ends.k.wait_and_advance()
+            for t in cutlass.range_constexpr(self.config.tiles):
+                ends.q.wait_and_advance()
+                self.begin_s(work, t, 0, k_slot.index)
+            k_slot.release()
+            for turn in cutlass.range(last - first - 1, unroll=1):
+                if cutlass.const_expr(self.config.slots == 1):
+                    v_slot = ends.v.wait_and_advance()
+                    k_slot = ends.k.wait_and_advance()
+                    for t in cutlass.range_constexpr(self.config.tiles):
+                        self.begin_o(work, t, turn, v_slot.index)
+                        self.begin_s(work, t, turn + 1, k_slot.index)
+                else:
+                    k_slot = ends.k.wait_and_advance()
+                    for t in cutlass.range_constexpr(self.config.tiles):
+                        self.begin_s(work, t, turn + 1, k_slot.index)
+                    v_slot = ends.v.wait_and_advance()
+                    for t in cutlass.range_constexpr(self.config.tiles):
+                        self.begin_o(work, t, turn, v_slot.index)
+                k_slot.release()
+                v_slot.release()
+            v_slot = ends.v.wait_and_advance()
+            for t in cutlass.range_constexpr(self.config.tiles):
+                self.begin_o(work, t, last - first - 1, v_slot.index)
+            v_slot.release()
+
+    def begin_s(self, work: Work, tile: int, turn: Int32 | int, stage: Int32) -> None:
+        """Begin S of block number `turn`."""
+        memory, make = work.memory, self.products
+        q, k = make.q(memory.tiles.q), make.k(memory.tiles.k)
+        s = make.s(memory.tensor, tile, turn)
+        begin(make.qk(), s, tile_of(q, tile, turn), tile_of(k, stage, turn), False)
+        work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma()
+
+    def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32) -> None:
+        """Begin O += P V of block number `turn`, when P is stored and O has been rescaled."""
+        memory, make = work.memory, self.products
+        work.edges.s.of(make.plan.place(tile, turn)).wait_empty(turn // self.config.slots + 1)
+        p, v, o = make.p(memory.tensor, tile, turn), make.v(memory.tiles.v), make.o(memory.tensor, tile)
+        begin(make.pv(), o, p, tile_of(v, stage, turn), Boolean(turn > 0))
+        work.edges.o.of(tile).filled_by_mma()

@@ -1,0 +1,121 @@
+"""The softmax role: a warpgroup for each Q tile, one row per thread.
+
+    wait S   load S   rules   maximum -> factor to the correction   P = exp2(S - max) -> over S   sum P
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+
+from ...common.dropout import Dropout
+from ...common.rules import Rules
+from ...common.softmax import LOG2_E, OnlineSoftmax
+from ...problem import Problem
+from ..tmem import Plan, columns, load, registers, store, stored
+from ..tuning import TILE_M, Config
+from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, blocks_of, phases_of
+from .rows import accumulate, exponentials, raise_max
+
+CHUNK = 32  # columns whose exponentials are computed before they are stored
+
+
+class Row(NamedTuple):
+    """One thread's row: its number in the sequence, its place among a tile's, its state.
+
+    tensor: tensor memory. stats: (2,) in shared memory.
+    """
+
+    number: Int32
+    tile: Int32
+    thread: Int32
+    softmax: OnlineSoftmax
+    rules: Rules
+    dropout: Dropout | None
+    tensor: cute.Pointer
+    stats: cute.Tensor
+
+
+class Softmax:
+    """plan: where S and P are."""
+
+    def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan):
+        self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
+
+    @cute.jit
+    def run(self, work: Work, warp: Int32):
+        row = self.row(work, warp // 4)
+        blocks = phases_of(self.problem, self.config, work.job, row.rules)
+        first, last = blocks_of(blocks)
+        for p in cutlass.range_constexpr(len(blocks)):
+            for i in cutlass.range(blocks[p].last - blocks[p].first, unroll=1):
+                n = blocks[p].last - 1 - i
+                self.block(row, work.edges, n, last - 1 - n, blocks[p].masked)
+        stats = work.edges.stats.of(row.tile)
+        stats.wait_empty(last - first)
+        row.stats[ROW_SUM] = row.softmax.row_sum[0]
+        row.stats[ROW_MAX] = row.softmax.row_max[0]
+        stats.warp_filled()
+
+    @cute.jit
+    def block(self, row: Row, edges: Edges, n: Int32, turn: Int32, masked: cutlass.Constexpr):
+        """Block n of the keys, the turn-th that is visited: S becomes P."""
+        s, stats = edges.s.of(self.plan.place(row.tile, turn)), edges.stats.of(row.tile)
+        column = self.plan.s(row.tile, turn)
+        scores = registers(self.config.tile_n)
+        s.wait_full(turn // self.config.slots)
+        load(columns(row.tensor, column, self.config.tile_n), scores, row.thread)
+        first_key = n * self.config.tile_n
+        row.rules.apply(scores, lambda r: row.number, lambda c: first_key + c, masked)
+        factor = raise_max(row.softmax, scores)
+        stats.wait_empty(turn)
+        row.stats[FACTOR] = factor
+        stats.warp_filled()
+        # What a mask hides must be exactly 0, which ex2 makes of -inf.
+        polynomial = 0 if masked else self.config.polynomial
+        for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
+            exponentials(row.softmax, scores, range(c, c + CHUNK), polynomial)
+            p = self.rounded(row, scores, c, first_key)
+            store(p, columns(row.tensor, column + c // 2, CHUNK // 2), row.thread)
+        stored()
+        s.warp_emptied()
+        accumulate(row.softmax, scores, factor)
+
+    def rounded(self, row: Row, scores: cute.Tensor, first: int, first_key: Int32) -> cute.Tensor:
+        """CHUNK columns of P, less what dropout takes, as 32-bit words of two elements."""
+        chunk = cute.make_tensor(scores.iterator + first, cute.make_layout((1, CHUNK), stride=(CHUNK, 1)))
+        if row.dropout is not None:
+            kept = registers(CHUNK)
+            kept.store(chunk.load())
+            row.dropout.apply_to_row(kept, row.number, first_key + first)
+            chunk = kept
+        p = registers(CHUNK, self.dtype)
+        p.store(chunk.load().to(self.dtype))
+        return cute.recast_tensor(p, cutlass.Float32)
+
+    def row(self, work: Work, tile: Int32) -> Row:
+        job, memory, call = work.job, work.memory, work.job.call
+        thread = cute.arch.thread_idx()[0] % TILE_M
+        # A score rule takes scaled scores, so that only the change of base is left to the softmax.
+        scale = 1.0 if self.problem.score else call.softmax_scale
+        return Row(
+            number=job.first_row + tile * TILE_M + thread,
+            tile=tile,
+            thread=thread,
+            softmax=OnlineSoftmax.create(1, scale * LOG2_E, ()),
+            rules=Rules.of(self.problem, call, job.sequence, job.head),
+            dropout=self.dropout(job),
+            tensor=memory.tensor,
+            stats=memory.stats[thread, None, tile],
+        )
+
+    def dropout(self, job: Job) -> Dropout | None:
+        """The random numbers of the job's head, where the problem has dropout."""
+        if not self.problem.dropout:
+            return None
+        call = job.call
+        place = job.sequence.batch * call.q.shape[-2] + job.head
+        return Dropout.of(call.rng_state, place, call.keep_threshold)

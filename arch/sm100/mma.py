@@ -1,0 +1,101 @@
+"""Products of tiles with tcgen05: one warp begins them, tensor memory takes the results, in order.
+
+Operands A of S = Q K and B of both products are read from shared memory through descriptors; P, the A of
+O = P V, from tensor memory. Products of a CTA run in the order in which they were begun, so the next S may be
+begun over P right after the product that reads P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
+
+from ..common.operand import transposed
+from .tmem import ROWS, Plan
+
+K, MN = OperandMajorMode.K, OperandMajorMode.MN
+
+
+SMEM, TMEM = tcgen05.OperandSource.SMEM, tcgen05.OperandSource.TMEM
+
+
+def tiled_mma(dtype: type, count: int, a_in: tcgen05.OperandSource, b_major: OperandMajorMode):
+    """m128 x count x k16; A has k contiguous, B is (count, k) with `b_major` contiguous."""
+    shape = (ROWS, count, 16)
+    op = tcgen05.MmaF16BF16Op(dtype, Float32, shape, tcgen05.CtaGroup.ONE, a_in, K, b_major)
+    return cute.make_tiled_mma(op)
+
+
+@dataclass(frozen=True)
+class Products:
+    """The two products of attention, S = Q K and O += P V. plan: where their results are.
+
+    A tiled product carries its accumulate flag along, so that each use makes its own.
+    """
+
+    dtype: type
+    plan: Plan
+
+    def qk(self) -> cute.TiledMma:
+        return tiled_mma(self.dtype, self.plan.tile_n, SMEM, K)
+
+    def pv(self) -> cute.TiledMma:
+        return tiled_mma(self.dtype, self.plan.dim_v, TMEM, MN)
+
+    def q(self, tiles: cute.Tensor) -> cute.Tensor:
+        """Descriptors (mma, rows, k, tiles) of (rows, dim, tiles)."""
+        return self.qk().make_fragment_A(self.qk().get_slice(0).partition_A(tiles))
+
+    def k(self, tiles: cute.Tensor) -> cute.Tensor:
+        """Descriptors (mma, columns, k, stages) of (rows, dim, stages)."""
+        return self.qk().make_fragment_B(self.qk().get_slice(0).partition_B(tiles))
+
+    def v(self, tiles: cute.Tensor) -> cute.Tensor:
+        """Descriptors (mma, columns, k, stages) of (rows, dim_v, stages)."""
+        return self.pv().make_fragment_B(self.pv().get_slice(0).partition_B(transposed(tiles)))
+
+    def s(self, base: cute.Pointer, tile: int, turn: int | Int32) -> cute.Tensor:
+        """S of a Q tile's block number `turn` as the product writes it."""
+        layout = self.qk().make_fragment_C(self.qk().partition_shape_C((ROWS, self.plan.tile_n))).layout
+        return cute.make_tensor(base + self.plan.s(tile, turn), layout)
+
+    def o(self, base: cute.Pointer, tile: int) -> cute.Tensor:
+        """O of a Q tile as the product writes it."""
+        layout = self.pv().make_fragment_C(self.pv().partition_shape_C((ROWS, self.plan.dim_v))).layout
+        return cute.make_tensor(base + self.plan.o(tile), layout)
+
+    def p(self, base: cute.Pointer, tile: int, turn: int | Int32) -> cute.Tensor:
+        """P of a Q tile's block as the product reads it: (mma, rows, k), two elements to a column."""
+        layout = cute.make_layout((ROWS, self.plan.tile_n), stride=(self.plan.tile_n, 1))
+        pointer = cute.recast_ptr(base + self.plan.s(tile, turn), dtype=self.dtype)
+        p = self.pv().get_slice(0).partition_A(cute.make_tensor(pointer, layout))
+        # A fragment in tensor memory has a layout, but always begins at column 0.
+        return cute.make_tensor(pointer, self.pv().make_fragment_A(p).layout)
+
+
+def tile_of(descriptors: cute.Tensor, index: int | Int32, turn: int | Int32) -> cute.Tensor:
+    """Descriptors (mma, rows, k) of one of several tiles, computed anew in block number `turn`.
+
+    Compilers would keep those of all k steps in registers from one block to the next, more than the mma warp
+    has; so they are made to depend on the block, by a shift that gives 0, which is not told.
+    """
+    layout = cute.append(descriptors.layout, cute.make_layout(2, stride=1))
+    zero = _found_here(turn) >> 31
+    return cute.make_tensor(descriptors.iterator, layout)[None, None, None, index, zero]
+
+
+def begin(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate) -> None:
+    """Begin acc = a b, or acc += a b; a and b are (mma, rows, k). The whole warp calls this."""
+    for k in range(cute.size(b, mode=[2])):
+        mma.set(tcgen05.Field.ACCUMULATE, accumulate if k == 0 else True)
+        cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
+
+
+def _found_here(x: int | Int32) -> Int32:
+    move = "mov.b32 $0, $1;"
+    word = Int32(x).ir_value()
+    return Int32(llvm.inline_asm(Int32.mlir_type, [word], move, "=r,r", has_side_effects=True))

@@ -1,0 +1,105 @@
+"""Tensor memory: 128 lanes of 512 columns of 32 bits, which columns hold what, and how warps reach them.
+
+A tile of 128 rows lies one row to a lane. Warp w of a warpgroup reaches lanes 32 w to 32 w + 31 only, so a
+thread of a warpgroup holds one whole row: no shuffle is ever needed to reduce it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import tcgen05
+
+from ..sm90.mma import pin
+
+COLUMNS = 512  # of one multiprocessor
+ROWS = 128
+LANE = 65536  # from one lane to the next in a tensor memory address, whose low half is the column
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who owns which columns: S (later P, in its first half) and O of every Q tile of a CTA.
+
+        S[tile 0, slot 0]  S[tile 0, slot 1]  S[tile 1, slot 0]  ...  O[tile 0]  O[tile 1]
+
+    tiles: Q tiles. slots: S's of a tile. tile_n: columns of S. dim_v: columns of O.
+    ValueError where they do not fit.
+    """
+
+    tiles: int
+    slots: int
+    tile_n: int
+    dim_v: int
+
+    def __post_init__(self) -> None:
+        if self.used > COLUMNS:
+            raise ValueError(f"{self} takes {self.used} columns of tensor memory, there are {COLUMNS}")
+
+    @property
+    def used(self) -> int:
+        return self.tiles * (self.slots * self.tile_n + self.dim_v)
+
+    @property
+    def allocated(self) -> int:
+        """Columns to ask for: a power of two, at least 32."""
+        return max(32, 1 << (self.used - 1).bit_length())
+
+    def place(self, tile: int | Int32, turn: int | Int32) -> int | Int32:
+        """Which of all S's a Q tile's block number `turn` takes."""
+        return tile if self.slots == 1 else tile * self.slots + turn % self.slots
+
+    def s(self, tile: int | Int32, turn: int | Int32) -> int | Int32:
+        """First column of S and P of a Q tile's block number `turn`."""
+        return self.place(tile, turn) * self.tile_n
+
+    def o(self, tile: int | Int32) -> int | Int32:
+        """First column of O of a Q tile."""
+        return self.tiles * self.slots * self.tile_n + tile * self.dim_v
+
+
+def columns(base: cute.Pointer, first: int | Int32, count: int) -> cute.Tensor:
+    """(128, count) 32-bit elements from column `first` on."""
+    return cute.make_tensor(base + first, cute.make_layout((ROWS, count), stride=(LANE, 1)))
+
+
+def registers(count: int, dtype: type = Float32) -> cute.Tensor:
+    """(1, count): a thread's row."""
+    return cute.make_rmem_tensor(cute.make_layout((1, count), stride=(count, 1)), dtype)
+
+
+def load(source: cute.Tensor, row: cute.Tensor, thread: Int32) -> None:
+    """Read the row of a warpgroup's `thread` from (128, n) columns into (1, n) registers."""
+    count = cute.size(row)
+    atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(_repetition(count)), Float32)
+    copy = tcgen05.make_tmem_copy(atom, source).get_slice(thread)
+    cute.copy(copy, copy.partition_S(source), _as_copied(row))
+    cute.arch.fence_view_async_tmem_load()
+    pin(row)  # the compiler knows of no wait: nothing may read the registers before it
+
+
+def store(row: cute.Tensor, target: cute.Tensor, thread: Int32) -> None:
+    """Write (1, n) registers to the thread's row of (128, n) columns; `stored` waits for it."""
+    count = cute.size(row)
+    atom = cute.make_copy_atom(tcgen05.St32x32bOp(_repetition(count)), Float32)
+    copy = tcgen05.make_tmem_copy(atom, target).get_slice(thread)
+    cute.copy(copy, _as_copied(row), copy.partition_D(target))
+
+
+def stored() -> None:
+    """Wait until what this thread stored is in tensor memory."""
+    cute.arch.fence_view_async_tmem_store()
+
+
+def _repetition(count: int) -> tcgen05.Repetition:
+    """Columns that one instruction moves: the largest power of two up to 32 that divides `count`."""
+    return tcgen05.Repetition(min(count & -count, 32))
+
+
+def _as_copied(row: cute.Tensor) -> cute.Tensor:
+    """A row in the order of the copy's own partition: ((n, 1), 1, times)."""
+    count = cute.size(row)
+    each = min(count & -count, 32)
+    return cute.make_tensor(row.iterator, cute.make_layout(((each, 1), 1, count // each)))

@@ -1,0 +1,102 @@
+"""Tile sizes of the sm100 kernels: a table, read top to bottom; the first row that serves is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..problem import Device, Problem
+
+TILE_M = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the forward kernel works on a problem.
+
+    tiles: Q tiles of 128 rows per CTA, a softmax warpgroup each. slots: S's of a tile in tensor memory: with
+    two, the next block's S is computed before this block's P V. tile_n: rows of K and V at a time.
+    k_stages, v_stages: their tiles in shared memory. polynomial: of 16 exponentials of a wholly visible
+    block, how many are computed on the FMA units. softmax_registers, correction_registers,
+    other_registers: per thread.
+    """
+
+    tiles: int
+    slots: int
+    tile_n: int
+    k_stages: int
+    v_stages: int
+    polynomial: int
+    softmax_registers: int
+    correction_registers: int
+    other_registers: int
+
+    @property
+    def tile_m(self) -> int:
+        return TILE_M * self.tiles
+
+    @property
+    def threads(self) -> int:
+        """Softmax warpgroups, one for the correction, one for load and mma."""
+        return 128 * (self.tiles + 2)
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers per thread before `setmaxnreg`: what a multiprocessor's 65536 allow, in steps of 8."""
+        return min(65536 // self.threads, 255) // 8 * 8
+
+    def shared_memory(self, problem: Problem) -> int:
+        """Bytes of dynamic shared memory: Q (later O), K and V tiles, factors, barriers."""
+        dim, dim_v = (-(-d // 16) * 16 for d in (problem.head_dim, problem.head_dim_v))
+        q = self.tile_m * max(dim, dim_v)
+        kv = self.tile_n * (self.k_stages * dim + self.v_stages * dim_v)
+        return 2 * (q + kv) + 8 * self.tile_m + 1024
+
+
+def forward_config(problem: Problem, device: Device) -> Config | None:
+    """The first row that serves and fits, or None."""
+    return next((row.config for row in ROWS if row.serves(problem, device)), None)
+
+
+def reads_tables(problem: Problem) -> bool:
+    """Whether a problem needs registers for more than scores: its rules read tables, or there is dropout."""
+    leaves = [leaf for rule in (problem.mask, problem.score) if rule for leaf in rule.leaves()]
+    return problem.dropout or any(leaf.startswith("tensor") for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A config, the largest head dims that it serves, and whether it serves what reads tables."""
+
+    head_dim: int
+    head_dim_v: int
+    tables: bool
+    config: Config
+
+    def serves(self, problem: Problem, device: Device) -> bool:
+        """Whether it takes `problem`."""
+        return (
+            problem.head_dim <= self.head_dim
+            and problem.head_dim_v <= self.head_dim_v
+            and (self.tables or not reads_tables(problem))
+            and self.config.shared_memory(problem) <= device.shared_memory
+        )
+
+
+# Nothing here is timed: there is no such GPU at hand. What chose the numbers:
+#   registers: `setmaxnreg` moves 512 (or with one Q tile 504) per thread between three or four warpgroups. A
+#     row of S takes tile_n of the softmax's; as cubins show, none of these spills.
+#   tile_n: 128, so that the operands of a product are read from shared memory as fast as it runs; less where
+#     registers or K and V in shared memory do not allow it.
+#   slots: two Q tiles keep the tensor cores busy in turn; where O leaves room for one tile only, two S's do.
+#   polynomial: for 128 x 128 of S a quarter of an SM needs 1024 clocks of ex2 and 256 of FMA; each of the 16
+#     moved takes 64 from ex2 and adds 56 to FMA and 36 to about 440 issue slots. The products take 512 clocks
+#     at head dim 64, which ex2 binds: 6 moved leave 640 to ex2, 592 to FMA, 656 to issue. At 128 the products
+#     take 1024: 4 moved put ex2 (768) behind them. Beyond 128 they take longer still, and none is moved.
+ROWS = (
+    Row(64, 64, False, Config(2, 1, 128, 4, 4, 6, 200, 64, 48)),
+    Row(128, 128, False, Config(2, 1, 128, 2, 2, 4, 200, 64, 48)),
+    Row(128, 128, True, Config(2, 1, 64, 4, 4, 0, 200, 64, 48)),
+    Row(192, 128, False, Config(2, 1, 128, 2, 1, 0, 192, 64, 64)),
+    Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
+    Row(256, 256, True, Config(1, 2, 96, 2, 1, 0, 240, 152, 112)),
+)

@@ -1,0 +1,86 @@
+"""The kernels' own arithmetic, run on the CPU: exponentials without the exponential unit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+cutlass = pytest.importorskip("cutlass")
+
+import cutlass.cute as cute  # noqa: E402
+from cutlass import Float32, Int32  # noqa: E402
+from cutlass.cute.runtime import make_fake_tensor  # noqa: E402
+
+from cute_flash.arch.common import numeric  # noqa: E402
+from cute_flash.arch.common.numeric import EXP2, EXP2_ERROR, EXP2_LOWEST, Arithmetic, exp2_pair  # noqa: E402
+from cute_flash.arch.elementwise import maximum  # noqa: E402
+
+SCALAR = Arithmetic(
+    lambda a, b, c: tuple(x * y + z for x, y, z in zip(a, b, c, strict=True)),
+    lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
+    lambda a, b: tuple(maximum(x, y) for x, y in zip(a, b, strict=True)),
+)
+
+
+@cute.jit
+def powers(x: cute.Tensor, y: cute.Tensor, pairs: Int32):
+    for i in cutlass.range(pairs, unroll=1):
+        y[2 * i], y[2 * i + 1] = exp2_pair((x[2 * i], x[2 * i + 1]), SCALAR)
+
+
+def compiled():
+    """`exp2_pair` as a function of float32 arrays."""
+    cpu = cute.AddressSpace.generic
+    x, y = (make_fake_tensor(Float32, (cute.sym_int32(),), (1,), memspace=cpu, assumed_align=4) for _ in "xy")
+    function = cute.compile(powers, x, y, Int32(1), options="--enable-tvm-ffi")
+
+    def run(x: np.ndarray) -> np.ndarray:
+        even = np.append(x, x[-1:] if len(x) % 2 else x[:0])
+        y = np.empty_like(even)
+        function(even, y, len(even) // 2)
+        return y[: len(x)]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exp2():
+    return compiled()
+
+
+def worst(exp2, x: np.ndarray) -> float:
+    """The largest relative error over `x`."""
+    exact = np.exp2(x.astype(np.float64))
+    return float(np.abs(exp2(x) / exact - 1).max())
+
+
+def test_every_reduced_argument(exp2):
+    """What is left of any x of magnitude 1/2 or more, less its integer, is a multiple of 2**-24."""
+    found = max(
+        worst(exp2, (np.arange(first, first + 2**20) / 2**24).astype(np.float32))
+        for first in range(-(2**23), 2**23, 2**20)
+    )
+    assert found < EXP2_ERROR
+    assert found > EXP2_ERROR / 2, f"EXP2_ERROR promises less than it could: the largest error is {found:.2e}"
+
+
+def test_every_exponent(exp2):
+    """Every integer part, with fractions on either side of the rounding."""
+    fractions = np.array([-0.5, -0.49999, -0.25, -1e-7, 0, 1e-7, 0.25, 0.49999, 0.5])
+    x = (np.arange(-125, 127)[:, None] + fractions).astype(np.float32).ravel()
+    assert worst(exp2, x[x >= EXP2_LOWEST]) < EXP2_ERROR
+
+
+def test_powers_of_two_are_exact(exp2):
+    n = np.arange(-124, 128)
+    assert (exp2(n.astype(np.float32)) == np.ldexp(np.float32(1), n)).all()
+
+
+def test_far_below(exp2):
+    x = np.array([EXP2_LOWEST, -126.5, -1000.0, -np.inf], np.float32)
+    assert (exp2(x) == np.float32(2.0**EXP2_LOWEST)).all()
+
+
+def test_a_wrong_coefficient_is_noticed(monkeypatch):
+    monkeypatch.setattr(numeric, "EXP2", (*EXP2[:-1], EXP2[-1] * 1.01))
+    assert worst(compiled(), np.linspace(-0.5, 0.5, 1000, dtype=np.float32)) > EXP2_ERROR

@@ -1,0 +1,92 @@
+"""The Blackwell kernel, which is not listed yet: it compiles, fits, and keeps everything in registers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from cute_flash import executable
+from cute_flash.arch import load, sm100
+from cute_flash.arch.problem import Device
+from cute_flash.arch.sm100 import tuning
+from cute_flash.arch.sm100.forward import Forward
+from tests.test_resources import EXTREMES, answer_for, resources
+
+SHARED = 232448
+CAPABILITIES = {"sm_100a": (10, 0), "sm_103a": (10, 3), "sm_110a": (11, 0)}
+DEVICES = {target: Device(capability, SHARED) for target, capability in CAPABILITIES.items()}
+B200 = DEVICES["sm_100a"]
+# The most that each row of the table can be asked for.
+ROWS = (
+    ("light", (64, 64)),
+    ("light", (128, 128)),
+    ("heavy", (128, 128)),
+    ("light", (192, 128)),
+    ("heavy", (256, 128)),
+    ("heavy", (256, 256)),
+)
+
+
+def problem_of(extreme: str, dims: tuple[int, int]):
+    return answer_for(replace(EXTREMES[extreme], dims=dims), "sm100").problem
+
+
+def assert_in_registers(problem, device: Device, path) -> None:
+    """Compile, and find nothing in local memory, no more registers than there are, and tcgen05."""
+    assert Forward.reasons(problem, device) == ()
+    config = Forward.config(problem, device)
+    built = executable.artifact(Forward, problem, config, device)
+    used = resources(built.cubin, path)
+    assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
+    assert used["REG"] <= config.launch_registers
+    assert b"tcgen05.mma" in built.ptx and f".target {device.target}".encode() in built.ptx
+    taken = {int(n) for n in re.findall(rb"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", built.ptx)}
+    assert taken == {config.softmax_registers, config.correction_registers, config.other_registers}
+
+
+@pytest.mark.parametrize("extreme, dims", ROWS, ids=str)
+def test_rows_compile_without_spills(extreme, dims, tmp_path):
+    assert_in_registers(problem_of(extreme, dims), B200, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize("target", ["sm_103a", "sm_110a"])
+def test_other_devices(target, tmp_path):
+    assert DEVICES[target].target == target
+    assert_in_registers(problem_of("light", (128, 128)), DEVICES[target], tmp_path / "kernel.cubin")
+
+
+def test_every_row_is_covered():
+    chosen = {Forward.config(problem_of(*row), B200) for row in ROWS}
+    assert chosen == {row.config for row in tuning.ROWS}
+
+
+@pytest.mark.parametrize("config", [row.config for row in tuning.ROWS], ids=str)
+def test_roles_share_what_there_is(config):
+    """setmaxnreg only moves registers: roles may not want more than the CTA is launched with."""
+    wanted = config.tiles * config.softmax_registers + config.correction_registers + config.other_registers
+    assert wanted <= (config.tiles + 2) * config.launch_registers
+    assert config.threads * config.launch_registers <= 65536
+
+
+def test_tensor_memory_is_checked():
+    from cute_flash.arch.sm100.tmem import Plan
+
+    for row in tuning.ROWS:
+        plan = Plan(row.config.tiles, row.config.slots, row.config.tile_n, row.head_dim_v)
+        assert plan.used <= plan.allocated <= 512
+    with pytest.raises(ValueError, match="takes 768 columns of tensor memory, there are 512"):
+        Plan(2, 1, 128, 256)
+
+
+def test_every_head_dim_has_a_row():
+    for dim in range(8, 257, 8):
+        for dim_v in range(8, 257, 8):
+            for extreme in EXTREMES:
+                problem = replace(problem_of(extreme, (64, 64)), head_dim=dim, head_dim_v=dim_v)
+                assert Forward.reasons(problem, B200) == ()
+
+
+def test_not_listed_before_it_is_executed():
+    assert Forward not in load(B200) and sm100.KERNELS
