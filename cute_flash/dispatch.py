@@ -99,6 +99,7 @@ class Answer:
 
 
 _active: contextvars.ContextVar[Emulation | None] = contextvars.ContextVar("emulation", default=None)
+_only: contextvars.ContextVar[str | None] = contextvars.ContextVar("only", default=None)
 
 
 @contextlib.contextmanager
@@ -144,18 +145,23 @@ def place_of(device: torch.device) -> Place:
 
 def dispatch(problem: Problem, device: Device) -> tuple[Any, Any]:
     """(kernel, config) for `problem`; NotImplementedError with every kernel's every reason."""
-    answer = select(problem, device)
+    answer = select(problem, device, _only.get())
     if not answer:
         raise NotImplementedError(str(answer))
     return answer.kernel, answer.config
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(problem: Problem, device: Device, sizes: Sizes, num_splits: int) -> Plan:
     """The launches that answer an unsplit `problem`; NotImplementedError as `dispatch` has it.
 
     num_splits: among how many CTAs a row block's keys are shared out; 0 leaves it to the kernel's tuning.
     """
+    return _planned(problem, device, sizes, num_splits, _only.get())
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(problem: Problem, device: Device, sizes: Sizes, num_splits: int, _wanted: str | None) -> Plan:
+    """`plan`, remembered; dispatch reads the kernel that is `_wanted` from the context."""
     kernel, _ = dispatch(problem, device)
     if not num_splits:
         splits_itself = "split_kv" in kernel.support.features
@@ -172,12 +178,27 @@ def plan(problem: Problem, device: Device, sizes: Sizes, num_splits: int) -> Pla
     )
 
 
+@contextlib.contextmanager
+def only(kernel: str | None) -> Iterator[None]:
+    """Within this context no kernel serves but the one of this name; None: any.
+
+    For tests and measurements of a kernel that is not the first choice. Applies to this thread and context.
+    """
+    token = _only.set(kernel)
+    try:
+        yield
+    finally:
+        _only.reset(token)
+
+
 @functools.cache
-def select(problem: Problem, device: Device) -> Answer:
-    """The first kernel that serves `problem` on `device`."""
+def select(problem: Problem, device: Device, wanted: str | None = None) -> Answer:
+    """The first kernel that serves `problem` on `device`; of this name, where one is wanted."""
     refusals = []
     for kernel in arch.load(device):
         reasons = kernel.reasons(problem, device)
+        if wanted not in (None, kernel.name):
+            reasons = (*reasons, f"only {wanted} is asked for")
         if not reasons:
             return Answer(problem, device, kernel, kernel.config(problem, device), tuple(refusals))
         refusals.append((kernel.name, tuple(reasons)))
@@ -220,8 +241,8 @@ def supports(
             raise RuntimeError(f"no GPU is at hand and none is emulated: give device, one of {names}")
         device = "cuda" if emulation() is None else "cpu"
     if isinstance(device, str) and not device.startswith(("cuda", "cpu")):
-        return select(problem, _emulated_device(device, "device"))
-    return select(problem, place_of(torch.device(device)).device)
+        return select(problem, _emulated_device(device, "device"), _only.get())
+    return select(problem, place_of(torch.device(device)).device, _only.get())
 
 
 def _parts(given: Any, base: type) -> list:

@@ -1,12 +1,14 @@
 """What each unit of a GPU allows per KV tile: counts from the emulator, over rates from `rates.py`.
 
-    python -m profiling cycles                          d64, d128, d256 on A100, H100/H200, B200, GB300
+    python -m profiling cycles                          d64, d128, d192_128, d256; every GPU of rates.py
     python -m profiling cycles --case d128 --gpu H200
+    python -m profiling cycles --write                  keep the rows in results/cycles.json and cycles.md
 
 These are bounds, not timings: no latency, no dependency, no memory beyond shared memory, every unit busy all
-the time. One CTA runs on the emulator over some KV tiles and over twice as many; the difference is the steady
-cost of a tile. Matrix FLOP, exponentials, shared memory and barriers are counted there; FP32 and integer
-issue slots are those of the hot loop's machine code, because the compiler fuses what PTX has apart.
+the time. One cluster of CTAs runs on the emulator over some KV tiles and over twice as many; the difference
+is the steady cost of a tile. Matrix FLOP, exponentials, shared memory and barriers are counted there; FP32
+and integer issue slots are those of the hot loops' machine code, because the compiler fuses what PTX has
+apart. Warps outside these loops (copies, rescaling by warps of their own) take slots that are not counted.
 
     ceiling   the slowest unit alone: everything overlaps perfectly
     in turn   the tensor cores wait for the rest of the tile, and that for them: nothing overlaps
@@ -15,13 +17,12 @@ issue slots are those of the hot loop's machine code, because the compiler fuses
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,16 @@ import torch
 import cute_flash
 from cute_flash import emulator, executable
 from cute_flash.arch.problem import Operands
-from cute_flash.dispatch import EMULATED
+from cute_flash.dispatch import Answer
 from cute_flash.emulator.launch import Driver
 from cute_flash.emulator.observe import BankConflicts
+from cute_flash.objectfile import ObjectFileError
 
-from . import flash_attn_4, record, sass
+from . import flash_attn_4, sass
 from .rates import GPUS, PARTITIONS, WARP, Gpu
-from .static import CASES, Case
+from .static import CASES, Case, in_words
 
-RESULTS = Path(__file__).resolve().parent / "results"
+DEFAULT = ("d64", "d128", "d192_128", "d256")
 TILES = 8  # the emulator runs so many KV tiles, and twice as many
 
 # Kinds of PTX instructions that are counted per warp; the first match wins.
@@ -64,7 +66,7 @@ ALU = {
 
 
 class Watch(BankConflicts):
-    """Counts what one CTA does: instructions by warp, and shared memory, copies into it included."""
+    """Counts what CTAs do: instructions by warp, and shared memory, copies into it included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,9 +74,9 @@ class Watch(BankConflicts):
         self.opcodes: list[Counter] = []
 
     def begin(self, m: Any) -> None:
-        if math.prod(m.launch.grid) != 1:
-            raise ValueError(f"one CTA is watched; the grid is {m.launch.grid}")
-        self.launch = m.launch
+        if self.opcodes or math.prod(m.launch.grid) != m.ctas:
+            raise ValueError(f"CTAs are watched that run at once; the grid is {m.launch.grid}")
+        self.launch, self.ctas = m.launch, m.ctas
         self.opcodes = [Counter() for _ in range(m.warps)]
 
     def step(self, m: Any, g: Any) -> None:
@@ -90,10 +92,12 @@ class Watch(BankConflicts):
         super()._count(m, g, address, size)
 
     def totals(self) -> Totals:
-        """What was seen so far."""
+        """What was seen so far, per CTA."""
         needed = sum(needed for needed, _ in self.wavefronts.values())
         ideal = sum(ideal for _, ideal in self.wavefronts.values())
-        return Totals(tuple(self.opcodes), needed, ideal, self.shared_bytes)
+        n = self.ctas
+        opcodes = tuple(Counter({name: count / n for name, count in w.items()}) for w in self.opcodes)
+        return Totals(opcodes, needed / n, ideal / n, self.shared_bytes / n)
 
 
 @dataclass(frozen=True)
@@ -148,53 +152,41 @@ def by_kind(opcodes: Counter) -> Counter:
 def matrix_flops(opcode: str) -> float:
     """Floating-point operations of a PTX matrix instruction per warp that issues it; wgmma is issued by four.
 
-    Raises ValueError for one whose shape is not in its name.
+    0 for tcgen05.mma, whose shape is in a descriptor. Raises ValueError where another's is not in its name.
     """
     shape = _SHAPE.search(opcode)
     if shape is None:
+        if opcode.startswith("tcgen05"):
+            return 0.0
         raise ValueError(f"{opcode} does not tell its shape")
     return 2 * math.prod(map(int, shape.groups())) / (4 if opcode.startswith("wgmma") else 1)
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One KV tile of one CTA of a kernel.
+class Cost:
+    """What one KV tile asks of the units of an SM. flops: of matrix products, by mma.sync or not.
 
-    From machine code: fma, alu: lanes; issue: warp instructions; local: bytes of spills.
+    mufu, fma, alu: lanes; issue: warp instructions; shared: bytes through the L1 data path, which shared
+    memory and spills take.
     """
 
-    kernel: str
-    tile_m: int
-    tile_n: int
-    totals: Totals
+    flops: float
+    mma_sync: bool
+    mufu: float
     fma: float
     alu: float
     issue: float
-    local: float
-
-    @property
-    def kinds(self) -> Counter:
-        """PTX instructions by kind, and matrix FLOP, of all warps."""
-        return sum((counts for _, counts in self.totals.roles.values()), Counter())
-
-    @property
-    def uses_mma_sync(self) -> bool:
-        return any(opcode.startswith("mma.sync") for opcodes in self.totals.opcodes for opcode in opcodes)
+    shared: float
 
     def cycles(self, gpu: Gpu) -> dict[str, float]:
-        """Clocks that each unit of one SM needs for it.
-
-        shared: the L1 data path, which shared memory and spills go through.
-        """
-        kinds = self.kinds
-        matrix = gpu.matrix * (gpu.mma_sync if self.uses_mma_sync else 1.0)
+        """Clocks that each unit of one SM needs for it."""
         return {
-            "matrix": kinds["flops"] / matrix,
-            "mufu": kinds["mufu"] * WARP / gpu.mufu,
+            "matrix": self.flops / (gpu.matrix * (gpu.mma_sync if self.mma_sync else 1.0)),
+            "mufu": self.mufu / gpu.mufu,
             "fma": self.fma / gpu.fma,
             "alu": self.alu / gpu.alu,
             "issue": self.issue / PARTITIONS,
-            "shared": (self.totals.wavefronts * 128 + self.local) / gpu.shared,
+            "shared": self.shared / gpu.shared,
         }
 
     def ceilings(self, gpu: Gpu) -> tuple[str, float, float]:
@@ -202,19 +194,56 @@ class Tile:
         cycles = self.cycles(gpu)
         binds = max(cycles, key=lambda unit: cycles[unit])
         rest = max(clocks for unit, clocks in cycles.items() if unit != "matrix")
-        tera = self.kinds["flops"] * gpu.sms * gpu.clock / 1e12
+        tera = self.flops * gpu.sms * gpu.clock / 1e12
         return binds, tera / cycles[binds], tera / (cycles["matrix"] + rest)
 
 
-def ours(case: Case, arch: str) -> Tile:
-    """A tile of the kernel that serves a case. Raises NotImplementedError, or an EmulatorError."""
-    answer = case.problem(arch)
+@dataclass(frozen=True)
+class Tile:
+    """One KV tile of one CTA of a kernel: tile_m rows, tile_n keys.
+
+    flops: by the algorithm. From machine code: fma, alu: lanes; issue: warp instructions; local: bytes of
+    spills.
+    """
+
+    kernel: str
+    tile_m: int
+    tile_n: int
+    totals: Totals
+    flops: float
+    fma: float
+    alu: float
+    issue: float
+    local: float
+
+    @property
+    def kinds(self) -> Counter:
+        """PTX instructions by kind, and matrix FLOP where they tell it, of all warps."""
+        return sum((counts for _, counts in self.totals.roles.values()), Counter())
+
+    @property
+    def cost(self) -> Cost:
+        """What it asks of an SM's units; matrix FLOP with the kernel's padding, where instructions tell."""
+        kinds, opcodes = self.kinds, {name for warp in self.totals.opcodes for name in warp}
+        return Cost(
+            flops=kinds["flops"] or self.flops,
+            mma_sync=any(name.startswith("mma.sync") for name in opcodes),
+            mufu=kinds["mufu"] * WARP,
+            fma=self.fma,
+            alu=self.alu,
+            issue=self.issue,
+            shared=self.totals.wavefronts * 128 + self.local,
+        )
+
+
+def ours(case: Case, answer: Answer, arch: str) -> Tile:
+    """A tile of a kernel that serves a case. Raises NotImplementedError, or an EmulatorError."""
     if not answer:
         raise NotImplementedError(str(answer))
     config, (dim, dim_v) = answer.config, case.dims
     run = executable.executable(answer.kernel, answer.problem, config, answer.device, "emulator")
 
-    def totals(tiles: int) -> Totals:
+    def watched(tiles: int) -> Watch:
         generator = torch.Generator().manual_seed(0)
         keys = tiles * config.tile_n
         shapes = ((config.tile_m, dim), (keys, dim), (keys, dim_v), (config.tile_m, dim_v))
@@ -227,155 +256,181 @@ def ours(case: Case, arch: str) -> Tile:
             run(*operands)
         if watch.launch.shared_memory != config.shared_memory(answer.problem):
             raise ValueError(f"launched with {watch.launch.shared_memory} bytes, not as {config} says")
-        return watch.totals()
+        return watch
 
     cubin = executable.artifact(answer.kernel, answer.problem, config, answer.device).cubin
-    steady = totals(2 * TILES).per_tile(totals(TILES), TILES)
-    return tile(answer.kernel.name, (config.tile_m, config.tile_n), steady, sass.hot_loops(cubin))
+    few, many = watched(TILES), watched(2 * TILES)
+    shape = (config.tile_m // few.ctas, config.tile_n)
+    return tile(answer.kernel.name, shape, case, many.totals().per_tile(few.totals(), TILES), loops_of(cubin))
 
 
-def peers(case: Case, arch: str) -> Tile:
+def peers(case: Case, target: str) -> Tile:
     """A tile of the peer's kernel. Raises flash_attn_4.Missing, or an EmulatorError."""
-    peer = flash_attn_4.compiled(case.peer(), EMULATED[arch].target)
-    tile_m = peer.kernel.case.seqlens_q[0] // math.prod(peer.shape.grid)
-    loop = sass.hot_loops(peer.cubin)[0]
-    warps = peer.shape.threads // WARP
-    tile_n = loop.flops * warps // (2 * tile_m * sum(case.dims))
-    if not tile_n:
-        raise flash_attn_4.Missing("its tile cannot be told from its machine code")
-    driver = Driver(emulator.Program(peer.kernel.ptx), EMULATED[arch].shared_memory)
+    peer = flash_attn_4.compiled(case.peer(), target)
+    rows, tile_n = peer.kernel.tile
+    driver = Driver(emulator.Program(peer.kernel.ptx), flash_attn_4.LARGEST_SHARED_MEMORY)
 
-    def totals(tiles: int) -> Totals:
-        shape = replace(peer.kernel.case, seqlens_q=(tile_m,), seqlens_k=(tiles * tile_n,))
+    def watched(tiles: int) -> Watch:
+        shape = replace(peer.kernel.case, seqlens_q=(rows,), seqlens_k=(tiles * tile_n,))
         watch = Watch()
-        options = emulator.Options(observers=(watch,))
+        # It reads rows of Q's tile that it never filled, and drops the results.
+        options = emulator.Options(observers=(watch,), uninitialized="poison")
         flash_attn_4.call(peer.kernel, driver, driver.symbols, flash_attn_4.tensors(shape), options)
-        return watch.totals()
+        return watch
 
-    name = f"{flash_attn_4.NAME} {flash_attn_4.version()}"
-    steady = totals(2 * TILES).per_tile(totals(TILES), TILES)
-    return tile(name, (tile_m, tile_n), steady, sass.hot_loops(peer.cubin))
+    few, many = watched(TILES), watched(2 * TILES)
+    steady = many.totals().per_tile(few.totals(), TILES)
+    return tile(peer_name(), (rows // few.ctas, tile_n), case, steady, loops_of(peer.cubin))
 
 
-def tile(kernel: str, shape: tuple[int, int], steady: Totals, loops: tuple[sass.Loop, ...]) -> Tile:
-    """Emulator and machine code put together: the hot loop is scaled by its matrix FLOP to one KV tile.
+def peer_name() -> str:
+    """The peer and its version. Raises flash_attn_4.Missing."""
+    return f"{flash_attn_4.NAME} {flash_attn_4.version()}"
+
+
+def loops_of(cubin: bytes) -> tuple[sass.Loop, ...]:
+    """The hot loops of a kernel."""
+    return sass.hot_loops(sass.disassembly(cubin))
+
+
+def tile(
+    kernel: str, shape: tuple[int, int], case: Case, steady: Totals, loops: tuple[sass.Loop, ...]
+) -> Tile:
+    """Emulator and machine code put together: each hot loop counts as often as one KV tile takes.
 
     Raises ValueError where the two disagree on the exponentials per matrix FLOP: the loop is not the steady
     one.
     """
-    count, kinds = next((n, c) for n, c in steady.roles.values() if c["matrix"])
-    loop = loops[0]
-    scale = kinds["flops"] / loop.flops
-    exponentials = loop.counts["mufu"] * scale
+    kinds = sum((counts for _, counts in steady.roles.values()), Counter())
+    times = [_times(loop, kinds) for loop in loops]
+    exponentials = sum(loop.counts["mufu"] * n for loop, n in zip(loops, times, strict=True))
     if not math.isclose(exponentials, kinds["mufu"], rel_tol=0.02):
         raise ValueError(
-            f"{kernel}: the hot loop has {exponentials:.0f} exponentials per KV tile of {count} warps, "
-            f"the emulator counts {kinds['mufu']:.0f}"
+            f"{kernel}: the hot loops have {exponentials:.0f} exponentials per KV tile, the emulator counts "
+            f"{kinds['mufu']:.0f}"
         )
-    names = [opcode.partition(".")[0] for opcode in loop.opcodes]
-    lanes = WARP * scale
-    return Tile(
-        kernel,
-        *shape,
-        steady,
-        fma=lanes * sum(FMA.get(name, 0) for name in names),
-        alu=lanes * sum(name in ALU for name in names),
-        issue=scale * loop.size,
-        local=lanes * sum(map(sass.local_bytes, loop.opcodes)),
-    )
+    slots: Counter = Counter()
+    for loop, n in zip(loops, times, strict=True):
+        names = [opcode.partition(".")[0] for opcode in loop.opcodes]
+        slots["fma"] += WARP * n * sum(FMA.get(name, 0) for name in names)
+        slots["alu"] += WARP * n * sum(name in ALU for name in names)
+        slots["local"] += WARP * n * sum(map(sass.local_bytes, loop.opcodes))
+        slots["issue"] += n * loop.size
+    flops = 2 * math.prod(shape) * sum(case.dims)
+    return Tile(kernel, *shape, steady, flops, slots["fma"], slots["alu"], slots["issue"], slots["local"])
 
 
-def measured(case: Case, gpu: str) -> dict[str, tuple[str, float]]:
-    """Peer -> (row, TFLOP/s) of the newest report from such a GPU, at the longest sequence it has."""
-    reports = []
-    for path in RESULTS.glob("*.json"):
-        data = record.read(path)
-        if not data["dry_run"] and gpu in data["machine"]:
-            reports.append((data["started"], data))
-    if not reports:
-        return {}
-    found: dict[str, tuple[str, float]] = {}
-    rows = max(reports, key=lambda report: report[0])[1]["stages"].get("speed", {}).get("rows", [])
-    rows = [row for row in rows if row.get("kind") == "row" and row["state"] == "ok"]
-    for row in sorted(rows, key=lambda row: row["shape"]["seqlen"]):
-        shape = row["shape"]
-        if (shape["head_dim"], shape["head_dim_v"], shape["causal"]) == (*case.dims, case.causal):
-            timed = {name: peer for name, peer in row["peers"].items() if "tflops" in peer}
-            found |= {name: (row["key"], peer["tflops"]) for name, peer in timed.items()}
-    return found
+def _times(loop: sass.Loop, kinds: Counter) -> float:
+    """Warps that pass through a loop per KV tile, each time counted: by what of it the emulator counts too."""
+    if loop.flops:
+        return kinds["flops"] / loop.flops
+    kind = "mufu" if loop.counts["mufu"] else "matrix"
+    return kinds[kind] / loop.counts["mma" if kind == "matrix" else kind]
 
 
-def describe(tile: Tile) -> Iterator[str]:
-    """The counts of one tile."""
-    totals, loss = tile.totals, tile.totals.wavefronts / tile.totals.ideal
-    yield f"  {tile.kernel}, {tile.tile_m} rows x {tile.tile_n} keys, per KV tile and CTA:"
-    for role, (warps, counts) in totals.roles.items():
-        parts = [f"{counts['flops'] / 1e6:.3f} MFLOP"]
-        parts += [f"{name} {counts[name]:.0f}" for name in KINDS if name not in ("matrix", "other")]
-        yield f"    {role} ({warps}), PTX warp instructions: {', '.join(parts)}, other {counts['other']:.0f}"
-    unseen = "" if tile.uses_mma_sync else " (what the tensor cores read there themselves is not counted)"
-    yield (
-        f"    shared memory: {totals.shared_bytes / 1024:.1f} KiB in {totals.wavefronts:.0f} wavefronts, "
-        f"{loss:.2f} x the least{unseen}; barrier round trips "
-        f"{tile.kinds['barrier'] / len(totals.opcodes):.1f} per warp"
-    )
-    lanes = f"{tile.fma:.0f} FMA lanes, {tile.alu:.0f} ALU lanes"
-    spills = f"{tile.local / 1024:.1f} KiB of spills"
-    yield f"    machine code: {tile.issue:.0f} issue slots, {lanes}, {spills}"
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one target. roles: warps that do the same work -> instructions and matrix FLOP by kind.
 
-
-def verdict(tile: Tile, name: str, seen: dict[str, tuple[str, float]]) -> str:
-    """One GPU's line."""
-    gpu = GPUS[name]
-    key = flash_attn_4.NAME if tile.kernel.startswith(flash_attn_4.NAME) else "cute_flash"
-    cycles = tile.cycles(gpu)
-    binds, ceiling, in_turn = tile.ceilings(gpu)
-    clocks = " ".join(f"{unit} {count:6.0f}" for unit, count in cycles.items())
-    beside = f"; measured {seen[key][1]:.0f} ({seen[key][0]})" if key in seen else ""
-    share = 100 * ceiling * 1e12 / gpu.peak
-    return (
-        f"    {name:6} clocks: {clocks}; {binds} binds: ceiling {ceiling:5.0f} TFLOP/s "
-        f"({share:.0f} % of peak), in turn {in_turn:5.0f}{beside}"
-    )
-
-
-def lines(case: Case, arch: str, gpus: list[str], make: Callable[[Case, str], Tile]) -> Iterator[str]:
-    """What is printed of one kernel: its counts, and a line per GPU.
-
-    Raises NotImplementedError, flash_attn_4.Missing or an EmulatorError where it cannot be had.
+    wavefronts: 128-byte accesses of shared memory per KV tile; ideal: had there been no bank conflicts.
     """
-    found = make(case, arch)
-    yield from describe(found)
-    for gpu in gpus:
-        yield verdict(found, gpu, measured(case, gpu))
+
+    case: str
+    target: str
+    kernel: str
+    config: str
+    tile: tuple[int, int]
+    cost: Cost
+    roles: dict[str, dict[str, float]]
+    wavefronts: float
+    ideal: float
+    barriers: float
+    local: float
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Row:
+        """From what JSON makes of it."""
+        return cls(**row | {"tile": tuple(row["tile"]), "cost": Cost(**row["cost"])})
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """A kernel that could not be counted, and why."""
+
+    case: str
+    target: str
+    kernel: str
+    reason: str
+
+
+def row(what: NotYet, config: str, found: Tile) -> Row:
+    """What is kept of a tile."""
+    totals = found.totals
+    roles = {
+        role: {"warps": warps} | {name: round(counts[name], 2) for name in ("flops", *KINDS) if counts[name]}
+        for role, (warps, counts) in totals.roles.items()
+    }
+    cost = Cost(**{k: v if isinstance(v, bool) else round(v, 2) for k, v in asdict(found.cost).items()})
+    return Row(
+        what.case, what.target, found.kernel, config, (found.tile_m, found.tile_n), cost, roles,
+        wavefronts=round(totals.wavefronts, 2),
+        ideal=round(totals.ideal, 2),
+        barriers=round(found.kinds["barrier"] / len(totals.opcodes), 2),
+        local=round(found.local, 2),
+    )
+
+
+def survey(cases: Iterable[str], gpus: Iterable[str], peer: bool) -> Iterator[Row | NotYet]:
+    """Every kernel of ours and the peer's, for each case and each target of these GPUs."""
+    for target, gpu in {GPUS[name].device.target: GPUS[name] for name in gpus}.items():
+        for case in (CASES[name] for name in cases):
+            for answer in case.answers(gpu.device):
+                name = answer.kernel.name if answer else "cute_flash"
+                config = in_words(answer.config) if answer else ""
+                make = functools.partial(ours, case, answer, gpu.arch)
+                yield counted(NotYet(case.name, target, name, ""), config, make)
+            if peer:
+                make = functools.partial(peers, case, target)
+                yield counted(NotYet(case.name, target, flash_attn_4.NAME, ""), "", make)
+
+
+def counted(what: NotYet, config: str, make: Callable[[], Tile]) -> Row | NotYet:
+    """The row of a kernel; or `what`, with the reason why it cannot be counted."""
+    try:
+        return row(what, config, make())
+    except (emulator.UnmodelledInstruction, emulator.ParseError, ObjectFileError) as error:
+        return replace(what, reason=f"not yet: the emulator cannot run it ({str(error).splitlines()[0]})")
+    except emulator.EmulatorError as error:
+        return replace(what, reason=f"stopped by the emulator: {str(error).splitlines()[0]}")
+    except flash_attn_4.Missing as error:
+        return replace(what, reason=f"missing, {error}")
+    except NotImplementedError as error:
+        return replace(what, reason=" ".join(str(error).split()))
 
 
 def main(arguments: list[str]) -> int:
     """Print counts and bounds; 1 where a kernel of ours could not be run on the emulator."""
+    from . import cycles_table as table
+
     parser = argparse.ArgumentParser(
         prog="python -m profiling cycles", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [case.name for case in CASES.values() if not case.everything]
-    parser.add_argument("--case", nargs="+", choices=names, default=["d64", "d128", "d256"], metavar="CASE")
+    names = [case.name for case in CASES.values() if case.rules != "everything"]
+    parser.add_argument("--case", nargs="+", choices=names, default=list(DEFAULT), metavar="CASE")
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), metavar="GPU")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    parser.add_argument("--write", action="store_true", help="put the rows into profiling/results/cycles.json")
     chosen = parser.parse_args(arguments)
     try:
         sass.tools()
     except FileNotFoundError as error:
         parser.error(str(error))
     print("Bounds, not timings: see --help. Inputs are random normal; bf16.")
-    arches: dict[str, list[str]] = {}
-    for gpu in chosen.gpu:
-        arches.setdefault("sm{}{}".format(*GPUS[gpu].capability), []).append(gpu)
-    makers = {"cute_flash": ours} if chosen.no_peer else {"cute_flash": ours, flash_attn_4.NAME: peers}
-    failed = False
-    for name, arch, who in itertools.product(chosen.case, arches, makers):
-        print(f"{name} on {arch}, {who}:", flush=True)
-        try:
-            print("\n".join(lines(CASES[name], arch, arches[arch], makers[who])), flush=True)
-        except (NotImplementedError, flash_attn_4.Missing, emulator.EmulatorError) as error:
-            failed |= who == "cute_flash"
-            print(f"  missing, {str(error).splitlines()[0]}")
-    return 1 if failed else 0
+    rows: list[Row | NotYet] = []
+    for found in survey(chosen.case, chosen.gpu, not chosen.no_peer):
+        rows.append(found)
+        print("\n".join(table.lines(found, chosen.gpu)), flush=True)
+    if chosen.write:
+        table.write(rows)
+    return 1 if any(isinstance(r, NotYet) and not r.kernel.startswith(flash_attn_4.NAME) for r in rows) else 0

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import json
-import os
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ import torch
 import tvm_ffi
 
 from cute_flash import cache, objectfile
+from cute_flash.dispatch import EMULATED
 from cute_flash.emulator.launch import Driver, View
 from tests.peers import flash_attn_4
 from tests.peers.flash_attn_4 import Case, Kernel
@@ -37,9 +37,8 @@ from tests.peers.flash_attn_4 import Case, Kernel
 from . import sass
 
 NAME = "flash-attn-4"
-_SMS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_100a": 148, "sm_120a": 170}
-_L2_BYTES = 50 << 20
-_SHARED_MEMORY = 232448  # more than any target's kernels ask for: launches are described, not executed
+_SHARED_MEMORY = {device.target: device.shared_memory for device in EMULATED.values()}
+LARGEST_SHARED_MEMORY = max(_SHARED_MEMORY.values())
 
 
 class Missing(Exception):
@@ -82,33 +81,45 @@ def version() -> str:
 @functools.cache
 def compiled(case: Case, target: str) -> Peer:
     """The kernel that its interface chooses for `case` on `target`. Raises Missing where it has none."""
-    kept = cache.cache_directory() or Path(tempfile.gettempdir())
-    directory = kept / f"flash_attn_4-{version()}" / target
+    prepare([case], target)
+    stem = _directory(target) / _kept(case).name
+    if (refusal := stem.with_suffix(".refused")).exists():
+        raise Missing(f"does not compile for {target}: {refusal.read_text()}")
+    kernel = Kernel.load(case, stem)
+    shape = launch_shape(kernel)
+    if shape.shared_memory > (has := _SHARED_MEMORY.get(target, LARGEST_SHARED_MEMORY)):
+        raise Missing(f"asks for {shape.shared_memory} bytes of shared memory, {target} has {has}")
+    return Peer(kernel, sass.embedded_cubin(kernel.object_file.read_bytes()), shape)
+
+
+def prepare(cases: Iterable[Case], target: str) -> None:
+    """Compile what is not there yet, all in one process. Raises Missing where that process dies."""
+    directory = _directory(target)
     directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / f"{case.name}.json").exists():
-        _compile(case, target, directory)
-    stem = directory / case.name
-    arguments = json.loads(stem.with_suffix(".json").read_text())
-    kernel = Kernel(case, stem.with_suffix(".ptx").read_text(), stem.with_suffix(".o"), arguments)
-    return Peer(kernel, sass.embedded_cubin(kernel.object_file.read_bytes()), launch_shape(kernel))
-
-
-def _compile(case: Case, target: str, directory: Path) -> None:
-    environment = os.environ | {
-        "CUTE_DSL_ARCH": target,
-        "CUTE_DSL_KEEP": "ptx",
-        "CUTE_DSL_DUMP_DIR": str(directory),
-        "FLASH_ATTENTION_ARCH": target,
-        "FLASH_ATTENTION_NUM_SMS": str(_SMS[target]),
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
-    }
+    found = {path.stem for pattern in ("*.json", "*.refused") for path in directory.glob(pattern)}
+    todo = [asdict(kept) for kept in map(_kept, cases) if kept.name not in found]
+    if not todo:
+        return
     done = subprocess.run(
-        [sys.executable, "-m", __name__, str(directory), str(_SMS[target])],
-        input=json.dumps([asdict(case)]), env=environment, text=True, capture_output=True,
+        [sys.executable, "-m", __name__, str(directory)], input=json.dumps(todo),
+        env=flash_attn_4.environment(target, directory), text=True, capture_output=True,
     )
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
-        raise Missing(f"does not compile for {target}: {lines[-1] if lines else done.returncode}")
+        raise Missing(f"its compiler died for {target}: {lines[-1] if lines else done.returncode}")
+
+
+def _directory(target: str) -> Path:
+    """Where compiled kernels are kept; named after all that decides what they are, the case apart."""
+    sources = [Path(file).read_text() for file in (__file__, flash_attn_4.__file__)]
+    digest = hashlib.sha256(repr((version(), cache.versions(), sources)).encode()).hexdigest()
+    kept = cache.cache_directory() or Path(tempfile.gettempdir())
+    return kept / f"flash_attn_4-{version()}-{digest[:12]}" / target
+
+
+def _kept(case: Case) -> Case:
+    """The case under the name that its files have."""
+    return replace(case, name=f"{case.name}-{hashlib.sha256(repr(case).encode()).hexdigest()[:8]}")
 
 
 def launch_shape(kernel: Kernel) -> Shape:
@@ -124,8 +135,10 @@ def launch_shape(kernel: Kernel) -> Shape:
 
     entries = set(re.findall(r"\.entry\s+([\w$]+)", kernel.ptx))
     program = SimpleNamespace(entries=entries, code=lambda name: SimpleNamespace(shared_static=0))
-    driver = Driver(program, _SHARED_MEMORY)
-    symbols = {**driver.symbols, "_cudaLaunchKernelEx": objectfile.address_of(record)}
+    driver = Driver(program, LARGEST_SHARED_MEMORY)
+    silent = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(lambda text: 0)
+    own = {"_cudaLaunchKernelEx": record, "printf": silent}
+    symbols = driver.symbols | {name: objectfile.address_of(function) for name, function in own.items()}
     call(kernel, driver, symbols, tensors(kernel.case), SimpleNamespace())
     if len(shapes) != 1:
         raise Missing(f"one launch expected, found {len(shapes)}")
@@ -157,25 +170,20 @@ def call(
     """
     function = objectfile.load(kernel.object_file.read_bytes(), "func", symbols)
     views = {name: View(tensor, name) for name, tensor in operands.items()}
-
-    def argument(described: Any) -> Any:
-        if isinstance(described, list):
-            return tuple(map(argument, described))
-        return tvm_ffi.from_dlpack(views[described["tensor"]]) if isinstance(described, dict) else described
-
-    return driver.call(function, views.values(), tuple(map(argument, kernel.arguments)), options)
+    passed = {name: tvm_ffi.from_dlpack(view) for name, view in views.items()}
+    arguments = flash_attn_4.resolved(kernel.arguments, passed, operands["q"].shape[1])
+    return driver.call(function, views.values(), arguments, options)
 
 
 def _record() -> None:
-    """Body of the fresh process: `DIRECTORY SMS` on the command line, cases on standard input."""
-    from cutlass.utils import HardwareInfo
-
-    sms = int(sys.argv.pop())
-    HardwareInfo.__init__ = lambda self, *args, **kwargs: None  # it would load the driver
-    HardwareInfo.get_max_active_clusters = lambda self, size, *args, **kwargs: sms // size
-    HardwareInfo.get_device_multiprocessor_count = lambda self: sms
-    HardwareInfo.get_l2_cache_size_in_bytes = lambda self: _L2_BYTES
-    runpy.run_path(flash_attn_4.__file__, run_name="__main__")
+    """Body of the fresh process: `DIRECTORY` on the command line, cases on standard input."""
+    directory = Path(sys.argv[1])
+    for case in map(Case.read, json.load(sys.stdin)):
+        try:
+            flash_attn_4.record([case], directory)
+        except Exception as error:
+            words = " ".join(str(error).split()) or type(error).__name__
+            (directory / f"{case.name}.refused").write_text(words[:300])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How things are timed and checked: rows of the field's sweep, interleaved timing, a sampled oracle.
 
-    FLOPs of a row   2 S² (D + Dv) H B, half of it when causal: the field's rule (Dao 2023, section 4.1)
+    FLOPs of a row   2 S² (D + Dv) H B, half of it when causal, 2.5 times that for the backward pass: the
+                     field's rule (Dao 2023, section 4.1)
     inputs           random normal, several sets of them, used in turn, so that no call finds its own in L2
     time             CUDA events around each call; a spin kernel before a round keeps the GPU busy while the
                      host enqueues it, so that launch gaps are not counted
@@ -27,13 +28,17 @@ DIMS = ((128, 128), (64, 64), (256, 256), (192, 128))
 # Not in order of size: a run that is cut short has the long ones, the short ones and the middle.
 SEQLENS = (8192, 1024, 16384, 4096, 512, 2048, 32768)
 SAMPLED_ROWS = 48
+GRADIENT_ROWS = 1024  # of a head, at a time
 SPIN_CLOCK_HZ = 2e9
 LONGEST_SPIN = 0.02  # seconds
 
 
 @dataclass(frozen=True)
 class Row:
-    """One shape: batch × seqlen tokens, as many keys as queries and KV heads as query heads; bfloat16."""
+    """One shape: batch × seqlen tokens, as many keys as queries and KV heads as query heads; bfloat16.
+
+    backward: the backward pass alone, not the forward pass.
+    """
 
     head_dim: int
     head_dim_v: int
@@ -41,17 +46,20 @@ class Row:
     seqlen: int
     batch: int
     heads: int
+    backward: bool = False
 
     @property
     def key(self) -> str:
         dims = "-".join(str(dim) for dim in dict.fromkeys((self.head_dim, self.head_dim_v)))
-        return f"d{dims}-{'causal' if self.causal else 'full'}-s{self.seqlen}"
+        kind = f"{'causal' if self.causal else 'full'}{'-backward' if self.backward else ''}"
+        return f"d{dims}-{kind}-s{self.seqlen}"
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the forward pass, by the field's rule."""
+        """Floating-point operations, by the field's rule."""
         all_pairs = 2 * self.seqlen**2 * (self.head_dim + self.head_dim_v) * self.heads * self.batch
-        return all_pairs // 2 if self.causal else all_pairs
+        forward = all_pairs // 2 if self.causal else all_pairs
+        return forward * 5 // 2 if self.backward else forward
 
     def tensors(self, device: str, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Random normal q, k, v: (batch, seqlen, heads, dim), bfloat16."""
@@ -188,6 +196,58 @@ def host_seconds(function: Callable[[int], Any], machine: str, calls: int) -> fl
         found.append((time.perf_counter() - before) / calls)
     synchronize(machine)
     return statistics.median(found)
+
+
+def output_gradient(v: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What flows into the backward pass: random normal, always the same for a shape."""
+    generator = torch.Generator(q.device).manual_seed(2)
+    shape = (*q.shape[:-1], v.shape[-1])
+    return torch.randn(shape, generator=generator, device=q.device, dtype=q.dtype)
+
+
+class GradientOracle:
+    """Gradients of the first and the last head in float64, and how far from them a right answer may be."""
+
+    def __init__(self, inputs: tuple[torch.Tensor, ...], causal: bool) -> None:
+        q, k, v = self._inputs = inputs
+        self._dout, self._causal = output_gradient(v, q), causal
+        self._heads = [(0, 0), (q.shape[0] - 1, q.shape[2] - 1)]
+        self._exact, self._peer = (
+            [_gradients([x[b, :, h] for x in (q, k, v, self._dout)], causal, compute) for b, h in self._heads]
+            for compute in (torch.float64, q.dtype)
+        )
+
+    def check(self, found: tuple[torch.Tensor, ...]) -> float:
+        """Hold (dq, dk, dv) to the accuracy rule; returns the largest error. AssertionError says how far off."""
+        largest = 0.0
+        for i, (name, gradient, given) in enumerate(zip(("dq", "dk", "dv"), found, self._inputs, strict=True)):
+            assert gradient.shape == given.shape, f"{name} has shape {tuple(gradient.shape)}"
+            assert gradient.isfinite().all(), f"{name} is not finite everywhere"
+            for (b, h), exact, peer in zip(self._heads, self._exact, self._peer, strict=True):
+                slack = torch.finfo(given.dtype).eps / 2 * exact[i].abs().max().item()
+                hold(name, gradient[b, :, h], exact[i], peer[i], slack)
+                largest = max(largest, largest_error(gradient[b, :, h], exact[i]))
+        return largest
+
+
+def _gradients(tensors: list[torch.Tensor], causal: bool, compute: torch.dtype) -> list[torch.Tensor]:
+    """dq, dk, dv of one head, given q, k, v, dout (rows, dim); products in `compute`, sums of blocks wider."""
+    q, k, v, dout = (x.to(compute) for x in tensors)
+    wide = torch.promote_types(compute, torch.float32)
+    scale, rows, keys = q.shape[-1] ** -0.5, q.shape[0], torch.arange(k.shape[0], device=q.device)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (q, k, v))
+    for first in range(0, rows, GRADIENT_ROWS):
+        block = slice(first, min(first + GRADIENT_ROWS, rows))
+        s = (q[block] @ k.T) * scale
+        if causal:
+            last = torch.arange(block.start, block.stop, device=q.device) + k.shape[0] - rows
+            s = s.masked_fill(keys[None, :] > last[:, None], float("-inf"))
+        p, dp = s.softmax(-1), dout[block] @ v.T
+        ds = (p * (dp - (p * dp).sum(-1, keepdim=True))) * scale
+        dq[block] = (ds @ k).to(wide)
+        dk += (ds.T @ q[block]).to(wide)
+        dv += (p.T @ dout[block]).to(wide)
+    return [x.to(compute) for x in (dq, dk, dv)]
 
 
 class Oracle:

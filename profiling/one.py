@@ -23,14 +23,18 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--row", metavar="KEY")
     parser.add_argument("--machine", default=measure.CUDA, help="cuda, or an architecture to emulate")
     parser.add_argument("--races", action="store_true", help="on the emulator: look for data races")
+    parser.add_argument("--kernel", metavar="NAME", help="this one, such as sm80.forward, not the first choice")
     parser.add_argument("--json", action="store_true", help="print the seconds of a first and a second call")
     chosen = parser.parse_args(arguments)
     import torch
 
+    from cute_flash.dispatch import only
+
     torch.set_grad_enabled(False)
     options = {"races": True} if chosen.races and chosen.machine != measure.CUDA else {}
     try:
-        seconds = (_case if chosen.case else _row)(chosen.case or chosen.row, chosen.machine, options)
+        with only(chosen.kernel):
+            seconds = (_case if chosen.case else _row)(chosen.case or chosen.row, chosen.machine, options)
     except KeyError as error:
         print(error.args[0], file=sys.stderr)
         return 2

@@ -5,6 +5,8 @@ That machine: Linux on x86-64, Python 3.12, torch 2.11 for CUDA 13, no network, 
     run.sh          unpacks the rest and runs `python3 -m profiling report`; its arguments go there
     base.tar.xz     this project, its compiled kernels, flash-attn-4's compiled kernels
     *.whl           apache-tvm-ffi, numpy, FlashAttention-3
+    *.zip           with --backward: FlashAttention-3 from xformers, which has the backward pass, and the
+                    runtime of CUDA 12, which it is linked to
     MANIFEST.json   what is in it, from which versions, and what had to be left out
 
 Build it with Python 3.12: kernels of rules that are not part of the package, as some cases have, are named
@@ -14,6 +16,7 @@ after the bytecode of these rules, and another Python would look for them under 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -41,10 +45,15 @@ LARGEST_FILE = 60 << 20
 PART = 50 << 20
 PYTHON = "3.12"
 WHEELS = ("apache-tvm-ffi", "numpy", "fa3-fwd==0.0.3")
-NEVER = {
-    "xformers": "its wheel is 106 MiB; of its FlashAttention-3, fa3-fwd has the forward pass",
-    "nvidia-cutlass-dsl": "kernels are carried compiled",
+# Wheel -> its members that are carried -> where they lie there.
+BACKWARD = {
+    "xformers==0.0.34": {"xformers/flash_attn_3/_C.so": "xformers/flash_attn_3/_C.so"},
+    "nvidia-cuda-runtime-cu12": {
+        "nvidia/cuda_runtime/lib/libcudart.so.12": "cuda12/libcudart.so.12",
+    },
 }
+NEVER = {"nvidia-cutlass-dsl": "kernels are carried compiled"}
+WITHOUT_BACKWARD = {"FlashAttention-3's backward pass": "some 100 MiB more: --backward"}
 PLATFORMS = tuple(f"manylinux_2_{n}_x86_64" for n in (28, 27, 24, 17)) + ("manylinux2014_x86_64",)
 # Folder here -> folder there; `arch` is a part of the package when it is installed.
 SOURCES = {"cute_flash": "cute_flash", "arch": "cute_flash/arch", "profiling": "profiling", "tests": "tests"}
@@ -65,7 +74,7 @@ if [ ! -e "$work/unpacked" ]; then
     for archive in "$here"/base.tar.xz "$work"/base.tar.xz; do
         [ -e "$archive" ] && "$python" -m tarfile -e "$archive" "$work"
     done
-    for wheel in "$here"/*.whl "$work"/*.whl; do
+    for wheel in "$here"/*.whl "$here"/*.zip "$work"/*.whl "$work"/*.zip; do
         case "$wheel" in */numpy-*) "$python" -c 'import numpy' 2> /dev/null && continue ;; esac
         [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$work/site"
     done
@@ -78,13 +87,14 @@ exec "$python" -m profiling report --out "${OUT:-$here/results}" "$@"
 
 
 def main(arguments: list[str]) -> int:
-    """Build the directory; 0 where nothing but what is named in NEVER was left out, else 1."""
+    """Build the directory; 0 where nothing was left out but what is never carried or was not asked for."""
     parser = argparse.ArgumentParser(prog="python -m profiling pack", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="made if missing; must be empty")
     add("--arch", default="sm90", help="the architecture of the GPU there; default: %(default)s")
     add("--wheels", type=Path, metavar="DIR", help="take wheels from here, not from the network")
+    add("--backward", action="store_true", help="also FlashAttention-3 with its backward pass")
     add("--quick", action="store_true", help="only the kernels that a dry run needs")
     add("--jobs", type=int, default=os.cpu_count(), help="compiling processes; default: all cores")
     chosen = parser.parse_args(arguments)
@@ -102,7 +112,7 @@ def main(arguments: list[str]) -> int:
         print(f"left out: {name}: {reason}")
     for path in sorted(chosen.directory.iterdir()):
         print(f"{path.stat().st_size / 2**20:8.2f} MiB  {path.name}")
-    return 1 if set(left_out) - set(NEVER) else 0
+    return 1 if set(left_out) - {*NEVER, *WITHOUT_BACKWARD} else 0
 
 
 def build(chosen: argparse.Namespace) -> dict[str, str]:
@@ -115,6 +125,7 @@ def build(chosen: argparse.Namespace) -> dict[str, str]:
             f"this is Python {platform.python_version()}, they must be compiled with {PYTHON}"
         )
     left_out |= wheels(chosen.directory, chosen.wheels)
+    left_out |= backward(chosen.directory, chosen.wheels) if chosen.backward else WITHOUT_BACKWARD
     with tempfile.TemporaryDirectory() as scratch:
         stage = Path(scratch)
         left_out |= kernels(stage / "kernels", chosen.arch, chosen.quick, chosen.jobs)
@@ -139,23 +150,46 @@ def build(chosen: argparse.Namespace) -> dict[str, str]:
 
 def wheels(directory: Path, source: Path | None) -> dict[str, str]:
     """Copy or download the wheels; returns what could not be had."""
-    left_out = {}
+    found = {name: download(name, directory, source) for name in WHEELS}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def backward(directory: Path, source: Path | None) -> dict[str, str]:
+    """Put the members of BACKWARD into a zip; returns what could not be had."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in BACKWARD:
+            if reason := download(name, Path(scratch), source):
+                return {name: reason}
+        with zipfile.ZipFile(directory / "backward.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=6) as target:
+            for name, members in BACKWARD.items():
+                stem = name.partition("=")[0].replace("-", "_")
+                (wheel,) = Path(scratch).glob(f"{stem}-*.whl")
+                with zipfile.ZipFile(wheel) as given:
+                    for here, there in members.items():
+                        target.writestr(there, given.read(here))
+    return {}
+
+
+def download(name: str, directory: Path, source: Path | None) -> str:
+    """Download a wheel, or copy it from `source`; returns why it could not be had, or ""."""
     fixed = ["--no-deps", "--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
     fixed += [word for name in PLATFORMS for word in ("--platform", name)]
     fixed += ["--no-index", "--find-links", str(source)] if source else []
-    for name in WHEELS:
-        print(f"wheel {name}", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", *fixed, "-d", str(directory), name]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        if answer.returncode:
-            errors = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")]
-            left_out[name] = (errors or ["pip failed without a word"])[-1]
-    return left_out
+    print(f"wheel {name}", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "-q", *fixed, "-d", str(directory), name]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if not answer.returncode:
+        return ""
+    errors = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")]
+    return (errors or ["pip failed without a word"])[-1]
 
 
 def kernels(directory: Path, arch: str, quick: bool, processes: int) -> dict[str, str]:
     """Compile what the report's calls need into a bundle; returns the calls whose kernels failed."""
+    from cute_flash.dispatch import EMULATED
     from tests.cases import CASES
+
+    from .report import kernels_of
 
     directory.mkdir(parents=True)
     names: list[Any] = list(correctness.DRY_CASES if quick else CASES)
@@ -164,40 +198,53 @@ def kernels(directory: Path, arch: str, quick: bool, processes: int) -> dict[str
     rows = [*measure.sweep(dry_run=True), measure.Row(128, 128, True, 64, 1, 1), *correctness.DRY_LARGE]
     rows += [] if quick else [*measure.sweep(), *correctness.LARGE]
     shapes = {(row.head_dim, row.head_dim_v, row.causal): row for row in rows}
-    todo = [*names, *(measure.Row(*shape, 16, 1, 1) for shape in shapes)]
+    calls = [*names, *(measure.Row(*shape, 16, 1, 1) for shape in shapes)]
+    # First choices first; then the same calls for every other kernel that the report will measure.
+    _, *others = kernels_of(EMULATED[arch])
+    todo = [(what, kernel) for kernel in (None, *others) for what in calls]
     work = functools.partial(_compile_for, arch=arch, directory=str(directory))
     failed = {}
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        for number, (what, error) in enumerate(zip(todo, pool.map(work, todo), strict=True), start=1):
-            label = what if isinstance(what, str) else what.key
+        results = pool.map(work, *zip(*todo, strict=True))
+        for number, ((what, kernel), error) in enumerate(zip(todo, results, strict=True), start=1):
+            label = (what if isinstance(what, str) else what.key) + (f" ({kernel})" if kernel else "")
             print(f"kernels [{number}/{len(todo)}] {label}{': ' + error if error else ''}", flush=True)
             if error:
                 failed[f"the kernel of {label}"] = error
     return failed
 
 
-def _compile_for(what: Any, arch: str, directory: str) -> str:
-    """Compile the kernels of a case, by name, or of a row's shape; returns why not, or ""."""
+def _compile_for(what: Any, kernel: str | None, arch: str, directory: str) -> str:
+    """Compile the kernels of a case, by name, or of a row's shape; returns why not, or "".
+
+    kernel: this one instead of the first choice, where it serves the call.
+    """
     import torch
 
     from cute_flash import cache, executable
 
     torch.set_grad_enabled(False)
     try:
-        for asked in asked_for(what, arch):
+        for asked in asked_for(what, arch, kernel):
             path = Path(directory) / (executable.key_of(*asked) + cache.SUFFIX)
             if not path.exists():
                 cache.write(path, executable.artifact(*asked))
+    except NotImplementedError as error:
+        return "" if kernel else f"{error}"
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
 
 
-def asked_for(what: Any, arch: str) -> list[tuple]:
-    """(kernel, problem, config, device) of every kernel that a case or row launches; nothing is launched."""
+def asked_for(what: Any, arch: str, kernel: str | None = None) -> list[tuple]:
+    """(kernel, problem, config, device) of every kernel that a case or row launches; nothing is launched.
+
+    kernel: the only one that may serve, None for any.
+    """
     import torch
 
     from cute_flash import emulated, flash_attn_func
+    from cute_flash.dispatch import only
     from tests.cases import CASES
     from tests.harness import Call
 
@@ -207,7 +254,7 @@ def asked_for(what: Any, arch: str) -> list[tuple]:
         found.append((kernel, problem, config, device))
         return lambda *operands: None
 
-    with mock.patch("cute_flash.ops.executable", record):
+    with mock.patch("cute_flash.ops.executable", record), only(kernel):
         if isinstance(what, str):
             Call.make(CASES[what]).run(arch)
         else:
@@ -234,22 +281,27 @@ def flash_attn_4(directory: Path, arch: str, quick: bool) -> dict[str, str]:
     for row in measure.sweep(dry_run=quick):
         groups.setdefault((row.head_dim, row.head_dim_v, row.causal), []).append(row)
 
+    def asked(row: measure.Row) -> Case:
+        lengths, heads = (row.seqlen,), row.heads
+        dim_v = None if row.head_dim_v == row.head_dim else row.head_dim_v
+        return Case(f"pack-{row.key}", lengths, lengths, heads, heads, row.head_dim, row.causal, dim_v=dim_v)
+
     def compiled(row: measure.Row) -> dict[str, Any]:
         print(f"flash-attn-4 {row.key}", flush=True)
-        lengths, heads = (row.seqlen,), row.heads
-        case = Case(f"pack-{row.key}", lengths, lengths, heads, heads, row.head_dim, row.causal)
-        kernel = peer.compiled(case, target).kernel
+        kernel = peer.compiled(asked(row), target).kernel
         name = hashlib.sha256(kernel.ptx.encode()).hexdigest()[:16] + ".o"
         if not (directory / name).exists():
             (directory / name).write_bytes(kernel.object_file.read_bytes())
         return {"object": name, "arguments": kernel.arguments}
 
-    for (dim, dim_v, _), rows in groups.items():
+    ends_of = {
+        key: [end(rows, key=lambda row: row.seqlen) for end in (min, max)] for key, rows in groups.items()
+    }
+    with contextlib.suppress(peer.Missing):  # which says so again below
+        peer.prepare([asked(row) for ends in ends_of.values() for row in dict.fromkeys(ends)], target)
+    for key, rows in groups.items():
         try:
-            if dim != dim_v:
-                raise peer.Missing("different QK and V head dims are not compiled ahead of time")
-            ordered = sorted(rows, key=lambda row: row.seqlen)
-            ends = [compiled(row) for row in {ordered[0], ordered[-1]}]
+            ends = [compiled(row) for row in dict.fromkeys(ends_of[key])]
             same = all(end == ends[0] for end in ends)
             index["rows"] |= {row.key: ends[0] if same else compiled(row) for row in rows}
         except peer.Missing as reason:

@@ -34,7 +34,7 @@ def draw(data: dict[str, Any], directory: Path) -> list[Path]:
     found = []
     for name, lines in speeds(rows).items():
         path = directory.with_name(f"{directory.name}-{name}.svg")
-        picture = svg(f"forward, {name}, bfloat16", Axis("tokens", True), Axis("TFLOP/s", False), lines)
+        picture = svg(f"{name}, bfloat16", Axis("tokens", True), Axis("TFLOP/s", False), lines)
         write_whole(path, picture)
         found.append(path)
     if lines := memories(rows):

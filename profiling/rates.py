@@ -18,7 +18,10 @@ TK          Spector et al., "GPUs Go Brrr" (2024), and Luo et al., arXiv 2402.13
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from cute_flash.arch.problem import Device
+from cute_flash.dispatch import EMULATED
 
 WARP = 32
 RESERVED_SHARED = 1024  # bytes of shared memory per CTA that the system takes (guide, 8.x "Shared Memory")
@@ -79,11 +82,12 @@ def occupancy(capability: tuple[int, int], threads: int, registers: int, shared_
 class Gpu:
     """One product: numbers per SM and clock, lanes where not said otherwise.
 
-    matrix: FLOP of dense bf16. mma_sync: the part of it that mma.sync reaches. mufu: exponentials.
+    arch: the emulated device that it is closest to. matrix: FLOP of dense bf16. mma_sync: the part of it that mma.sync reaches. mufu: exponentials.
     fma: FP32 add, multiply, fma. alu: FP32 compare, minimum, maximum, select. shared: bytes.
     issue: warp instructions. clock: Hz, at which the products of the row are the data sheet's numbers.
     """
 
+    arch: str
     capability: tuple[int, int]
     sms: int
     clock: float
@@ -97,6 +101,11 @@ class Gpu:
     issue: int = 4
 
     @property
+    def device(self) -> Device:
+        """What kernels are chosen and compiled for."""
+        return replace(EMULATED[self.arch], capability=self.capability)
+
+    @property
     def peak(self) -> float:
         """Dense bf16 FLOP/s."""
         return self.matrix * self.sms * self.clock
@@ -106,9 +115,9 @@ class Gpu:
 # minimum, maximum" 64); conversions have no number of their own in the guide: 64 is the most they can have.
 # mma.sync's part on B200 and GB300 is not published: 1.0 keeps what is computed from it an upper bound.
 GPUS = {
-    "A100": Gpu((8, 0), 108, 1.410e9, 2048, 1.0, 16, 64, "A100, guide, throughput"),
-    "H100": Gpu((9, 0), 132, 1.830e9, 4096, 0.63, 16, 128, "H100, guide, throughput, TK"),
-    "H200": Gpu((9, 0), 132, 1.830e9, 4096, 0.63, 16, 128, "H100, guide, throughput, TK"),
-    "B200": Gpu((10, 0), 148, 1.860e9, 8192, 1.0, 16, 128, "B200, FA4, throughput"),
-    "GB300": Gpu((10, 0), 160, 1.910e9, 8192, 1.0, 32, 128, "GB300, FA4, throughput"),
+    "A100": Gpu("sm80", (8, 0), 108, 1.410e9, 2048, 1.0, 16, 64, "A100, guide, throughput"),
+    "H100": Gpu("sm90", (9, 0), 132, 1.830e9, 4096, 0.63, 16, 128, "H100, guide, throughput, TK"),
+    "H200": Gpu("sm90", (9, 0), 132, 1.830e9, 4096, 0.63, 16, 128, "H100, guide, throughput, TK"),
+    "B200": Gpu("sm100", (10, 0), 148, 1.860e9, 8192, 1.0, 16, 128, "B200, FA4, throughput"),
+    "GB300": Gpu("sm100", (10, 3), 160, 1.910e9, 8192, 1.0, 32, 128, "GB300, FA4, throughput"),
 }

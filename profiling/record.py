@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Record:
@@ -83,6 +84,12 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"{path} is not a report of format {FORMAT}")
     return data
+
+
+def reports(directory: Path = RESULTS) -> list[dict[str, Any]]:
+    """The data of every report of a GPU in a directory, newest first, by the time it started."""
+    found = [read(path) for path in directory.glob("????-??-??-*.json")]
+    return sorted((d for d in found if not d["dry_run"]), key=lambda data: data["started"], reverse=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import re
 import shlex
 import signal
@@ -22,11 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cute_flash import arch as trees
+from cute_flash.arch.problem import Device
+from cute_flash.dispatch import EMULATED
+
 from . import plots, stages, tables
-from .record import Record, write_whole
+from .record import RESULTS, Record, write_whole
 from .worker import Job, Outcome, Settings, Worker
 
-RESULTS = Path(__file__).resolve().parent / "results"
 LONGEST_REPORT = 1500.0
 NO_GPU, BAD_ARGUMENT, INTERRUPTED = 2, 2, 130
 WITHOUT_GPU = """no GPU was found, and this report measures one. Without a GPU there are:
@@ -45,18 +49,21 @@ def main(arguments: list[str]) -> int:
     if unknown or isinstance(wanted, str):
         print(unknown or wanted, file=sys.stderr)
         return BAD_ARGUMENT
-    gpu = None if chosen.dry_run else gpu_name()
-    if gpu is None and not chosen.dry_run:
+    if chosen.dry_run:
+        machine, name, device = chosen.arch, f"emulated {chosen.arch}", EMULATED[chosen.arch]
+    elif (found := gpu()) is not None:
+        machine, (name, device) = "cuda", found
+    else:
         print(WITHOUT_GPU, file=sys.stderr)
         return NO_GPU
-    machine = chosen.arch if chosen.dry_run else "cuda"
-    name = f"emulated {machine}" if chosen.dry_run else gpu
     try:
         record = _record(chosen, name, arguments)
     except (OSError, ValueError) as error:
         print(f"--resume: {error}", file=sys.stderr)
         return BAD_ARGUMENT
-    settings = Settings(machine, chosen.dry_run, str(record.path.parent), tuple(chosen.case))
+    settings = Settings(
+        machine, chosen.dry_run, str(record.path.parent), tuple(chosen.case), kernels_of(device), chosen.backward
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run(record, settings, wanted, chosen.budget_seconds)
 
@@ -108,12 +115,34 @@ def _judge(record: Record, wanted: list[str]) -> int:
     return 1 if bad or left else 0
 
 
-def gpu_name() -> str | None:
-    """The GPU's name, asked in a process of its own so that this one never holds a GPU; None without one."""
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+# What a process of its own prints of the GPU, so that this one never holds it; nothing without one.
+ASK = """
+import json, torch
+if torch.cuda.is_available():
+    p = torch.cuda.get_device_properties(0)
+    print(json.dumps([p.name, p.major, p.minor, p.shared_memory_per_block_optin]))
+"""
+
+
+def gpu() -> tuple[str, Device] | None:
+    """The GPU's name, and what kernels are chosen for; None without one."""
+    answer = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True)
     lines = answer.stdout.strip().splitlines()
-    return lines[-1] if lines and lines[-1] else None
+    if answer.returncode or not lines:
+        return None
+    name, major, minor, shared_memory = json.loads(lines[-1])
+    return name, Device((major, minor), shared_memory)
+
+
+def kernels_of(device: Device) -> tuple[str, ...]:
+    """Names of the kernels that may serve a device, first choice first."""
+    serving = (kernel for kernel in trees.load(device) if _in_range(kernel, device))
+    return tuple(kernel.name for kernel in serving)
+
+
+def _in_range(kernel: Any, device: Device) -> bool:
+    low, high = kernel.support.capabilities
+    return low <= device.capability <= high
 
 
 def _run_stage(record: Record, worker: Worker, stage: str, seconds: float) -> None:
@@ -193,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: profiling/results, or a new temporary directory in a dry run")
     add("--case", nargs="+", default=[], metavar="NAME", help="keep to these cases")
     add("--resume", type=Path, metavar="FILE", help="go on with this .json: run what it lacks")
+    add("--backward", action="store_true", help="time the backward pass of whoever has one, too")
     add("--dry-run", action="store_true", help="no GPU: tiny shapes on the emulator")
-    add("--arch", default="sm80", help="what a dry run emulates; default: %(default)s")
+    add("--arch", default="sm80", choices=EMULATED, metavar="ARCH", help="what a dry run emulates; default: %(default)s")
     return parser

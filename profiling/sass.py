@@ -9,10 +9,10 @@ toolkit is needed.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import struct
 import subprocess
-import sysconfig
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -109,10 +109,11 @@ def tool(name: str) -> Path:
 
     Raises FileNotFoundError naming the package when it is missing.
     """
-    root = Path(sysconfig.get_path("purelib")) / "nvidia"
-    for path in sorted(root.glob(f"**/bin/{name}")):
-        return path
-    raise FileNotFoundError(f"{name} not found under {root}: pip install nvidia-cuda-{name}")
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(root).glob(f"**/bin/{name}")):
+            return path
+    raise FileNotFoundError(f"{name} is not installed: pip install nvidia-cuda-{name}")
 
 
 def tools() -> None:
@@ -274,13 +275,19 @@ def disassembly(cubin: bytes) -> str:
     return _run("nvdisasm", cubin, "-c")
 
 
-def hot_loops(cubin: bytes) -> tuple[Loop, ...]:
-    """The loops that do the main work: the one with the matrix instructions and, where another set of
-    warps does the softmax, the one with the exponentials.
+def moved_registers(sass: str) -> tuple[int, ...]:
+    """What warps set their registers per thread to, by setmaxnreg, fewest first."""
+    found = (i.operands for i in parse(sass) if i.opcode.startswith("USETMAXREG"))
+    return tuple(sorted({int(operands.rpartition(" ")[2], 16) for operands in found}))
+
+
+def hot_loops(sass: str) -> tuple[Loop, ...]:
+    """The loops of a disassembly that do the main work: the one with the matrix instructions and, where
+    another set of warps does the softmax, the one with the exponentials.
 
     Raises ValueError when no loop holds a matrix instruction.
     """
-    found = loops(disassembly(cubin))
+    found = loops(sass)
     return tuple(dict.fromkeys(hottest(found, kind) for kind in ("mma", "mufu")))
 
 

@@ -1,18 +1,18 @@
 """Registers, spills, shared memory, occupancy and hot loop of every kernel that ships, from its machine code.
 
-    python -m profiling static                              every case and architecture, flash-attn-4 beside
-    python -m profiling static --arch sm80 --case d64 d128
+    python -m profiling static                              every kernel, case and architecture, flash-attn-4
+    python -m profiling static --arch sm80 --case d64 d128      beside
+    python -m profiling static --write                      keep the rows in results/static.json and static.md
     python -m profiling static --golden                     write tests/golden/static.json anew
 
-No GPU is needed. The hot loop is the steady loop over K and V without masking; its counts are instructions
-of one warp and one iteration. "per mma" is all of them over the matrix instructions: what is issued to feed
-the tensor cores, comparable where those have one shape.
+No GPU is needed. The hot loop is the steady loop over K and V without masking, and where other warps do the
+softmax, theirs as well; counts are instructions of one warp and one iteration. "slots" are all of them per
+4096 FLOP of matrix product, which is one mma.sync m16n8k16: what is issued to feed the tensor cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,62 +22,86 @@ from typing import Any
 import torch
 
 import cute_flash
+from cute_flash import arch as trees
 from cute_flash import cache, executable
-from cute_flash.dispatch import EMULATED, Answer
+from cute_flash.arch.problem import Device
+from cute_flash.dispatch import EMULATED, Answer, select
 
 from . import flash_attn_4, rates, sass
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "static.json"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "static.json"
 TOLERANCE = 0.03  # of registers and of a loop's counts; the rest of the golden file is exact
+WINDOW = (256, 0)  # keys to the left and to the right
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a kernel is compiled for. causal: the causal mask. everything: every feature at once."""
+    """What a kernel is compiled for, in bf16 with the log-sum-exp. rules: a key of RULES."""
 
     name: str
     dims: tuple[int, int]
-    causal: bool = False
-    everything: bool = False
+    rules: str = "plain"
 
-    def problem(self, arch: str) -> Answer:
-        """The kernel and the config that serve it on an architecture, in bf16 with the log-sum-exp."""
-        given: dict[str, Any] = {"lse": True}
-        if self.everything:
-            ids = torch.zeros(1, 8, dtype=torch.int32)
-            features = ("varlen", "seqused_q", "seqused_k", "gqa", "dropout", "sink")
-            given |= dict.fromkeys(features, True) | {
-                "mask": [cute_flash.Document(ids), cute_flash.Causal()],
-                "score": [cute_flash.Softcap(30.0), cute_flash.ALiBi(torch.ones(2))],
-            }
-        elif self.causal:
-            given["mask"] = cute_flash.Causal()
-        return cute_flash.supports("bfloat16", *self.dims, device=arch, **given)
+    def answers(self, device: Device) -> tuple[Answer, ...]:
+        """Every kernel that serves it on a device with its config, first choice first.
+
+        Where there is none, the one answer that says why.
+        """
+        any_arch, given = next(iter(EMULATED)), RULES[self.rules]()
+        problem = cute_flash.supports("bfloat16", *self.dims, device=any_arch, lse=True, **given).problem
+        serving = [kernel for kernel in trees.load(device) if not kernel.reasons(problem, device)]
+        found = (Answer(problem, device, kernel, kernel.config(problem, device)) for kernel in serving)
+        return tuple(found) or (select(problem, device),)
 
     def peer(self) -> flash_attn_4.Case:
         """The same problem in the peer's words. Raises Missing where it is not asked for it."""
-        if self.everything or self.dims[0] != self.dims[1]:
+        if self.rules == "everything":
             raise flash_attn_4.Missing("not asked for this problem")
-        shape = {"heads": 1, "heads_kv": 1, "dim": self.dims[0], "causal": self.causal}
+        dim, dim_v = self.dims
+        shape = {"heads": 1, "heads_kv": 1, "dim": dim, "dim_v": None if dim_v == dim else dim_v}
+        shape["causal"] = self.rules == "causal"
+        if self.rules == "window":
+            shape["window"] = WINDOW
         return flash_attn_4.Case(self.name, (1024,), (1024,), **shape)
 
 
+def _everything() -> dict[str, Any]:
+    ids = torch.zeros(1, 8, dtype=torch.int32)
+    features = ("varlen", "seqused_q", "seqused_k", "gqa", "dropout", "sink")
+    return dict.fromkeys(features, True) | {
+        "mask": [cute_flash.Document(ids), cute_flash.Causal()],
+        "score": [cute_flash.Softcap(30.0), cute_flash.ALiBi(torch.ones(2))],
+    }
+
+
+# Rules and features of a case -> arguments of cute_flash.supports.
+RULES = {
+    "plain": dict,
+    "causal": lambda: {"mask": cute_flash.Causal()},
+    "window": lambda: {"mask": cute_flash.SlidingWindow(*WINDOW)},
+    "everything": _everything,
+}
+
+
 def _cases() -> Iterator[Case]:
-    """Head dims of every row of the tuning tables; each plain, causal, and with everything."""
+    """Head dims of every row of the tuning tables, with each of RULES; windows at the commonest ones."""
     squares = (32, 64, 96, 128, 160, 192, 224, 256)
     for dims in (*((dim, dim) for dim in squares), (192, 128)):
         name = f"d{dims[0]}" if dims[0] == dims[1] else f"d{dims[0]}_{dims[1]}"
-        yield Case(name, dims)
-        yield Case(f"{name}_causal", dims, causal=True)
-        yield Case(f"{name}_everything", dims, everything=True)
+        for rules in RULES:
+            if rules != "window" or dims in COMMON:
+                yield Case(name if rules == "plain" else f"{name}_{rules}", dims, rules)
 
 
+COMMON = ((64, 64), (128, 128), (192, 128), (256, 256))
 CASES = {case.name: case for case in _cases()}
 
-# Kernels that the golden file follows: (architecture, case).
+# Kernels that the golden file follows: (architecture, case), each kernel that serves it.
 FOLLOWED = (
     ("sm80", "d64"), ("sm80", "d64_causal"), ("sm80", "d128"), ("sm80", "d128_causal"), ("sm80", "d256"),
-    ("sm86", "d128"),
+    ("sm86", "d128"), ("sm90", "d64_causal"), ("sm90", "d128"), ("sm90", "d192_128"), ("sm90", "d256"),
+    ("sm100", "d128"), ("sm100", "d192_128"),
 )  # fmt: skip
 
 
@@ -92,32 +116,52 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Absent(Source):
+    """A kernel that cannot be had, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Figures(Source):
     """What machine code tells of one kernel.
 
-    registers: per thread. stack, local: bytes per thread; both are spills or indexed arrays. shared_memory:
-    bytes per CTA, of which the system's own are not counted. ctas: that one SM holds; bound: what sets it.
-    loops: instructions by class of each hot loop, the one with the matrix instructions first.
+    registers: per thread, at launch; moved: what its warps set them to afterwards, by setmaxnreg. stack,
+    local: bytes per thread; both are spills or indexed arrays. shared_memory: bytes per CTA, of which the
+    system's own are not counted. ctas: that one SM holds; bound: what sets it. loops: instructions by class
+    of each hot loop, the one with the matrix instructions first. flops: of each, per warp; 0 where opcodes do
+    not tell.
     """
 
     threads: int
     registers: int
+    moved: tuple[int, ...]
     stack: int
     local: int
     shared_memory: int
     ctas: int
     bound: str
     loops: tuple[dict[str, int], ...]
+    flops: tuple[int, ...]
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Figures:
+        """From what JSON makes of it."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
 
 
-def figures(case: Case, arch: str) -> Figures:
-    """Ours. Raises NotImplementedError with the reasons where no kernel serves the case."""
-    answer = case.problem(arch)
+def figures(case: Case, answer: Answer, arch: str) -> Figures:
+    """Ours. Raises NotImplementedError with the reasons where the answer is that no kernel serves the case."""
     if not answer:
         raise NotImplementedError(str(answer))
     built = executable.artifact(answer.kernel, answer.problem, answer.config, answer.device)
-    source = Source(arch, case.name, answer.kernel.name, in_words(answer.config))
-    return read(source, built.cubin, answer.config.threads, answer.config.shared_memory(answer.problem))
+    config = answer.config
+    return read(source(case, answer, arch), built.cubin, config.threads, config.shared_memory(answer.problem))
+
+
+def source(case: Case, answer: Answer, arch: str) -> Source:
+    """What a kernel of ours is called in the tables."""
+    return Source(arch, case.name, answer.kernel.name, in_words(answer.config))
 
 
 def in_words(config: Any) -> str:
@@ -129,39 +173,50 @@ def unreached(arch: str) -> list[str]:
     """Configs that some head dim gets on an architecture and none of CASES: a case is missing."""
     told: dict[str, str] = {}
     for dim in range(256, 0, -8):
-        for causal, everything in ((False, False), (True, False), (False, True)):
-            case = Case(f"head dim {dim}", (dim, dim), causal, everything)
-            if answer := case.problem(arch):
-                told[f"{answer.kernel.name} {in_words(answer.config)}"] = case.name
+        for rules in RULES:
+            case = Case(f"head dim {dim} {rules}", (dim, dim), rules)
+            told |= {_name(answer): case.name for answer in case.answers(EMULATED[arch]) if answer}
     for case in CASES.values():
-        if answer := case.problem(arch):
-            told.pop(f"{answer.kernel.name} {in_words(answer.config)}", None)
+        for answer in case.answers(EMULATED[arch]):
+            if answer:
+                told.pop(_name(answer), None)
     return [f"{arch}: {config}, from {name}" for config, name in told.items()]
+
+
+def _name(answer: Answer) -> str:
+    return f"{answer.kernel.name} {in_words(answer.config)}"
+
+
+def peer_source(case: Case, arch: str) -> Source:
+    """What the peer's kernel is called in the tables."""
+    return Source(arch, case.name, f"{flash_attn_4.NAME} {flash_attn_4.version()}", "")
 
 
 def peer_figures(case: Case, arch: str) -> Figures:
     """The peer's, on the same architecture. Raises flash_attn_4.Missing."""
     peer = flash_attn_4.compiled(case.peer(), EMULATED[arch].target)
-    source = Source(arch, case.name, f"{flash_attn_4.NAME} {flash_attn_4.version()}", "")
-    return read(source, peer.cubin, peer.shape.threads, peer.shape.shared_memory)
+    return read(peer_source(case, arch), peer.cubin, peer.shape.threads, peer.shape.shared_memory)
 
 
 def read(source: Source, cubin: bytes, threads: int, dynamic: int) -> Figures:
     """The figures of a kernel that is launched with so many threads and bytes of dynamic shared memory."""
-    used = sass.resources(cubin)
+    used, code = sass.resources(cubin), sass.disassembly(cubin)
     capability = EMULATED[source.arch].capability
     static = used.shared - (rates.RESERVED_SHARED if capability >= (9, 0) else 0)
     occupancy = rates.occupancy(capability, threads, used.registers, dynamic + static)
+    loops = sass.hot_loops(code)
     return Figures(
         **asdict(source),
         threads=threads,
         registers=used.registers,
+        moved=sass.moved_registers(code),
         stack=used.stack,
         local=used.local,
         shared_memory=dynamic + static,
         ctas=occupancy.ctas,
         bound=occupancy.bound,
-        loops=tuple({name: loop.counts[name] for name in sass.CLASSES} for loop in sass.hot_loops(cubin)),
+        loops=tuple({name: loop.counts[name] for name in sass.CLASSES} for loop in loops),
+        flops=tuple(loop.flops for loop in loops),
     )
 
 
@@ -173,7 +228,7 @@ def moves(was: dict[str, Any], now: Figures) -> list[str]:
         if name == "registers":
             moved = abs(value - was[name]) > TOLERANCE * was[name]
         else:
-            moved = name != "loops" and value != was[name]
+            moved = name not in ("loops", "flops") and value != was[name]
         if moved:
             found.append(f"{name} was {was[name]}, is {value}")
     if len(was["loops"]) != len(have["loops"]):
@@ -187,62 +242,52 @@ def moves(was: dict[str, Any], now: Figures) -> list[str]:
     return found
 
 
+def followed() -> dict[str, tuple[Case, Answer, str]]:
+    """What the golden file holds: "architecture/case/kernel" -> what `figures` takes."""
+    pairs = ((arch, CASES[name]) for arch, name in FOLLOWED)
+    return {
+        f"{arch}/{case.name}/{answer.kernel.name}": (case, answer, arch)
+        for arch, case in pairs for answer in case.answers(EMULATED[arch])
+    }
+
+
 def golden() -> dict[str, Any]:
     """The golden file's contents, made anew."""
-    rows = {f"{arch}/{case}": asdict(figures(CASES[case], arch)) for arch, case in FOLLOWED}
+    rows = {key: asdict(figures(*told)) for key, told in followed().items()}
     return {"versions": cache.versions(), "rows": rows}
 
 
-# Columns of the table: heading -> width, negative where text is flush left.
-_LEFT = {
-    "arch": 5, "case": -16, "kernel": -21, "regs": 4, "stack": 5, "local": 5, "smem": 6, "threads": 7,
-    "CTAs/SM": 7, "by": -13,
-}  # fmt: skip
-_SHOWN = [name for name in sass.CLASSES if name != "global"]
-_LOOP = {name: max(4, len(name)) for name in (*_SHOWN, "all", "per mma")}
+def survey(arches: Iterable[str], cases: Iterable[str], peer: bool) -> Iterator[Figures | Absent]:
+    """Every kernel of ours and the peer's for every case, architecture by architecture."""
+    chosen = [CASES[name] for name in cases]
+    for arch in arches:
+        if peer:
+            _prepare_peers(chosen, arch)
+        for case in chosen:
+            for answer in case.answers(EMULATED[arch]):
+                try:
+                    yield figures(case, answer, arch)
+                except NotImplementedError as error:
+                    yield Absent(arch, case.name, "cute_flash", "", " ".join(str(error).split()))
+            if peer and case.rules != "everything":
+                try:
+                    yield peer_figures(case, arch)
+                except flash_attn_4.Missing as error:
+                    yield Absent(arch, case.name, flash_attn_4.NAME, "", str(error))
 
 
-def _cells(values: Iterable[Any], widths: dict[str, int]) -> str:
-    padded = (
-        f"{value!s:<{-width}}" if width < 0 else f"{value!s:>{width}}"
-        for value, width in zip(values, widths.values(), strict=True)
-    )
-    return " ".join(padded)
-
-
-def table(rows: Iterable[Figures | str]) -> Iterator[str]:
-    """Lines to print, one per hot loop of a kernel; a string among the rows is printed as it is."""
-    yield f"{_cells(_LEFT, _LEFT)} | {_cells(_LOOP, _LOOP)}  config"
-    for row in rows:
-        if isinstance(row, str):
-            yield row
-            continue
-        left: list[Any] = [row.arch, row.case, row.kernel, row.registers, row.stack, row.local]
-        left += [row.shared_memory, row.threads, row.ctas, row.bound]
-        for i, counts in enumerate(row.loops):
-            total = sum(counts.values())
-            ratio = f"{total / counts['mma']:.2f}" if counts["mma"] else "-"
-            right = [*(counts[name] for name in _SHOWN), total, ratio]
-            shown = left if i == 0 else [""] * len(left)
-            yield f"{_cells(shown, _LEFT)} | {_cells(right, _LOOP)}  {row.config}"
-
-
-def survey(arches: Iterable[str], cases: Iterable[str], peer: bool) -> Iterator[Figures | str]:
-    """Ours and the peer's for every case; a string says what is not there, and why."""
-    for arch, name in itertools.product(arches, cases):
-        case = CASES[name]
-        try:
-            yield figures(case, arch)
-            if peer and not case.everything:
-                yield peer_figures(case, arch)
-        except NotImplementedError as error:
-            yield f"{arch:>5} {name:<17} not served: {error}"
-        except flash_attn_4.Missing as error:
-            yield f"{arch:>5} {name:<17} {flash_attn_4.NAME}: missing, {error}"
+def _prepare_peers(cases: Iterable[Case], arch: str) -> None:
+    """Compile the peer's kernels in one process; what is missing says so when it is asked for."""
+    try:
+        flash_attn_4.prepare([c.peer() for c in cases if c.rules != "everything"], EMULATED[arch].target)
+    except flash_attn_4.Missing:
+        return
 
 
 def main(arguments: list[str]) -> int:
     """Print the table; 0 where no kernel of ours uses stack or local memory."""
+    from . import static_table as table
+
     parser = argparse.ArgumentParser(
         prog="python -m profiling static", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -250,8 +295,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arch", nargs="+", choices=EMULATED, default=list(EMULATED), metavar="ARCH")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--golden", action="store_true", help="write tests/golden/static.json, print nothing")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help=f"put the rows into {table.JSON.relative_to(ROOT)}")
+    what.add_argument("--golden", action="store_true", help="write tests/golden/static.json, print nothing")
     chosen = parser.parse_args(arguments)
     try:
         sass.tools()
@@ -262,21 +308,16 @@ def main(arguments: list[str]) -> int:
         GOLDEN.write_text(json.dumps(golden(), indent=1) + "\n")
         print(f"{GOLDEN} written")
         return 0
-    rows: list[Figures] = []
+    rows: list[Figures | Absent] = []
 
-    def kept() -> Iterator[Figures | str]:
+    def kept() -> Iterator[Figures | Absent]:
         for row in survey(chosen.arch, chosen.case, not chosen.no_peer):
-            if isinstance(row, Figures):
-                rows.append(row)
+            rows.append(row)
             yield row
 
-    for text in table(kept()):
+    for text in table.lines(kept()):
         print(text, flush=True)
-    if chosen.json:
-        chosen.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    ours = [row for row in rows if row.config]
-    spilling = [f"{row.arch} {row.case}" for row in ours if row.stack or row.local]
-    configs = {(row.arch, row.config) for row in ours}
-    print(f"{len(ours)} kernels of ours, {len(configs)} configs; with stack or local memory: {len(spilling)}")
-    print("".join(f"  {name}\n" for name in spilling), end="")
-    return 1 if spilling else 0
+    if chosen.write:
+        table.write(rows)
+    print(table.in_short(rows))
+    return 1 if table.spilling(rows) else 0

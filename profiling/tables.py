@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from . import stages
-from .record import read
 
 
 def markdown(data: dict[str, Any], pictures: list[Path] = ()) -> str:
@@ -36,13 +35,3 @@ def in_short(row: dict[str, Any]) -> str:
     if "rate" in row:
         return f"{row['rate']:.4g} {row['unit']}"
     return "ok"
-
-
-def newest(directory: Path) -> Path | None:
-    """The newest report of a GPU in a directory, by the time it started; None without one."""
-    found = []
-    for path in directory.glob("*.json"):
-        data = read(path)
-        if not data["dry_run"]:
-            found.append((data["started"], path))
-    return max(found)[1] if found else None

@@ -29,13 +29,21 @@ GRACE = 2.0  # seconds that a killed worker gets
 class Settings:
     """What every stage is told. machine: "cuda", or the architecture that is emulated in a dry run.
 
-    out: directory for files besides the record. cases: names of tests/cases.py to keep to, or none.
+    out: directory for files besides the record. cases: names of tests/cases.py to keep to, or none. kernels:
+    names of those that the machine has, first choice first. backward: time the backward pass as well.
     """
 
     machine: str
     dry_run: bool
     out: str
     cases: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    backward: bool = False
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The kernels that are not the first choice."""
+        return self.kernels[1:]
 
 
 @dataclass(frozen=True)

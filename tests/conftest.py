@@ -16,7 +16,7 @@ CACHE = "CUTE_FLASH_CACHE"
 def pytest_addoption(parser):
     parser.addoption(
         "--arch",
-        default=os.environ.get("CUTE_FLASH_TEST_ARCH", "sm80,sm90"),
+        default=os.environ.get("CUTE_FLASH_TEST_ARCH", "sm80,sm90,sm100"),
         help="the architectures to emulate where there is no GPU, by commas (default: %(default)s)",
     )
 

@@ -257,3 +257,13 @@ def test_the_shipped_table_names_every_feature():
     rows = table(cute_flash.features())
     assert all(rows[words] for words in FEATURES.values())
     assert rows[FEATURES["dense"]] == ["✓"] * len(dispatch.EMULATED)
+
+
+def test_only_one_kernel_serves(kernels):
+    kernels(fake_kernel("first"), fake_kernel("second"))
+    assert dispatch.dispatch(PLAIN, A100)[0].name == "first"
+    with dispatch.only("second"):
+        assert dispatch.dispatch(PLAIN, A100)[0].name == "second"
+    with dispatch.only("third"), pytest.raises(NotImplementedError, match="second: only third is asked for"):
+        dispatch.dispatch(PLAIN, A100)
+    assert dispatch.dispatch(PLAIN, A100)[0].name == "first"

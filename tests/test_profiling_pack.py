@@ -24,12 +24,15 @@ def test_pack_compiles_what_a_call_asks_for(tmp_path):
     row = measure.Row(64, 64, False, 16, 1, 1)
     (asked,) = pack.asked_for(row, "sm80")
     assert asked[1].head_dim == 64 and not asked[1].lse and asked[3].capability == (8, 0)
-    assert pack._compile_for(row, "sm80", str(tmp_path)) == ""
+    assert pack._compile_for(row, None, "sm80", str(tmp_path)) == ""
     (path,) = tmp_path.iterdir()
     assert path.name == executable.key_of(*asked) + cache.SUFFIX
     assert cache.read(path).description["problem"]["head_dim"] == 64
     assert pack.asked_for("batch_0", "sm80") == []
-    assert pack._compile_for("nothing", "sm80", str(tmp_path)).startswith("KeyError")
+    assert pack._compile_for("nothing", None, "sm80", str(tmp_path)).startswith("KeyError")
+    (other,) = pack.asked_for(row, "sm90", "sm80.forward")
+    assert other[0].name == "sm80.forward" != pack.asked_for(row, "sm90")[0][0].name
+    assert pack._compile_for(row, "no such kernel", "sm80", str(tmp_path)) == ""
 
 
 def test_pack_keeps_one_kernel_for_rows_that_share_it(tmp_path, monkeypatch):
@@ -45,10 +48,11 @@ def test_pack_keeps_one_kernel_for_rows_that_share_it(tmp_path, monkeypatch):
         ptx = f"{case.dim} {case.causal and case.seqlens_q}"
         object_file = tmp_path / f"{case.name}.o"
         object_file.write_text(ptx)
-        kernel = flash_attn_4.Kernel(case, ptx, object_file, [{"tensor": "q"}, 0.5, [None]])
+        kernel = flash_attn_4.Kernel(case, ptx, object_file, [{"tensor": "q"}, 0.5, [None]], (128, 64))
         return flash_attn_4.Peer(kernel, b"", None)
 
     monkeypatch.setattr(flash_attn_4, "compiled", stand_in)
+    monkeypatch.setattr(flash_attn_4, "prepare", lambda cases, target: None)
     left_out = pack.flash_attn_4(tmp_path / "peers", "sm90", quick=False)
     index = json.loads((tmp_path / "peers" / peers.INDEX).read_text())
     assert index["target"] == "sm_90a"
@@ -56,8 +60,8 @@ def test_pack_keeps_one_kernel_for_rows_that_share_it(tmp_path, monkeypatch):
     causal = {index["rows"][f"d128-causal-s{seqlen}"]["object"] for seqlen in measure.SEQLENS}
     assert (len(full), len(causal)) == (1, 7)
     assert sum("d64-full" in name for name in compiled) == 2
-    assert sorted(left_out.values()) == ["different QK and V head dims are not compiled ahead of time",
-                                         "no such kernel"]
+    assert list(left_out.values()) == ["no such kernel"]
+    assert "d192-128-causal-s8192" in index["rows"]
     assert index["left out"]["d256-full-s512"] == "no such kernel"
 
 
@@ -104,11 +108,13 @@ def test_pack_notices_sources_that_change_meanwhile(tmp_path, monkeypatch, chang
     monkeypatch.setattr(cache, "sources_digest", functools.cache(lambda: str(next(digests))))
     for name in ("wheels", "kernels", "flash_attn_4"):
         monkeypatch.setattr(pack, name, lambda *_: {})
-    chosen = argparse.Namespace(directory=tmp_path, arch="sm90", wheels=None, quick=True, jobs=1)
+    chosen = argparse.Namespace(
+        directory=tmp_path, arch="sm90", wheels=None, quick=True, jobs=1, backward=False
+    )
     if changes:
         with pytest.raises(SystemExit, match="sources changed"):
             pack.build(chosen)
         return
-    assert set(pack.NEVER) <= set(pack.build(chosen))
+    assert {*pack.NEVER, *pack.WITHOUT_BACKWARD} <= set(pack.build(chosen))
     manifest = json.loads((tmp_path / "MANIFEST.json").read_text())
     assert set(manifest["files"]) == {"base.tar.xz", "run.sh"} and manifest["built with"]["arch"] == "sm90"

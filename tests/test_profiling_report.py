@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from profiling import measure, ncu, peers, plots, report, stages, tables, tools, vectors
+from profiling import measure, ncu, peers, plots, report, stages, tools, vectors
 from profiling.__main__ import main as profiling
-from profiling.record import FORMAT, Record, read, write_whole
+from profiling.record import FORMAT, Record, read, reports, write_whole
 from profiling.stages import correctness, sanitizer, speed
 from profiling.worker import Job, Settings, Worker
 
@@ -419,8 +419,10 @@ def test_pictures():
         plots.svg("title", plots.Axis("x", True), plots.Axis("y", True), [])
 
 
-def test_the_newest_report_of_a_gpu(tmp_path):
+def test_reports_of_a_gpu_newest_first(tmp_path):
     for name, month, dry in (("a", 1, False), ("b", 2, False), ("c", 3, True)):
-        Record(tmp_path / f"{name}.json", {**FACTS, "dry_run": dry, "started": f"2026-0{month}-01"})
-    assert tables.newest(tmp_path).stem == "b"
-    assert tables.newest(tmp_path / "none") is None
+        path = tmp_path / f"2026-0{month}-01-{name}.json"
+        Record(path, {**FACTS, "dry_run": dry, "started": f"2026-0{month}-01"})
+    (tmp_path / "static.json").write_text("{}")
+    assert [data["name"] for data in reports(tmp_path)] == ["2026-02-01-b", "2026-01-01-a"]
+    assert reports(tmp_path / "none") == []

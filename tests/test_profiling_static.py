@@ -25,26 +25,26 @@ from profiling import cycles, flash_attn_4, rates, sass, static
 GOLDEN = json.loads(static.GOLDEN.read_text())
 
 
-@pytest.mark.parametrize("row", GOLDEN["rows"])
-def test_golden(row):
-    arch, case = row.split("/")
-    found = static.moves(GOLDEN["rows"][row], static.figures(static.CASES[case], arch))
+FOLLOWED = static.followed()
+
+
+@pytest.mark.parametrize("key", FOLLOWED)
+def test_golden(key):
+    assert key in GOLDEN["rows"], "a new kernel: python -m profiling static --golden"
+    found = static.moves(GOLDEN["rows"][key], static.figures(*FOLLOWED[key]))
     hint = f"made with {GOLDEN['versions']}; on purpose? python -m profiling static --golden"
     assert not found, "\n".join([*found, hint])
 
 
 def test_golden_follows_what_it_should():
-    assert set(GOLDEN["rows"]) == {f"{arch}/{case}" for arch, case in static.FOLLOWED}
-
-
-def figures_of(row: dict) -> static.Figures:
-    return static.Figures(**{**row, "loops": tuple(row["loops"])})
+    assert set(GOLDEN["rows"]) == set(FOLLOWED)
 
 
 @pytest.mark.parametrize(
     "name, change, noticed",
     [
         ("stack", lambda row: row.update(stack=row["stack"] + 8), True),
+        ("moved", lambda row: row.update(moved=[24, 240]), True),
         ("registers", lambda row: row.update(registers=row["registers"] - 8), True),
         ("registers", lambda row: row.update(registers=row["registers"] - 1), False),
         ("config", lambda row: row.update(config="tile_m=16"), True),
@@ -57,10 +57,10 @@ def figures_of(row: dict) -> static.Figures:
     ],
 )
 def test_moves_are_noticed(name, change, noticed):
-    was = GOLDEN["rows"]["sm80/d64"]
+    was = GOLDEN["rows"]["sm80/d64/sm80.forward"]
     now = copy.deepcopy(was)
     change(now)
-    found = static.moves(was, figures_of(now))
+    found = static.moves(was, static.Figures.of(now))
     assert len(found) == noticed
     assert not noticed or name in found[0]
 
@@ -143,7 +143,7 @@ def test_spills_are_seen():
 def test_the_cubin_inside_an_object():
     from cute_flash import executable
 
-    answer = static.CASES["d64"].problem("sm80")
+    (answer,) = static.CASES["d64"].answers("sm80")
     built = executable.artifact(answer.kernel, answer.problem, answer.config, answer.device)
     assert sass.embedded_cubin(built.object).rstrip(b"\0") == built.cubin.rstrip(b"\0")
     with pytest.raises(ValueError, match="found 0"):
@@ -196,8 +196,8 @@ def test_unknown_cases_are_told_what_there_is(what, capsys):
 
 
 @pytest.mark.parametrize("what", ["static", "cycles"])
-def test_a_missing_tool_is_named(what, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sass.sysconfig, "get_path", lambda name: str(tmp_path))
+def test_a_missing_tool_is_named(what, monkeypatch, capsys):
+    monkeypatch.setattr(sass.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
         command.main([what])
     assert stopped.value.code == 2
@@ -211,7 +211,7 @@ def test_a_missing_peer_is_named(monkeypatch):
     monkeypatch.setattr(flash_attn_4, "version", none)
     mine, peer = static.survey(["sm80"], ["d64"], peer=True)
     assert mine.kernel == "sm80.forward"
-    assert "flash-attn-4: missing, not installed" in peer
+    assert peer == static.Absent("sm80", "d64", "flash-attn-4", "", "not installed")
 
 
 @pytest.fixture(scope="module")

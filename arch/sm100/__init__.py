@@ -1,11 +1,8 @@
-"""Kernels for Blackwell: for now those of the sm80 tree, whose instructions Blackwell runs as well.
-
-`forward` holds Blackwell's own kernel. It compiles, but is not listed: what is listed has been executed, and
-the emulator does not execute tcgen05 yet.
-"""
+"""Kernels for Blackwell: tcgen05 and tensor memory; and those of the sm80 tree for what they do not serve."""
 
 from __future__ import annotations
 
-from ..sm80 import Forward
+from ..sm80 import Forward as Sm80Forward
+from .forward import Forward
 
-KERNELS = (Forward,)
+KERNELS = (Forward, Sm80Forward)

@@ -30,29 +30,42 @@ DRY_LARGE = (measure.Row(64, 64, True, 160, 1, 1),)
 
 
 def jobs(settings: Settings) -> list[Job]:
-    """Cases, then long shapes, then the comparison with the emulator."""
+    """Cases, then long shapes, then the comparison with the emulator; then the same for every other kernel."""
     from tests.cases import CASES
 
     dry = settings.dry_run
     names = settings.cases or (DRY_CASES if dry else tuple(CASES))
     compared = [name for name in (DRY_COMPARED if dry else COMPARED) if name in names or not settings.cases]
     large = () if settings.cases else DRY_LARGE if dry else LARGE
-    return [
-        *(Job(name, {"kind": "case"}) for name in names),
+    first = [
+        *(Job(name, {"kind": "case", "case": name}) for name in names),
         *(Job(f"long {row.key}", {"kind": "long", "row": row}) for row in large),
         *(Job(f"emulator {name}", {"kind": "emulator", "case": name}) for name in compared),
     ]
+    others = [
+        Job(f"{job.key} ({kernel})", job.payload | {"kernel": kernel})
+        for kernel in settings.others for job in first
+    ]
+    return first + others
 
 
 def run(job: Job, settings: Settings, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """One row: an error held to the accuracy rule, or a distance in ulps."""
-    kind = job.payload["kind"]
-    if kind == "case":
-        yield check(job.key, settings.machine)
-    elif kind == "long":
-        yield check_long(job.payload["row"], settings.machine)
-    else:
-        yield compare(job.payload["case"], settings.machine)
+    from cute_flash.dispatch import only
+
+    kind, kernel = job.payload["kind"], job.payload.get("kernel")
+    try:
+        with only(kernel):
+            if kind == "case":
+                yield check(job.payload["case"], settings.machine)
+            elif kind == "long":
+                yield check_long(job.payload["row"], settings.machine)
+            else:
+                yield compare(job.payload["case"], settings.machine)
+    except NotImplementedError as error:
+        if kernel is None:
+            raise
+        yield {"state": "missing", "error": " ".join(str(error).split())}
 
 
 def check(name: str, machine: str) -> dict[str, Any]:

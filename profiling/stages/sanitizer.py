@@ -28,16 +28,23 @@ FOUND = 86
 
 
 def jobs(settings: Settings) -> list[Job]:
-    """A job per tool and case, all tools on the first case first; one in a dry run, where none is used."""
+    """A job per tool, case and kernel, all tools on the first case first; in a dry run, where none is used, a
+    job per kernel."""
     names = settings.cases or (DRY_CASES if settings.dry_run else CASES)
     tools = TOOLS[:1] if settings.dry_run else TOOLS
-    return [Job(f"{tool} {name}", {"tool": tool, "case": name}) for name in names for tool in tools]
+    first = [Job(f"{tool} {name}", {"tool": tool, "case": name}) for name in names for tool in tools]
+    others = [
+        Job(f"{job.key} ({kernel})", job.payload | {"kernel": kernel})
+        for kernel in settings.others for job in first
+    ]
+    return first + others
 
 
 def run(job: Job, settings: Settings, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """How many errors a tool found. In a dry run the emulator's own checks stand in for the tool."""
     one = [sys.executable, "-m", "profiling", "one", "--machine", settings.machine]
     one += ["--case", job.payload["case"]]
+    one += ["--kernel", job.payload["kernel"]] if "kernel" in job.payload else []
     if settings.machine != measure.CUDA:
         answer = run_tool([*one, "--races"], max(5.0, job.seconds - 5.0))
         if answer.status:

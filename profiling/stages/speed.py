@@ -1,4 +1,4 @@
-"""The forward pass over the field's sweep beside its peers; host time, first calls, memory over N."""
+"""The forward pass, or both, over the field's sweep beside its peers; host time, first calls, memory over N."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from .. import measure
@@ -26,6 +27,8 @@ FIRST_CALL_ROW = "d128-causal-s1024"
 def jobs(settings: Settings) -> list[Job]:
     """The sweep's rows, the ones that decide most first; then the host's time and memory."""
     rows = measure.sweep(settings.dry_run)
+    if settings.backward:
+        rows += [replace(row, backward=True) for row in rows]
     memory = (64, 96) if settings.dry_run else MEMORY_SEQLENS
     return [
         *(Job(row.key, {"kind": "row", "row": row}, seconds=90.0) for row in rows),
@@ -59,12 +62,15 @@ def measure_row(
     from cute_flash.masks import Causal
     from tests.harness import where
 
+    from .. import peers
+
     inputs = measure.input_sets(row, settings.machine)
     with where(settings.machine):
         found, runs = candidates(row, settings, inputs, without, say)
         repeats = measure.DRY_REPEATS if settings.dry_run else measure.REPEATS
         times = measure.interleaved(runs, settings.machine, repeats, say) if runs else {}
         chosen = supports("bfloat16", row.head_dim, row.head_dim_v, mask=Causal() if row.causal else None)
+        found[peers.OURS]["kernel"] = chosen.kernel.name if chosen else str(chosen)
     for name, measured in times.items():
         found[name] |= {
             "seconds": measured.median,
@@ -88,9 +94,11 @@ def candidates(
     """(what is known of each peer, functions of those whose output was right)."""
     from .. import peers
 
+    others = {peers.kernel_name(kernel): kernel for kernel in settings.others}
     found: dict[str, dict[str, Any]] = {}
-    runs, oracle = {}, measure.Oracle(inputs[0], row.causal)
-    for name in peers.PEERS:
+    runs = {}
+    oracle = (measure.GradientOracle if row.backward else measure.Oracle)(inputs[0], row.causal)
+    for name in (peers.OURS, *others, *(name for name in peers.PEERS if name != peers.OURS)):
         if name in without:
             found[name] = {"state": "crashed", "error": without[name]}
             continue
@@ -102,6 +110,8 @@ def candidates(
             run = peers.prepare(name, row, settings.machine, inputs)
             found[name] = {"state": "ok", "error of out": oracle.check(run(0))}
             runs[name] = run
+            if name in others:
+                found[name]["kernel"] = others[name]
         except peers.Missing as reason:
             found[name] = {"state": "missing", "error": str(reason)}
         except Exception as error:
@@ -113,9 +123,10 @@ def candidates(
 
 def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Our speed over the best peer's, and over FlashAttention-2's, which is torch's flash back end."""
-    from ..peers import OURS
+    from ..peers import OURS, kernel_name
 
-    speeds = {name: peer["tflops"] for name, peer in found.items() if "tflops" in peer}
+    timed = {name: peer["tflops"] for name, peer in found.items() if "tflops" in peer}
+    speeds = {name: speed for name, speed in timed.items() if not name.startswith(kernel_name(""))}
     ours = speeds.pop(OURS, None)
     if ours is None or not speeds:
         return judged(found)
@@ -127,11 +138,11 @@ def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def judged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The state of a row of everyone's: ours decides."""
+    """The state of a row of everyone's: ours decides, where there is one."""
     from ..peers import OURS
 
     ours = found[OURS]
-    return {} if ours["state"] == "ok" else {"state": "failed", "error": f"{OURS}: {ours['error']}"}
+    return {} if ours["state"] in ("ok", "missing") else {"state": "failed", "error": f"{OURS}: {ours['error']}"}
 
 
 def host_time(settings: Settings, without: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -240,10 +251,11 @@ def markdown(rows: list[dict[str, Any]], data: dict[str, Any]) -> str:
     measured = [row for row in rows if row.get("kind") == "row"]
     environment = data["stages"].get("environment", {}).get("rows", [])
     ceiling = next((row["rate"] for row in environment if row["key"] == "bf16 GEMM" and "rate" in row), None)
-    titles = ["row", *PEERS, "best peer", "ours / best", "ours / FA2", "ours / GEMM"]
+    names = list(dict.fromkeys(name for row in measured for name in row["peers"])) or list(PEERS)
+    titles = ["row", *names, "best peer", "ours / best", "ours / FA2", "ours / GEMM"]
     lines = ["TFLOP/s at the median time (10 % to 90 % of the times, in percent of the median)", ""]
     lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    lines += [_line(row, list(PEERS), ceiling) for row in sorted(measured, key=_order)]
+    lines += [_line(row, names, ceiling) for row in sorted(measured, key=_order)]
     for name in ("ratio to best", "ratio to FA2"):
         if ratios := [row[name] for row in measured if name in row]:
             mean = statistics.geometric_mean(ratios)
@@ -254,7 +266,8 @@ def markdown(rows: list[dict[str, Any]], data: dict[str, Any]) -> str:
 
 def _order(row: dict[str, Any]) -> tuple:
     shape = row["shape"]
-    return shape["head_dim"], shape["head_dim_v"], shape["causal"], shape["seqlen"]
+    backward = shape.get("backward", False)
+    return backward, shape["head_dim"], shape["head_dim_v"], shape["causal"], shape["seqlen"]
 
 
 def _line(row: dict[str, Any], names: list[str], ceiling: float | None) -> str:

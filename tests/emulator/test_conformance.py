@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import tvm_ffi
 from cute_flash import emulator, objectfile
 from cute_flash.emulator.launch import Driver, View
 from tests.accuracy import LSE_ATOL, assert_accurate
-from tests.peers.flash_attn_4 import BLACKWELL, CASES, HOPPER, Case, Kernel, build
+from tests.peers.flash_attn_4 import BLACKWELL, CASES, HOPPER, Case, Kernel, build, resolved
 
 EVERY = (*CASES, *HOPPER, *BLACKWELL)
 SHARED_MEMORY = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448}  # bytes per block, by opting in
@@ -64,13 +65,8 @@ def launch(kernel: Kernel, tensors: dict[str, torch.Tensor], options: dict[str, 
     driver = Driver(emulator.Program(kernel.ptx), SHARED_MEMORY[kernel.case.arch])
     function = objectfile.load(kernel.object_file.read_bytes(), "func", driver.symbols)
     views = {name: View(tensor, name) for name, tensor in tensors.items()}
-
-    def argument(described: Any) -> Any:
-        if isinstance(described, list):
-            return tuple(argument(member) for member in described)
-        return tvm_ffi.from_dlpack(views[described["tensor"]]) if isinstance(described, dict) else described
-
-    arguments = tuple(argument(described) for described in kernel.arguments)
+    passed = {name: tvm_ffi.from_dlpack(view) for name, view in views.items()}
+    arguments = resolved(kernel.arguments, passed, max(kernel.case.seqlens_q))
     options = emulator.Options(uninitialized=UNINITIALIZED[kernel.case.arch], **options)
     return driver.call(function, views.values(), arguments, options)
 
@@ -123,4 +119,4 @@ def test_an_error_in_the_kernel_is_an_error_in_the_answer(kernels):
     kernel = kernels["d64"]
     wrong = kernel.ptx.replace("ex2.approx.ftz.f32", "rcp.approx.ftz.f32", 1)
     with pytest.raises(AssertionError, match="error"):
-        check(Kernel(kernel.case, wrong, kernel.object_file, kernel.arguments), EAGER)
+        check(replace(kernel, ptx=wrong), EAGER)

@@ -37,6 +37,7 @@ CASES = {
     ("sm80", "full"): (FULL, sm80.Config(128, 64, 4, stages=2)),
     ("sm90", "window"): (replace(WINDOW, seqlens=((100, 500),)), sm90.Config(2, 32, 2, 24, 240)),
     ("sm90", "in order"): (FULL, sm90.Config(2, 64, 2, 24, 240, overlap=False)),
+    ("sm100", "window"): (replace(WINDOW, seqlens=((200, 700),)), None),
 }
 
 
@@ -107,7 +108,7 @@ COPIES = {
     "no barrier": Mutation(matching(r"(bar|barrier)\.sync"), removed),
     "no commit": Mutation(matching(r"cp\.async\.commit_group"), removed),
 }
-TMA_AND_WGMMA = {
+TMA = {
     "no wait for an mbarrier": Mutation(matching(r"mbarrier\.try_wait"), passed),
     "a wait for the other parity": Mutation(
         matching(r"mbarrier\.try_wait"), with_operand("xor.b32 changed, {}, 1;")
@@ -129,16 +130,24 @@ TMA_AND_WGMMA = {
     "no fence": Mutation(matching(r"fence\.(proxy|mbarrier_init)"), removed),
     "no barrier": Mutation(matching(r"bar\.sync"), removed),
     "no arrival at a barrier": Mutation(matching(r"bar\.arrive"), removed),
-    "no fence before a product": Mutation(matching(r"wgmma\.fence"), removed),
-    "no commit of a product": Mutation(matching(r"wgmma\.commit_group"), removed),
-    "no wait for a product": Mutation(matching(r"wgmma\.wait_group"), removed),
-    "a wait for one product fewer": Mutation(matching(r"wgmma\.wait_group"), one_fewer_waited_for),
     "no commit of a store": Mutation(matching(r"cp\.async\.bulk\.commit_group"), removed),
     "no wait for a store": Mutation(matching(r"cp\.async\.bulk\.wait_group"), removed),
     "no change of registers": Mutation(matching(r"setmaxnreg"), removed),
 }
+WGMMA = {
+    "no fence before a product": Mutation(matching(r"wgmma\.fence"), removed),
+    "no commit of a product": Mutation(matching(r"wgmma\.commit_group"), removed),
+    "no wait for a product": Mutation(matching(r"wgmma\.wait_group"), removed),
+    "a wait for one product fewer": Mutation(matching(r"wgmma\.wait_group"), one_fewer_waited_for),
+}
+BLACKWELL = {
+    "no commit": Mutation(matching(r"tcgen05\.commit"), removed),
+    "no wait for stores": Mutation(matching(r"tcgen05\.wait::st"), removed),
+    "no deallocation": Mutation(matching(r"tcgen05\.dealloc"), removed),
+    "no allocation": Mutation(matching(r"tcgen05\.alloc"), removed),
+}
 MASKS = {"a comparison of the mask negated": Mutation(mask_comparisons, negated)}
-MUTATIONS = {"sm80": COPIES | MASKS, "sm90": TMA_AND_WGMMA | MASKS}
+MUTATIONS = {"sm80": COPIES | MASKS, "sm90": TMA | WGMMA | MASKS, "sm100": TMA | BLACKWELL | MASKS}
 EVERY = [(tree, name, mutation) for tree, name in CASES for mutation in MUTATIONS[tree]]
 # (architecture, case, mutation, site) -> why nothing can notice it.
 HARMLESS = {
@@ -154,8 +163,8 @@ def objection(tree: str, name: str, change: Callable[[str], str], monkeypatch) -
     case, config = CASES[tree, name]
 
     @functools.cache
-    def changed(kernel, problem, _, device, route):
-        built = executable.artifact(kernel, problem, config, device)
+    def changed(kernel, problem, tuned, device, route):
+        built = executable.artifact(kernel, problem, config or tuned, device)
         return EmulatedKernel(built._replace(ptx=change(built.ptx.decode()).encode()), device)
 
     monkeypatch.setattr(ops, "executable", changed)
@@ -172,7 +181,8 @@ def ptx_of(tree: str, name: str) -> str:
     """The PTX that a case runs."""
     case, config = CASES[tree, name]
     answer = answer_for(case, tree)
-    return executable.artifact(answer.kernel, answer.problem, config, answer.device).ptx.decode()
+    built = executable.artifact(answer.kernel, answer.problem, config or answer.config, answer.device)
+    return built.ptx.decode()
 
 
 @pytest.mark.parametrize("tree, name", CASES)

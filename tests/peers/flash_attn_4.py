@@ -3,8 +3,10 @@
     kernels = build(CASES, directory)          in a process per target: it reads its target at import
 
 Its Python interface runs once on fake CUDA tensors; where it would launch, the compiled kernel's PTX and
-host object are written to `directory`, with a JSON file that says what each argument of the launch is:
-{"tensor": name}, a number, null, or a list of these.
+host object are written to `directory`, with a JSON file:
+
+    "arguments"    of the launch: {"tensor": name}, {"longest": "q"}, a number, null, or a list of these
+    "tile"         rows of Q that one cluster of CTAs takes, and keys per KV tile
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Case:
     dtype: str = "bfloat16"
     dim_v: int | None = None
     arch: str = "sm_80"
+
+    @classmethod
+    def read(cls, told: dict[str, Any]) -> Case:
+        """A case from its members as JSON has them."""
+        return cls(**{k: tuple(value) if isinstance(value, list) else value for k, value in told.items()})
 
     @property
     def varlen(self) -> bool:
@@ -61,15 +70,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel of the peer: its PTX, its host object, and the arguments of its launch."""
+    """A compiled kernel of the peer: its PTX, its host object, and what the JSON file says of its launch."""
 
     case: Case
     ptx: str
     object_file: Path
     arguments: list[Any]
+    tile: tuple[int, int]
+
+    @classmethod
+    def load(cls, case: Case, stem: Path) -> Kernel:
+        """What was written to files of this stem."""
+        told = json.loads(stem.with_suffix(".json").read_text())
+        ptx, object_file = stem.with_suffix(".ptx").read_text(), stem.with_suffix(".o")
+        return cls(case, ptx, object_file, told["arguments"], tuple(told["tile"]))
 
 
-MULTIPROCESSORS = {"sm_80": 108, "sm_90a": 132, "sm_100a": 148}
+MULTIPROCESSORS = {
+    "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90a": 132, "sm_100a": 148, "sm_103a": 160, "sm_120a": 170,
+}  # fmt: skip
+L2_BYTES = 50 << 20
 BLACKWELL = (
     Case("sm100_d64", (256,), (256,), arch="sm_100a"),
     Case("sm100_d64_causal", (192,), (192,), causal=True, arch="sm_100a"),
@@ -112,11 +132,12 @@ def build(cases: tuple[Case, ...], directory: Path) -> dict[str, Kernel]:
     missing = [case for case in cases if not (directory / f"{case.name}.json").exists()]
     for arch in dict.fromkeys(case.arch for case in missing):
         _compile([case for case in missing if case.arch == arch], arch, directory)
-    return {case.name: _load(case, directory / case.name) for case in cases}
+    return {case.name: Kernel.load(case, directory / case.name) for case in cases}
 
 
-def _compile(cases: list[Case], arch: str, directory: Path) -> None:
-    environment = os.environ | {
+def environment(arch: str, directory: Path) -> dict[str, str]:
+    """What a process that compiles for `arch` into `directory` must be started with."""
+    return os.environ | {
         "CUTE_DSL_ARCH": arch,
         "CUTE_DSL_KEEP": "ptx",
         "CUTE_DSL_DUMP_DIR": str(directory),
@@ -124,25 +145,28 @@ def _compile(cases: list[Case], arch: str, directory: Path) -> None:
         "FLASH_ATTENTION_NUM_SMS": str(MULTIPROCESSORS[arch]),
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
     }
+
+
+def _compile(cases: list[Case], arch: str, directory: Path) -> None:
     done = subprocess.run(
-        [sys.executable, __file__, str(directory)],
-        input=json.dumps([asdict(case) for case in cases]), env=environment, text=True, capture_output=True,
+        [sys.executable, __file__, str(directory)], input=json.dumps([asdict(case) for case in cases]),
+        env=environment(arch, directory), text=True, capture_output=True,
     )
     if done.returncode:
         raise RuntimeError(f"flash-attn-4 did not compile for {arch}:\n{done.stdout}{done.stderr}")
 
 
-def _load(case: Case, stem: Path) -> Kernel:
-    return Kernel(
-        case,
-        stem.with_suffix(".ptx").read_text(),
-        stem.with_suffix(".o"),
-        json.loads(stem.with_suffix(".json").read_text()),
-    )
+def resolved(described: Any, tensors: Mapping[str, Any], longest: int) -> Any:
+    """An argument from its description. longest: the length of the longest sequence of queries."""
+    if isinstance(described, list):
+        return tuple(resolved(member, tensors, longest) for member in described)
+    if isinstance(described, dict):
+        return tensors[described["tensor"]] if "tensor" in described else longest
+    return described
 
 
-def _record(cases: list[Case], directory: Path) -> None:
-    """Body of the fresh process: run the peer's interface on fake tensors and write what it compiles."""
+def record(cases: list[Case], directory: Path) -> None:
+    """Run the peer's interface on fake tensors and write what it compiles; for a process of its own."""
     _without_autotuner()
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -161,29 +185,38 @@ def _record(cases: list[Case], directory: Path) -> None:
                 name: torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
                 for name, (shape, dtype) in case.shapes().items()
             }
-            cute.compile = partial(_compile_and_record, cute.compile, directory / case.name, tensors)
-            interface._flash_attn_fwd(
-                **tensors,
-                causal=case.causal,
-                window_size_left=case.window[0],
-                window_size_right=case.window[1],
-                return_lse=True,
-            )
-            cute.compile = cute.compile.args[0]
+            recorded = partial(_compile_and_record, cute.compile, (case, directory, tensors))
+            with mock.patch.object(cute, "compile", recorded):
+                interface._flash_attn_fwd(
+                    **tensors,
+                    causal=case.causal,
+                    window_size_left=case.window[0],
+                    window_size_right=case.window[1],
+                    return_lse=True,
+                )
             interface._flash_attn_fwd.compile_cache.clear()
 
 
-def _compile_and_record(compile_kernel, stem: Path, tensors: dict[str, Any], *args, **kwargs):
+def _compile_and_record(compile_kernel, what: tuple[Case, Path, dict[str, Any]], *args, **kwargs):
     """cute.compile, except that what it returns describes the call that it gets instead of launching."""
-    compiled = compile_kernel(*args, **kwargs)
+    case, directory, tensors = what
+    stem, compiled = directory / case.name, compile_kernel(*args, **kwargs)
     compiled.export_to_c(object_file_path=str(stem.with_suffix(".o")), function_name="func")
     stem.with_suffix(".ptx").write_text(compiled.__ptx__)
 
     def call(*arguments):
-        described = [_describe(argument, tensors) for argument in arguments]
-        stem.with_suffix(".json").write_text(json.dumps(described))
+        described = [_describe(argument, tensors, max(case.seqlens_q)) for argument in arguments]
+        told = {"arguments": described, "tile": _tile(args[0])}
+        stem.with_suffix(".json").write_text(json.dumps(told))
 
     return call
+
+
+def _tile(kernel: Any) -> tuple[int, int]:
+    """Rows of Q per cluster and keys per tile of a kernel, before it is compiled."""
+    if hasattr(kernel, "q_stage"):  # Blackwell's
+        return kernel.m_block_size * kernel.q_stage * kernel.cta_group_size, kernel.n_block_size
+    return kernel.tile_m, kernel.tile_n
 
 
 def _without_driver(hardware: type) -> None:
@@ -192,6 +225,7 @@ def _without_driver(hardware: type) -> None:
     hardware.__init__ = lambda self, *args, **kwargs: None
     hardware.get_max_active_clusters = lambda self, cluster_size, *args, **kwargs: sms // cluster_size
     hardware.get_device_multiprocessor_count = lambda self: sms
+    hardware.get_l2_cache_size_in_bytes = lambda self: L2_BYTES
 
 
 def _without_autotuner() -> None:
@@ -202,17 +236,16 @@ def _without_autotuner() -> None:
     sys.modules[autotuner.__name__] = autotuner
 
 
-def _describe(argument: Any, tensors: dict[str, Any]) -> Any:
+def _describe(argument: Any, tensors: dict[str, Any], longest: int) -> Any:
     if isinstance(argument, (tuple, list)):
-        return [_describe(member, tensors) for member in argument]
-    if not hasattr(argument, "untyped_storage"):
-        return argument
-    storage = argument.untyped_storage()._cdata
-    (name,) = (name for name, tensor in tensors.items() if tensor.untyped_storage()._cdata == storage)
-    return {"tensor": name}
+        return [_describe(member, tensors, longest) for member in argument]
+    if hasattr(argument, "untyped_storage"):
+        storage = argument.untyped_storage()._cdata
+        (name,) = (name for name, tensor in tensors.items() if tensor.untyped_storage()._cdata == storage)
+        return {"tensor": name}
+    return {"longest": "q"} if type(argument) is int and argument == longest else argument
 
 
 if __name__ == "__main__":
-    requested = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
-                 for case in json.load(sys.stdin)]
-    _record(requested, Path(sys.argv[1]))
+    requested = [Case.read(told) for told in json.load(sys.stdin)]
+    record(requested, Path(sys.argv[1]))
