@@ -12,6 +12,7 @@ from cute_flash.emulator import (
     Options,
     OutOfBounds,
     TensorMemoryError,
+    UndefinedRegister,
     UninitializedRead,
     UnmodelledInstruction,
 )
@@ -224,6 +225,17 @@ MINE = ".reg .b32 %u<128>;\nshl.b32 %mine, %w, 21;\n"
 def test_refused(code, error, words):
     with pytest.raises(error, match=words):
         tensor.run(MINE + code)
+
+
+def test_undefined_registers_are_stored_as_poison():
+    """Kernels store blocks of registers of which they use a part; an undefined address is still refused."""
+    before = np.zeros((1, 128, 512), np.uint32)
+    code = "tcgen05.st.sync.aligned.32x32b.x2.b32 [%mine], {%t, %u7};\ntcgen05.wait::st.sync.aligned;"
+    after = tensor.run(MINE + code, tensor=before)[0]
+    assert after[:, 0].tolist() == list(range(128))
+    assert (after[:, 1] == 0xFFFFFFFF).all()
+    with pytest.raises(UndefinedRegister, match="%u7"):
+        tensor.run(MINE + code.replace("[%mine]", "[%u7]"), tensor=before)
 
 
 # Allocation.

@@ -111,6 +111,11 @@ def flush_f16(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) < np.float16(2.0**-14), np.copysign(np.float16(0), values), values)
 
 
+def flush_bf16(bits: np.ndarray) -> np.ndarray:
+    """bf16 patterns with subnormal numbers replaced by zeros of the same sign."""
+    return np.where(bits & np.uint16(0x7F80), bits, bits & np.uint16(0x8000))
+
+
 def _relu(values: np.ndarray) -> np.ndarray:
     """Negative numbers become 0; NaN stays."""
     return np.where(np.isnan(values), values, np.maximum(values, values.dtype.type(0)) + values.dtype.type(0))
@@ -410,14 +415,15 @@ def unary(x: Operation) -> Callable:
         raise x.unmodelled("the form without .approx")
     if kind == "f64" and (approximate or rounding.ftz):
         raise x.unmodelled("the approximate .f64 form")
-    if scalar == "bf16":
-        x.flag("ftz")
-        rounding.ftz = False
+    flushing = scalar == "bf16" and rounding.ftz
+    if scalar == "bf16" and flushing != (x.name == "ex2"):
+        raise x.unmodelled(f".{kind} {'with' if flushing else 'without'} .ftz")
     view = VIEW[kind]
     if kind == "f64":
         return elementwise(x, function, view, view)
 
     def compute(a: np.ndarray) -> np.ndarray:
-        return rounding.output(function(rounding.inputs(a, scalar)), scalar)
+        result = rounding.output(function(rounding.inputs(a, scalar)), scalar)
+        return flush_bf16(result) if flushing else result
 
     return elementwise(x, compute, view, view)

@@ -303,11 +303,15 @@ class Store(Pending):
 
 @operation("tcgen05.st")
 def store(x: Operation) -> Step:
-    """Registers to tensor memory; done when wait::st says so, and nothing is there until then."""
+    """Registers to tensor memory; done when wait::st says so, and nothing is there until then.
+
+    Undefined registers may be stored, as poison: NVIDIA's fp8 attention stores a block of which it uses half.
+    """
     form = _form(x, "unpack::16b", 1)
-    target = _Target(x, 0, form, True)
     last = x.count() - 1
     sources = np.array([x.bank_row(item, "u32") for item in _registers(x, last, form)])
+    x.only_moves()
+    target = _Target(x, 0, form, True)
     where = x.instruction
 
     def step(m: Machine, g: Threads) -> None:
