@@ -104,11 +104,12 @@ def markdown(rows: list[Figures | Absent], versions: dict[str, Any]) -> str:
         "# What the machine code says", "",
         f"Written by `python -m profiling static --write`; {made_with}. Not a measurement of time.", "",
         in_short(rows) + ".", "",
-        "Instructions are those of one warp in one iteration of the steady loop over K and V, without masking.",
-        "Slots: all of them per 4096 FLOP of matrix product (one `mma.sync` m16n8k16); – where a matrix",
-        "instruction does not tell its shape. registers: per thread at launch, and what `setmaxnreg` makes of",
-        "them. stack, local: bytes per thread, spills or indexed arrays. Loop: `mma` has the products, `softmax`",
-        "the exponentials where other warps compute them. The configs of our kernels stand in the JSON beside.",
+        "Instructions are those of one warp in one iteration of the steady loop over K and V, without",
+        "masking. Slots: all of them per 4096 FLOP of matrix product (one `mma.sync` m16n8k16); – where a",
+        "matrix instruction does not tell its shape. registers: per thread at launch, and what `setmaxnreg`",
+        "makes of them. stack, local: bytes per thread, spills or indexed arrays. Loop: `mma` has the",
+        "products, `softmax` the exponentials where other warps compute them. Our configs stand in the JSON",
+        "beside.",
     ]
     for arch in EMULATED:
         of_arch = [row for row in rows if row.arch == arch]
