@@ -115,6 +115,9 @@ def markdown(rows: list[Figures | Absent], versions: dict[str, Any]) -> str:
         of_arch = [row for row in rows if row.arch == arch]
         titles = [*_TITLES, *_SHOWN, "all", "slots"]
         text += ["", f"## {arch} ({EMULATED[arch].target})", ""]
+        if not of_arch:
+            text.append(f"Not compiled yet: `python -m profiling static --arch {arch} --write`.")
+            continue
         text += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         text += [line for row in of_arch if isinstance(row, Figures) for line in _markdown_rows(row)]
         missing = [f"* {r.case}, {r.kernel}: {r.reason}" for r in of_arch if isinstance(r, Absent)]

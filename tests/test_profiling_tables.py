@@ -22,8 +22,16 @@ def ours(case: static.Case, device) -> set[tuple[str, str]]:
     return {(a.kernel.name, static.in_words(a.config)) for a in case.answers(device) if a}
 
 
+# Every tree's first device must be there; of the others, what is there must be whole.
+TREES = ("sm80", "sm90", "sm100")
+
+
 @pytest.mark.parametrize("arch", EMULATED)
 def test_the_static_table_is_of_todays_kernels(arch):
+    if arch not in TREES and all(row.arch != arch for row in STATIC):
+        text = static_table.JSON.with_suffix(".md").read_text()
+        assert f"Not compiled yet: `python -m profiling static --arch {arch} --write`" in text
+        return
     for case in CASES.values():
         rows = [row for row in STATIC if (row.arch, row.case) == (arch, case.name)]
         found = {(row.kernel, row.config) for row in rows if isinstance(row, Figures) and row.config}
@@ -43,8 +51,9 @@ def test_the_golden_file_and_the_table_agree():
     for told in json.loads(static.GOLDEN.read_text())["rows"].values():
         now = Figures.of(told)
         key = (now.arch, now.case, now.kernel)
-        (row,) = (r for r in STATIC if isinstance(r, Figures) and (r.arch, r.case, r.kernel) == key)
-        assert static.moves(told, row) == [], key
+        rows = [r for r in STATIC if isinstance(r, Figures) and (r.arch, r.case, r.kernel) == key]
+        assert len(rows) == any(r.arch == now.arch for r in STATIC), key
+        assert all(static.moves(told, row) == [] for row in rows), key
 
 
 def test_the_markdown_is_the_json():
