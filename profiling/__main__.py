@@ -14,6 +14,7 @@ WHAT = {
     "static": "registers, spills, occupancy and hot loop of every kernel, from its machine code",
     "cycles": "what each unit of a GPU allows per KV tile, from the emulator's counts",
     "emulator": "the emulator's own speed",
+    "readme": "write README's performance section from the newest results",
 }
 
 

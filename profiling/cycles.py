@@ -66,12 +66,17 @@ ALU = {
 
 
 class Watch(BankConflicts):
-    """Counts what CTAs do: instructions by warp, and shared memory, copies into it included."""
+    """Counts what CTAs do: instructions by warp, and shared memory, copies into it included.
+
+    Tensor cores that read it themselves, and bulk copies, are counted without bank conflicts; what the warps
+    of a warpgroup read together in a product counts once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.shared_bytes = 0
         self.opcodes: list[Counter] = []
+        self._read_now: dict[tuple, list[np.ndarray]] = {}
 
     def begin(self, m: Any) -> None:
         if self.opcodes or math.prod(m.launch.grid) != m.ctas:
@@ -80,6 +85,7 @@ class Watch(BankConflicts):
         self.opcodes = [Counter() for _ in range(m.warps)]
 
     def step(self, m: Any, g: Any) -> None:
+        self._together()
         for instruction in m.code.steps[m.at].instructions:
             for warp in g.warp_at.tolist():
                 self.opcodes[warp][instruction.opcode] += 1
@@ -87,12 +93,31 @@ class Watch(BankConflicts):
     def copy_issue(self, m: Any, g: Any, copy: Any) -> None:
         self._count(m, g, copy.shared, copy.size)
 
+    def async_read(self, m: Any, unit: Any, cta: int, address: np.ndarray, size: int) -> None:
+        self._read_now.setdefault((cta, unit.name, unit.number, size), []).append(np.ravel(address))
+
+    def async_write(self, m: Any, warp: Any, barrier: Any, span: Any) -> None:
+        self._in_line(span.size)
+
+    def _together(self) -> None:
+        """Count what the last step's units read."""
+        for (*_, size), addresses in self._read_now.items():
+            self._in_line(size * len(np.unique(np.concatenate(addresses))))
+        self._read_now.clear()
+
+    def _in_line(self, size: float) -> None:
+        """Bytes that pass 128 at a time."""
+        self.shared_bytes += size
+        needed, ideal = self.wavefronts.get(-1, (0, 0))
+        self.wavefronts[-1] = (needed + size / 128, ideal + size / 128)
+
     def _count(self, m: Any, g: Any, address: np.ndarray, size: int) -> None:
         self.shared_bytes += size * len(address)
         super()._count(m, g, address, size)
 
     def totals(self) -> Totals:
         """What was seen so far, per CTA."""
+        self._together()
         needed = sum(needed for needed, _ in self.wavefronts.values())
         ideal = sum(ideal for _, ideal in self.wavefronts.values())
         n = self.ctas
@@ -321,7 +346,7 @@ def tile(
 
 
 def _times(loop: sass.Loop, kinds: Counter) -> float:
-    """Warps that pass through a loop per KV tile, each time counted: by what of it the emulator counts too."""
+    """How often warps pass through a loop per KV tile, by what of it the emulator counts, too."""
     if loop.flops:
         return kinds["flops"] / loop.flops
     kind = "mufu" if loop.counts["mufu"] else "matrix"
@@ -420,7 +445,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--case", nargs="+", choices=names, default=list(DEFAULT), metavar="CASE")
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), metavar="GPU")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
-    parser.add_argument("--write", action="store_true", help="put the rows into profiling/results/cycles.json")
+    parser.add_argument("--write", action="store_true", help="keep the rows in profiling/results")
     chosen = parser.parse_args(arguments)
     try:
         sass.tools()

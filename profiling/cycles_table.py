@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from . import flash_attn_4, record
 from .cycles import NotYet, Row
@@ -28,10 +29,8 @@ def lines(found: Row | NotYet, gpus: Iterable[str]) -> Iterator[str]:
     for role, counts in found.roles.items():
         told = ", ".join(f"{kind} {count:g}" for kind, count in counts.items())
         yield f"    {role}, PTX warp instructions: {told}"
-    yield (
-        f"    shared memory: {found.wavefronts:.0f} wavefronts, {_loss(found)} the least; barrier round trips "
-        f"{found.barriers:.1f} per warp"
-    )
+    shared = f"{found.wavefronts:.0f} wavefronts, {_loss(found)} the least"
+    yield f"    shared memory: {shared}; barrier round trips {found.barriers:.1f} per warp"
     cost = found.cost
     lanes = f"{cost.fma:.0f} FMA lanes, {cost.alu:.0f} ALU lanes"
     yield f"    machine code: {cost.issue:.0f} issue slots, {lanes}, {found.local / 1024:.1f} KiB of spills"
@@ -59,23 +58,28 @@ def measured(found: Row, gpu: str) -> str:
 
     Of ours only the kernel that was measured.
     """
-    case, peer = CASES[found.case], found.kernel.startswith(flash_attn_4.NAME)
-    for data in record.reports():
-        if gpu not in data["machine"]:
-            continue
-        seen = "–"
-        rows = [r for r in data["stages"].get("speed", {}).get("rows", []) if r.get("kind") == "row"]
-        for r in sorted((r for r in rows if r["state"] == "ok"), key=lambda r: r["shape"]["seqlen"]):
-            shape = r["shape"]
-            causal = case.rules == "causal"
-            if (shape["head_dim"], shape["head_dim_v"], shape["causal"]) != (*case.dims, causal):
-                continue
-            for name, timed in r["peers"].items():
-                same = name == flash_attn_4.NAME if peer else timed.get("kernel") == found.kernel
-                if same and "tflops" in timed:
-                    seen = f"{timed['tflops']:.0f} ({r['key']})"
-        return seen
-    return "–"
+    data = next((data for data in record.reports() if gpu in data["machine"]), {"stages": {}})
+    rows = [r for r in data["stages"].get("speed", {}).get("rows", []) if _same_problem(found, r)]
+    seen = "–"
+    for r in sorted(rows, key=lambda r: r["shape"]["seqlen"]):
+        for name, timed in r["peers"].items():
+            if "tflops" in timed and _same_kernel(found, name, timed):
+                seen = f"{timed['tflops']:.0f} ({r['key']})"
+    return seen
+
+
+def _same_problem(found: Row, row: dict[str, Any]) -> bool:
+    if row.get("kind") != "row" or row["state"] != "ok" or row["shape"].get("backward"):
+        return False
+    case, shape = CASES[found.case], row["shape"]
+    asked = tuple(shape[name] for name in ("head_dim", "head_dim_v", "causal"))
+    return asked == (*case.dims, case.rules == "causal")
+
+
+def _same_kernel(found: Row, name: str, timed: dict[str, Any]) -> bool:
+    if found.kernel.startswith(flash_attn_4.NAME):
+        return name == flash_attn_4.NAME
+    return timed.get("kernel") == found.kernel
 
 
 def write(rows: Iterable[Row | NotYet], path: Path = JSON) -> None:
@@ -100,11 +104,11 @@ def markdown(rows: list[Row | NotYet]) -> str:
     """A table per GPU, then the counts behind them."""
     text = [
         "# What each unit allows", "",
-        "Written by `python -m profiling cycles --write`. **These are bounds, not timings**: clocks that each",
-        "unit of one SM needs for one KV tile of one CTA, were it always busy, from counts of the emulator and of",
-        "the machine code, over the rates in `profiling/rates.py`. Ceiling: TFLOP/s where the slowest unit alone",
-        "sets the pace; in turn: where the tensor cores and the rest wait for each other. measured: by a report",
-        "from that GPU, at its longest sequence.",
+        "Written by `python -m profiling cycles --write`. **These are bounds, not timings**: clocks that",
+        "each unit of one SM needs for one KV tile of one CTA, were it always busy, from counts of the",
+        "emulator and of the machine code, over the rates in `profiling/rates.py`. Ceiling: TFLOP/s where",
+        "the slowest unit alone sets the pace; in turn: where the tensor cores and the rest wait for each",
+        "other. measured: by a report from that GPU, at its longest sequence.",
     ]
     for gpu in GPUS:
         target = GPUS[gpu].device.target

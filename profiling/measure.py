@@ -218,9 +218,9 @@ class GradientOracle:
         )
 
     def check(self, found: tuple[torch.Tensor, ...]) -> float:
-        """Hold (dq, dk, dv) to the accuracy rule; returns the largest error. AssertionError says how far off."""
-        largest = 0.0
-        for i, (name, gradient, given) in enumerate(zip(("dq", "dk", "dv"), found, self._inputs, strict=True)):
+        """Hold (dq, dk, dv) to the accuracy rule; returns the largest error. AssertionError says more."""
+        largest, names = 0.0, ("dq", "dk", "dv")
+        for i, (name, gradient, given) in enumerate(zip(names, found, self._inputs, strict=True)):
             assert gradient.shape == given.shape, f"{name} has shape {tuple(gradient.shape)}"
             assert gradient.isfinite().all(), f"{name} is not finite everywhere"
             for (b, h), exact, peer in zip(self._heads, self._exact, self._peer, strict=True):
@@ -231,7 +231,7 @@ class GradientOracle:
 
 
 def _gradients(tensors: list[torch.Tensor], causal: bool, compute: torch.dtype) -> list[torch.Tensor]:
-    """dq, dk, dv of one head, given q, k, v, dout (rows, dim); products in `compute`, sums of blocks wider."""
+    """dq, dk, dv of one head, given q, k, v, dout (rows, dim): products in `compute`, their sums wider."""
     q, k, v, dout = (x.to(compute) for x in tensors)
     wide = torch.promote_types(compute, torch.float32)
     scale, rows, keys = q.shape[-1] ** -0.5, q.shape[0], torch.arange(k.shape[0], device=q.device)

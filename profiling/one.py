@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--row", metavar="KEY")
     parser.add_argument("--machine", default=measure.CUDA, help="cuda, or an architecture to emulate")
     parser.add_argument("--races", action="store_true", help="on the emulator: look for data races")
-    parser.add_argument("--kernel", metavar="NAME", help="this one, such as sm80.forward, not the first choice")
+    parser.add_argument("--kernel", metavar="NAME", help="such as sm80.forward; default: the first choice")
     parser.add_argument("--json", action="store_true", help="print the seconds of a first and a second call")
     chosen = parser.parse_args(arguments)
     import torch

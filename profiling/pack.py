@@ -157,10 +157,11 @@ def wheels(directory: Path, source: Path | None) -> dict[str, str]:
 def backward(directory: Path, source: Path | None) -> dict[str, str]:
     """Put the members of BACKWARD into a zip; returns what could not be had."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name in BACKWARD:
-            if reason := download(name, Path(scratch), source):
-                return {name: reason}
-        with zipfile.ZipFile(directory / "backward.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=6) as target:
+        found = {name: download(name, Path(scratch), source) for name in BACKWARD}
+        if any(found.values()):
+            return {name: reason for name, reason in found.items() if reason}
+        path = directory / "backward.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
             for name, members in BACKWARD.items():
                 stem = name.partition("=")[0].replace("-", "_")
                 (wheel,) = Path(scratch).glob(f"{stem}-*.whl")

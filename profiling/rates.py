@@ -82,7 +82,8 @@ def occupancy(capability: tuple[int, int], threads: int, registers: int, shared_
 class Gpu:
     """One product: numbers per SM and clock, lanes where not said otherwise.
 
-    arch: the emulated device that it is closest to. matrix: FLOP of dense bf16. mma_sync: the part of it that mma.sync reaches. mufu: exponentials.
+    arch: the emulated device that it is closest to. matrix: FLOP of dense bf16. mma_sync: the part of it
+    that mma.sync reaches. mufu: exponentials.
     fma: FP32 add, multiply, fma. alu: FP32 compare, minimum, maximum, select. shared: bytes.
     issue: warp instructions. clock: Hz, at which the products of the row are the data sheet's numbers.
     """

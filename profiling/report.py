@@ -61,9 +61,8 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"--resume: {error}", file=sys.stderr)
         return BAD_ARGUMENT
-    settings = Settings(
-        machine, chosen.dry_run, str(record.path.parent), tuple(chosen.case), kernels_of(device), chosen.backward
-    )
+    cases, out = tuple(chosen.case), str(record.path.parent)
+    settings = Settings(machine, chosen.dry_run, out, cases, kernels_of(device), chosen.backward)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run(record, settings, wanted, chosen.budget_seconds)
 
@@ -224,5 +223,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", type=Path, metavar="FILE", help="go on with this .json: run what it lacks")
     add("--backward", action="store_true", help="time the backward pass of whoever has one, too")
     add("--dry-run", action="store_true", help="no GPU: tiny shapes on the emulator")
-    add("--arch", default="sm80", choices=EMULATED, metavar="ARCH", help="what a dry run emulates; default: %(default)s")
+    add("--arch", default="sm80", choices=EMULATED, metavar="ARCH",
+        help="what a dry run emulates; default: %(default)s")
     return parser

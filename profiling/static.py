@@ -147,11 +147,11 @@ class Figures(Source):
     @classmethod
     def of(cls, row: dict[str, Any]) -> Figures:
         """From what JSON makes of it."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+        return cls(**{k: tuple(value) if isinstance(value, list) else value for k, value in row.items()})
 
 
 def figures(case: Case, answer: Answer, arch: str) -> Figures:
-    """Ours. Raises NotImplementedError with the reasons where the answer is that no kernel serves the case."""
+    """Ours. Raises NotImplementedError with the reasons where no kernel serves the case."""
     if not answer:
         raise NotImplementedError(str(answer))
     built = executable.artifact(answer.kernel, answer.problem, answer.config, answer.device)
@@ -264,16 +264,23 @@ def survey(arches: Iterable[str], cases: Iterable[str], peer: bool) -> Iterator[
         if peer:
             _prepare_peers(chosen, arch)
         for case in chosen:
-            for answer in case.answers(EMULATED[arch]):
-                try:
-                    yield figures(case, answer, arch)
-                except NotImplementedError as error:
-                    yield Absent(arch, case.name, "cute_flash", "", " ".join(str(error).split()))
+            yield from (_ours(case, answer, arch) for answer in case.answers(EMULATED[arch]))
             if peer and case.rules != "everything":
-                try:
-                    yield peer_figures(case, arch)
-                except flash_attn_4.Missing as error:
-                    yield Absent(arch, case.name, flash_attn_4.NAME, "", str(error))
+                yield _peers(case, arch)
+
+
+def _ours(case: Case, answer: Answer, arch: str) -> Figures | Absent:
+    try:
+        return figures(case, answer, arch)
+    except NotImplementedError as error:
+        return Absent(arch, case.name, "cute_flash", "", " ".join(str(error).split()))
+
+
+def _peers(case: Case, arch: str) -> Figures | Absent:
+    try:
+        return peer_figures(case, arch)
+    except flash_attn_4.Missing as error:
+        return Absent(arch, case.name, flash_attn_4.NAME, "", str(error))
 
 
 def _prepare_peers(cases: Iterable[Case], arch: str) -> None:
@@ -296,7 +303,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help=f"put the rows into {table.JSON.relative_to(ROOT)}")
+    what.add_argument("--write", action="store_true", help="keep the rows in profiling/results")
     what.add_argument("--golden", action="store_true", help="write tests/golden/static.json, print nothing")
     chosen = parser.parse_args(arguments)
     try:

@@ -104,16 +104,20 @@ def markdown(rows: list[Figures | Absent], versions: dict[str, Any]) -> str:
         "# What the machine code says", "",
         f"Written by `python -m profiling static --write`; {made_with}. Not a measurement of time.", "",
         in_short(rows) + ".", "",
-        "Instructions are those of one warp in one iteration of the steady loop over K and V, without masking.",
-        "Slots: all of them per 4096 FLOP of matrix product (one `mma.sync` m16n8k16); – where a matrix",
-        "instruction does not tell its shape. registers: per thread at launch, and what `setmaxnreg` makes of",
-        "them. stack, local: bytes per thread, spills or indexed arrays. Loop: `mma` has the products, `softmax`",
-        "the exponentials where other warps compute them. The configs of our kernels stand in the JSON beside.",
+        "Instructions are those of one warp in one iteration of the steady loop over K and V, without",
+        "masking. Slots: all of them per 4096 FLOP of matrix product (one `mma.sync` m16n8k16); – where a",
+        "matrix instruction does not tell its shape. registers: per thread at launch, and what `setmaxnreg`",
+        "makes of them. stack, local: bytes per thread, spills or indexed arrays. Loop: `mma` has the",
+        "products, `softmax` the exponentials where other warps compute them. Our configs stand in the JSON",
+        "beside.",
     ]
     for arch in EMULATED:
         of_arch = [row for row in rows if row.arch == arch]
         titles = [*_TITLES, *_SHOWN, "all", "slots"]
         text += ["", f"## {arch} ({EMULATED[arch].target})", ""]
+        if not of_arch:
+            text.append(f"Not compiled yet: `python -m profiling static --arch {arch} --write`.")
+            continue
         text += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         text += [line for row in of_arch if isinstance(row, Figures) for line in _markdown_rows(row)]
         missing = [f"* {r.case}, {r.kernel}: {r.reason}" for r in of_arch if isinstance(r, Absent)]

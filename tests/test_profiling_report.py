@@ -12,12 +12,14 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import cute_flash
 from profiling import measure, ncu, peers, plots, report, stages, tools, vectors
 from profiling.__main__ import main as profiling
 from profiling.record import FORMAT, Record, read, reports, write_whole
@@ -103,9 +105,36 @@ def left_pictures_vectors_and_counters(directory: Path) -> None:
 
 
 def test_without_a_gpu_it_says_what_there_is(monkeypatch, capsys):
-    monkeypatch.setattr(report, "gpu_name", lambda: None)
+    monkeypatch.setattr(report, "ASK", "import sys; sys.exit('no driver')")
+    assert report.gpu() is None
     assert profiling(["report"]) == 2
     assert "--dry-run" in capsys.readouterr().err
+
+
+def test_a_gpu_is_told_by_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(report, "ASK", "print('warning'); print('[\"NVIDIA H200\", 9, 0, 232448]')")
+    name, device = report.gpu()
+    assert name == "NVIDIA H200" and report.kernels_of(device) == ("sm90.forward", "sm80.forward")
+
+
+def test_every_kernel_that_is_listed_has_its_rows():
+    settings = replace(SETTINGS, machine="sm90", kernels=("sm90.forward", "sm80.forward"))
+    for stage in ("correctness", "sanitizer"):
+        keys = {job.key for job in stages.jobs(stage, settings)}
+        alone = {job.key for job in stages.jobs(stage, replace(settings, kernels=("sm90.forward",)))}
+        assert keys == alone | {f"{key} (sm80.forward)" for key in alone}
+    job = Job("x", {"kind": "case", "case": "bfloat16", "kernel": "no such kernel"})
+    (row,) = correctness.run(job, settings, lambda text: None)
+    assert row["state"] == "missing" and "only no such kernel is asked for" in row["error"]
+    row = measure.Row(64, 64, True, 48, 1, 1)
+    found = speed.measure_row(row, settings, {}, lambda text: None)
+    assert found["kernel"].startswith("sm90.forward")
+    ours = {name: peer for name, peer in found["peers"].items() if name.startswith("cute_flash")}
+    told = {name: peer["kernel"] for name, peer in ours.items()}
+    assert told == {"cute_flash": "sm90.forward", "cute_flash sm80.forward": "sm80.forward"}
+    assert "sm80" not in found["best peer"], "a kernel of ours is no peer"
+    with pytest.raises(peers.Missing, match="only gone is asked for"), cute_flash.emulated("sm90"):
+        peers.prepare("cute_flash gone", row, "sm90", [])
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ import pytest
 
 pytest.importorskip("nvidia.cu13", reason="cuobjdump and nvdisasm come with NVIDIA's packages on PyPI")
 
+from cute_flash import emulator
 from profiling import __main__ as command
-from profiling import cycles, flash_attn_4, rates, sass, static
+from profiling import cycles, cycles_table, flash_attn_4, rates, sass, static
 
+A100 = static.EMULATED["sm80"]
 GOLDEN = json.loads(static.GOLDEN.read_text())
 
 
@@ -143,7 +145,7 @@ def test_spills_are_seen():
 def test_the_cubin_inside_an_object():
     from cute_flash import executable
 
-    (answer,) = static.CASES["d64"].answers("sm80")
+    (answer,) = static.CASES["d64"].answers(A100)
     built = executable.artifact(answer.kernel, answer.problem, answer.config, answer.device)
     assert sass.embedded_cubin(built.object).rstrip(b"\0") == built.cubin.rstrip(b"\0")
     with pytest.raises(ValueError, match="found 0"):
@@ -177,6 +179,7 @@ def test_rates_give_the_data_sheets_peak(gpu, peak):
 
 def test_every_emulated_device_has_limits():
     assert {device.capability for device in static.EMULATED.values()} <= set(rates.LIMITS)
+    assert rates.GPUS["GB300"].device.target == "sm_103a"
 
 
 @pytest.mark.parametrize("arch", static.EMULATED)
@@ -216,7 +219,8 @@ def test_a_missing_peer_is_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tile() -> cycles.Tile:
-    return cycles.ours(static.CASES["d64"], "sm80")
+    case = static.CASES["d64"]
+    return cycles.ours(case, case.answers(A100)[0], "sm80")
 
 
 def test_a_tile_costs_what_the_algorithm_says(tile):
@@ -227,35 +231,60 @@ def test_a_tile_costs_what_the_algorithm_says(tile):
     assert tile.kinds["copy"] * 32 * 16 == 2 * tile.tile_n * (64 + 64)
     # K and V are copied in once and read by every warp; Q is read by the warp whose it is.
     warps, keys_and_values = len(tile.totals.opcodes), 2 * tile.tile_n * (64 + 64)
-    queries = 0 if static.CASES["d64"].problem("sm80").config.q_in_registers else 2 * tile.tile_m * 64
+    config = static.CASES["d64"].answers(A100)[0].config
+    queries = 0 if config.q_in_registers else 2 * tile.tile_m * 64
     assert tile.totals.shared_bytes == keys_and_values * (1 + warps) + queries
     assert tile.totals.wavefronts <= 1.01 * tile.totals.ideal, "bank conflicts"
     assert sum(count for count, _ in tile.totals.roles.values()) == len(tile.totals.opcodes)
 
 
 def test_bounds(tile):
-    gpu = rates.GPUS["A100"]
-    clocks = tile.cycles(gpu)
+    gpu, cost = rates.GPUS["A100"], tile.cost
+    clocks = cost.cycles(gpu)
     assert clocks["matrix"] == tile.kinds["flops"] / 2048
     assert clocks["shared"] == tile.totals.wavefronts + tile.local / 128
-    assert replace(tile, local=tile.local + 1280).cycles(gpu)["shared"] == clocks["shared"] + 10
-    binds, ceiling, in_turn = tile.ceilings(gpu)
+    assert replace(tile, local=tile.local + 1280).cost.cycles(gpu)["shared"] == clocks["shared"] + 10
+    binds, ceiling, in_turn = cost.ceilings(gpu)
     assert clocks[binds] == max(clocks.values())
     assert in_turn < ceiling <= gpu.peak / 1e12 * 1.0001
     starved = replace(gpu, mufu=1)
-    assert tile.ceilings(starved)[0] == "mufu"
-    assert tile.ceilings(starved)[1] < ceiling
+    assert cost.ceilings(starved)[0] == "mufu"
+    assert cost.ceilings(starved)[1] < ceiling
+
+
+def watching(grid: int = 1, ctas: int = 1) -> tuple[cycles.Watch, SimpleNamespace]:
+    """A watch that has seen CTAs of one warp begin, and the machine that it looks at."""
+    step = SimpleNamespace(where=SimpleNamespace(line=7), instructions=[])
+    launch = SimpleNamespace(grid=(grid, 1, 1))
+    m = SimpleNamespace(at=0, code=SimpleNamespace(steps=[step]), launch=launch, ctas=ctas, warps=1)
+    watch = cycles.Watch()
+    watch.begin(m)
+    return watch, m
 
 
 def test_bank_conflicts_are_counted():
-    watch = cycles.Watch()
-    step = SimpleNamespace(where=SimpleNamespace(line=7))
-    m = SimpleNamespace(at=0, code=SimpleNamespace(steps=[step]))
+    watch, m = watching()
     g = SimpleNamespace(slot=np.zeros(32, int), lane=np.arange(32))
     watch.shared_read(m, g, np.arange(32) * 4, 4)
     assert (watch.totals().wavefronts, watch.totals().ideal) == (1, 1)
     watch.shared_read(m, g, np.arange(32) * 128, 4)
     assert (watch.totals().wavefronts, watch.totals().ideal, watch.totals().shared_bytes) == (33, 2, 256)
+
+
+def test_what_a_warpgroup_reads_together_counts_once_and_per_cta():
+    watch, m = watching(grid=2, ctas=2)
+    g = SimpleNamespace(warp_at=np.zeros(0, int))
+    for cta in range(2):
+        unit = SimpleNamespace(name="products", number=0)
+        for warp in range(4):
+            watch.async_read(m, unit, cta, np.arange(8) * 16, 16)
+            watch.async_read(m, unit, cta, 1024 + 256 * warp + np.arange(16) * 16, 16)
+    watch.step(m, g)
+    assert watch.totals().shared_bytes == 128 + 1024 and watch.totals().wavefronts == 9
+    watch.async_write(m, None, None, SimpleNamespace(size=512))
+    assert watch.totals().shared_bytes == 128 + 1024 + 256
+    with pytest.raises(ValueError, match="the grid is"):
+        watching(grid=2, ctas=1)
 
 
 def test_a_loop_that_is_not_the_steady_one_is_refused(tile):
@@ -266,28 +295,68 @@ def test_a_loop_that_is_not_the_steady_one_is_refused(tile):
     loops = (sass.Loop(frozenset(range(9)), ("HMMA.16816.F32.BF16",) * 8 + ("MUFU.EX2",) * 4 + ("FFMA",)),)
     flops, mufu = tile.kinds["flops"], tile.kinds["mufu"]
     fitting = (replace(loops[0], opcodes=("HMMA.16816.F32",) * int(flops / 4096) + ("MUFU",) * int(mufu)),)
-    assert cycles.tile("x", (1, 1), tile.totals, fitting).fma == 0
+    case = static.CASES["d64"]
+    assert cycles.tile("x", (1, 1), case, tile.totals, fitting).fma == 0
     with pytest.raises(ValueError, match="exponentials"):
-        cycles.tile("x", (1, 1), replace(tile.totals, opcodes=opcodes), fitting)
+        cycles.tile("x", (1, 1), case, replace(tile.totals, opcodes=opcodes), fitting)
     with pytest.raises(ValueError, match="exponentials"):
-        cycles.tile("x", (1, 1), tile.totals, loops)
+        cycles.tile("x", (1, 1), case, tile.totals, loops)
+
+
+def test_matrix_instructions_that_do_not_tell_their_shape_are_counted_by_the_algorithm():
+    """Of Blackwell: products by one warp, exponentials by another; each loop counts by what it has."""
+    products = Counter({"tcgen05.mma.cta_group::1.kind::f16": 16.0})
+    softmax = Counter({"ex2.approx.ftz.f32": 512.0})
+    loops = (
+        sass.Loop(frozenset(), ("UTCHMMA",) * 8 + ("UIADD3",)),
+        sass.Loop(frozenset(), ("MUFU.EX2",) * 128 + ("FFMA2",) * 64),
+    )
+    totals = cycles.Totals((products, softmax), 1.0, 1.0, 128.0)
+    found = cycles.tile("x", (128, 128), static.CASES["d64"], totals, loops)
+    assert found.cost.flops == 2 * 128 * 128 * 128 and not found.cost.mma_sync
+    assert found.fma == 2 * 64 * 4 * 32 and found.issue == 2 * 9 + 4 * 192
+    with pytest.raises(ValueError, match="does not tell its shape"):
+        cycles.matrix_flops("mma.sync.aligned.row.col")
+
+
+def test_what_the_emulator_cannot_run_is_not_yet_there():
+    what = cycles.NotYet("d64", "sm_90a", "peer", "")
+
+    def stops(error):
+        def make():
+            raise error
+        return cycles.counted(what, "", make)
+
+    assert stops(emulator.UnmodelledInstruction("new.thing")).reason == (
+        "not yet: the emulator cannot run it (new.thing)"
+    )
+    assert stops(emulator.Deadlock("nobody\nmore")).reason == "stopped by the emulator: nobody"
+    assert stops(flash_attn_4.Missing("why")).reason == "missing, why"
+    (line,) = cycles_table.lines(stops(NotImplementedError("no\n kernel")), ["H200"])
+    assert line == "d64 on sm_90a, peer: no kernel"
 
 
 def test_measurements_stand_beside(monkeypatch, tmp_path):
     def report(name: str, started: str, dry_run: bool, tflops: float) -> None:
         shape = {"head_dim": 64, "head_dim_v": 64, "causal": False, "seqlen": 8192}
-        peers = {"cute_flash": {"tflops": tflops}, "flash-attn-4": {"state": "missing"}}
+        peers = {"cute_flash": {"tflops": tflops, "kernel": "a"}, "flash-attn-4": {"state": "missing"}}
         row = {"kind": "row", "key": "d64-full-s8192", "state": "ok", "shape": shape, "peers": peers}
-        shorter = {**row, "shape": {**shape, "seqlen": 512}, "peers": {"cute_flash": {"tflops": 1.0}}}
+        ours = {"cute_flash": {"tflops": 1.0, "kernel": "a"}}
+        shorter = {**row, "shape": {**shape, "seqlen": 512}, "peers": ours}
+        backward = {**row, "shape": {**shape, "seqlen": 16384, "backward": True}}
         data = {"format": 1, "started": started, "machine": "NVIDIA H200", "dry_run": dry_run,
-                "stages": {"speed": {"rows": [row, shorter]}}}  # fmt: skip
-        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+                "stages": {"speed": {"rows": [row, shorter, backward]}}}  # fmt: skip
+        (tmp_path / f"{started}-{name}.json").write_text(json.dumps(data))
 
-    monkeypatch.setattr(cycles, "RESULTS", tmp_path)
-    case = static.CASES["d64"]
-    assert cycles.measured(case, "H200") == {}
+    reports = cycles_table.record.reports
+    monkeypatch.setattr(cycles_table.record, "reports", lambda: reports(tmp_path))
+    counted = [row for row in cycles_table.read() if isinstance(row, cycles.Row)]
+    row = replace(next(row for row in counted if row.case == "d64"), kernel="a")
+    assert cycles_table.measured(row, "H200") == "–"
     report("old", "2026-01-01", False, 100.0)
     report("new", "2026-02-01", False, 200.0)
     report("dry", "2026-03-01", True, 300.0)
-    assert cycles.measured(case, "H200") == {"cute_flash": ("d64-full-s8192", 200.0)}
-    assert cycles.measured(case, "A100") == {} == cycles.measured(static.CASES["d64_causal"], "H200")
+    assert cycles_table.measured(row, "H200") == "200 (d64-full-s8192)"
+    assert cycles_table.measured(row, "A100") == "–"
+    for change in ({"kernel": "b"}, {"case": "d64_causal"}, {"kernel": "flash-attn-4 4"}):
+        assert cycles_table.measured(replace(row, **change), "H200") == "–"

@@ -30,7 +30,7 @@ DRY_LARGE = (measure.Row(64, 64, True, 160, 1, 1),)
 
 
 def jobs(settings: Settings) -> list[Job]:
-    """Cases, then long shapes, then the comparison with the emulator; then the same for every other kernel."""
+    """Cases, long shapes, the comparison with the emulator; then the same for every other kernel."""
     from tests.cases import CASES
 
     dry = settings.dry_run

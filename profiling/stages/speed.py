@@ -1,4 +1,5 @@
-"""The forward pass, or both, over the field's sweep beside its peers; host time, first calls, memory over N."""
+"""The field's sweep beside its peers, forward and, if asked, backward; host time, first calls, memory over N.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def judged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     from ..peers import OURS
 
     ours = found[OURS]
-    return {} if ours["state"] in ("ok", "missing") else {"state": "failed", "error": f"{OURS}: {ours['error']}"}
+    well = ours["state"] in ("ok", "missing")
+    return {} if well else {"state": "failed", "error": f"{OURS}: {ours['error']}"}
 
 
 def host_time(settings: Settings, without: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -246,22 +248,27 @@ def peak(run: Callable[[int], Any], machine: str) -> int | None:
 
 def markdown(rows: list[dict[str, Any]], data: dict[str, Any]) -> str:
     """TFLOP/s of everyone per row, ratios and their geometric mean; then the host's time and memory."""
-    from ..peers import PEERS
-
     measured = [row for row in rows if row.get("kind") == "row"]
-    environment = data["stages"].get("environment", {}).get("rows", [])
-    ceiling = next((row["rate"] for row in environment if row["key"] == "bf16 GEMM" and "rate" in row), None)
-    names = list(dict.fromkeys(name for row in measured for name in row["peers"])) or list(PEERS)
-    titles = ["row", *names, "best peer", "ours / best", "ours / FA2", "ours / GEMM"]
-    lines = ["TFLOP/s at the median time (10 % to 90 % of the times, in percent of the median)", ""]
-    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    lines += [_line(row, names, ceiling) for row in sorted(measured, key=_order)]
+    lines = [table(measured, data)]
     for name in ("ratio to best", "ratio to FA2"):
         if ratios := [row[name] for row in measured if name in row]:
             mean = statistics.geometric_mean(ratios)
             lines += ["", f"geometric mean of the {name}: {mean:.3f} over {len(ratios)} rows"]
     lines += ["", *_absent(measured), "", *_others(rows)]
     return "\n".join(lines)
+
+
+def table(rows: list[dict[str, Any]], data: dict[str, Any]) -> str:
+    """TFLOP/s of everyone, a line per row of the sweep. data: the whole record's."""
+    from ..peers import PEERS
+
+    environment = data["stages"].get("environment", {}).get("rows", [])
+    ceiling = next((row["rate"] for row in environment if row["key"] == "bf16 GEMM" and "rate" in row), None)
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"])) or list(PEERS)
+    titles = ["row", *names, "best peer", "ours / best", "ours / FA2", "ours / GEMM"]
+    lines = ["TFLOP/s at the median time (10 % to 90 % of the times, in percent of the median)", ""]
+    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return "\n".join([*lines, *(_line(row, names, ceiling) for row in sorted(rows, key=_order))])
 
 
 def _order(row: dict[str, Any]) -> tuple:

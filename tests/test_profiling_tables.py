@@ -1,0 +1,124 @@
+"""The tables that stand in profiling/results and in README are of today's kernels, and whole."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("nvidia.cu13", reason="cuobjdump and nvdisasm come with NVIDIA's packages on PyPI")
+
+from profiling import cycles, cycles_table, flash_attn_4, readme, static, static_table
+from profiling.rates import GPUS
+from profiling.static import CASES, EMULATED, Absent, Figures
+
+STATIC, COUNTED = static_table.read(), cycles_table.read()
+TARGETS = {gpu.device.target: gpu.device for gpu in GPUS.values()}
+
+
+def ours(case: static.Case, device) -> set[tuple[str, str]]:
+    """(kernel, config) of every kernel of ours that serves a case on a device."""
+    return {(a.kernel.name, static.in_words(a.config)) for a in case.answers(device) if a}
+
+
+# Every tree's first device must be there; of the others, what is there must be whole.
+TREES = ("sm80", "sm90", "sm100")
+
+
+@pytest.mark.parametrize("arch", EMULATED)
+def test_the_static_table_is_of_todays_kernels(arch):
+    if arch not in TREES and all(row.arch != arch for row in STATIC):
+        text = static_table.JSON.with_suffix(".md").read_text()
+        assert f"Not compiled yet: `python -m profiling static --arch {arch} --write`" in text
+        return
+    for case in CASES.values():
+        rows = [row for row in STATIC if (row.arch, row.case) == (arch, case.name)]
+        found = {(row.kernel, row.config) for row in rows if isinstance(row, Figures) and row.config}
+        hint = f"python -m profiling static --arch {arch} --write"
+        assert found == ours(case, EMULATED[arch]), f"{case.name}: {hint}"
+        peers = [row for row in rows if row.kernel.startswith(flash_attn_4.NAME)]
+        assert len(peers) == (case.rules != "everything"), f"{case.name}: {hint}"
+
+
+def test_nothing_spills_and_what_is_absent_says_why():
+    assert static_table.spilling(STATIC) == []
+    assert all(row.reason for row in STATIC if isinstance(row, Absent))
+    assert {row.kernel for row in STATIC if isinstance(row, Absent)} <= {flash_attn_4.NAME}
+
+
+def test_the_golden_file_and_the_table_agree():
+    for told in json.loads(static.GOLDEN.read_text())["rows"].values():
+        now = Figures.of(told)
+        key = (now.arch, now.case, now.kernel)
+        rows = [r for r in STATIC if isinstance(r, Figures) and (r.arch, r.case, r.kernel) == key]
+        assert len(rows) == any(r.arch == now.arch for r in STATIC), key
+        assert all(static.moves(told, row) == [] for row in rows), key
+
+
+def test_the_markdown_is_the_json():
+    versions = json.loads(static_table.JSON.read_text())["versions"]
+    assert static_table.JSON.with_suffix(".md").read_text() == static_table.markdown(STATIC, versions)
+    assert cycles_table.JSON.with_suffix(".md").read_text() == cycles_table.markdown(COUNTED)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_cycles_table_is_of_todays_kernels(target):
+    for name in cycles.DEFAULT:
+        rows = [row for row in COUNTED if (row.target, row.case) == (target, name)]
+        found = {(row.kernel, row.config) for row in rows if isinstance(row, cycles.Row) and row.config}
+        hint = f"{name} on {target}: python -m profiling cycles --write"
+        assert found == ours(CASES[name], TARGETS[target]), hint
+        peers = [row for row in rows if row.kernel.startswith(flash_attn_4.NAME)]
+        assert len(peers) == 1, hint
+
+
+def test_rows_are_put_in_place_of_those_there(tmp_path):
+    path = tmp_path / "static.json"
+    a, b = STATIC[0], next(row for row in STATIC if row.arch != STATIC[0].arch)
+    static_table.write([a, b], path)
+    again = Absent(a.arch, a.case, "x", "", "why")
+    static_table.write([again], path)
+    assert static_table.read(path) == [again, b] and "why" in path.with_suffix(".md").read_text()
+    counts = tmp_path / "cycles.json"
+    cycles_table.write(COUNTED, counts)
+    gone = cycles.NotYet(COUNTED[0].case, COUNTED[0].target, "y", "not yet")
+    cycles_table.write([gone], counts)
+    assert gone in cycles_table.read(counts) and COUNTED[0] not in cycles_table.read(counts)
+
+
+def test_readme_has_the_newest_results():
+    marks = re.compile(r"<!-- performance -->\n(.*?)\n<!-- /performance -->", re.DOTALL)
+    (found,) = marks.findall(readme.README.read_text())
+    assert found == readme.section(), "run: python -m profiling readme"
+
+
+def test_readme_s_section_is_written_between_the_marks(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "README.md"
+    monkeypatch.setattr(readme, "README", path)
+    path.write_text("a\n<!-- performance -->\n\n<!-- /performance -->\nb\n")
+    for _ in range(2):
+        assert readme.main([]) == 0
+        expected = f"a\n<!-- performance -->\n{readme.section()}\n<!-- /performance -->\nb\n"
+        assert path.read_text() == expected
+    path.write_text("a\n")
+    assert readme.main([]) == 1 and "has 0 sections" in capsys.readouterr().out
+
+
+def test_readme_says_what_a_report_measured(tmp_path):
+    for name in ("static.json", "cycles.json"):
+        (tmp_path / name).write_text((static_table.JSON.parent / name).read_text())
+    assert "No speed was measured on hardware" in readme.section(tmp_path)
+    shape = {"head_dim": 64, "head_dim_v": 64, "causal": True, "seqlen": 512}
+    peers = {"cute_flash": {"state": "ok", "tflops": 200.0, "seconds": 1.0, "spread": [0.9, 1.1]},
+             "torch flash": {"state": "missing", "error": "why"}}  # fmt: skip
+    row = {"key": "d64-causal-s512", "kind": "row", "state": "ok", "shape": shape, "peers": peers,
+           "ratio to best": 0.5, "best peer": "torch flash"}  # fmt: skip
+    for day, gpu, rows in (("01", "old", [row]), ("02", "new", [row]), ("03", "newest, no speed", [])):
+        data = {"format": 1, "name": f"2026-01-{day}-x", "started": f"2026-01-{day}T00:00:00", "machine": gpu,
+                "dry_run": False, "stages": {"speed": {"rows": rows}}}  # fmt: skip
+        (tmp_path / f"2026-01-{day}-x.json").write_text(json.dumps(data))
+    text = readme.section(tmp_path)
+    assert text.startswith("new, 2026-01-02; all of it: `profiling/results/2026-01-02-x.md`")
+    assert "| d64-causal-s512 | 200 (20.0%) | missing |" in text and "No speed was measured" not in text
+    assert "Geometric mean of our speed over that of the best peer: 0.500, 1 rows" in text
