@@ -2,8 +2,8 @@
 
 Named barrier, per CTA and number: a warp arrives when all its live lanes execute the instruction, and
 counts as 32 threads, each time anew: hardware counts arrivals and does not know whose they are. When the
-expected count is there, everyone who waits goes on and the barrier starts its next phase. A barrier without a count expects every warp of the CTA that has not exited; one with a
-count gets no help from warps that exit.
+expected count is there, everyone who waits goes on and the barrier starts its next phase. A barrier without a
+count expects every warp of the CTA that has not exited; one with a count gets no help from warps that exit.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def test_different_counts_in_one_phase():
 
 @pytest.mark.parametrize("options", SCHEDULES)
 def test_a_warp_that_goes_on_may_arrive_again(options):
-    """Hardware counts arrivals, whoever makes them: warpgroups that take turns begin with one of their own."""
+    """Hardware counts arrivals, whoever makes them: warps that take turns begin with one of their own."""
     code = "setp.eq.u32 %p, %w, 1;\n@%p bra DONE;\nbar.arrive 1, 64;\nbar.sync 1, 64;\nDONE:"
     launch(module(HEAD + code), [], block=64, **options)
     fails(code.replace("bar.arrive 1, 64;\n", ""), Deadlock, "32 of 64 threads arrived")

@@ -149,12 +149,44 @@ BLACKWELL = {
 MASKS = {"a comparison of the mask negated": Mutation(mask_comparisons, negated)}
 MUTATIONS = {"sm80": COPIES | MASKS, "sm90": TMA | WGMMA | MASKS, "sm100": TMA | BLACKWELL | MASKS}
 EVERY = [(tree, name, mutation) for tree, name in CASES for mutation in MUTATIONS[tree]]
+FRESH = "the first wait for an empty slot: a new barrier lets it pass"
+ONCE = "Q's slot is filled once, so nobody waits for it to be empty"
+TURNS = "turns decide when products begin, not what they compute"
+BUDGET = "how many registers there are is ptxas's business: results do not depend on it"
+FENCED = "the product before has a fence, and nothing touches the registers in between"
+COVERED = "the next block's wait covers it before O or V's slot is touched"
+
+
+def harmless(tree: str, case: str, reasons: dict[tuple[str, tuple[int, ...]], str]) -> dict:
+    """Entries of HARMLESS for several sites at a time."""
+    return {(tree, case, what, site): why for (what, sites), why in reasons.items() for site in sites}
+
+
 # (architecture, case, mutation, site) -> why nothing can notice it.
 HARMLESS = {
     ("sm80", "window", "no commit", 0): "Q joins K's group; the first wait is for every group",
     ("sm80", "window", "no commit", 1): "K joins V's group; the first wait is for every group",
     ("sm80", "window", "no commit", 2): "V joins the next group; the wait for V is for every group",
     ("sm80", "full", "no commit", 0): "Q joins K's group; the wait for K is the first for either",
+    **harmless("sm90", "window", {
+        ("no wait for an mbarrier", (0, 1)): FRESH,
+        ("one arrival more expected", (1,)): ONCE,
+        ("half the arrivals expected", (1,)): ONCE,
+        ("no barrier", (1, 5)): TURNS,
+        ("no change of registers", (1,)): BUDGET,
+        ("no fence before a product", (2, 4, 6)): FENCED,
+    }),
+    **harmless("sm90", "in order", {
+        ("no wait for an mbarrier", (0, 1, 3)): FRESH,
+        ("one arrival more expected", (1,)): ONCE,
+        ("half the arrivals expected", (1,)): ONCE,
+        ("no barrier", (2, 4)): TURNS,
+        ("no change of registers", (1,)): BUDGET,
+        ("no fence before a product", (2,)): FENCED,
+        ("no commit of a product", (1,)): COVERED,
+        ("no wait for a product", (1,)): COVERED,
+        ("a wait for one product fewer", (1,)): COVERED,
+    }),
 }
 
 
