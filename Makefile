@@ -3,11 +3,10 @@
 # make lint   ruff
 #
 # PYTHON   the interpreter (>= 3.10) that .venv is made from
-# ARCH     the kernel tree that is emulated where no GPU is found
+# ARCH     the GPU that is emulated where none is found: sm80 for the demo, all trees for the tests
 # JOBS     test processes
 
 PYTHON ?= python3
-ARCH ?= sm80
 JOBS ?= auto
 
 venv := .venv
@@ -18,10 +17,10 @@ requirements := pyproject.toml constraints.txt
 .PHONY: demo test lint
 
 demo: $(venv)/.demo
-	HF_HUB_OFFLINE=1 $(python) -m cute_flash demo --arch $(ARCH)
+	HF_HUB_OFFLINE=1 $(python) -m cute_flash demo --arch $(or $(ARCH),sm80)
 
 test: $(venv)/.test
-	$(python) -m pytest -n $(JOBS) --dist worksteal --arch $(ARCH)
+	$(python) -m pytest -n $(JOBS) --dist worksteal $(if $(ARCH),--arch $(ARCH))
 
 lint: $(venv)/.test
 	$(python) -m ruff check .
