@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_flash import dispatch
+from cute_flash import dispatch, executable
 from cute_flash.arch.common.blocks import Phase, Range, part_of
 from cute_flash.arch.problem import Problem, Sizes
 from cute_flash.arch.sm90 import tuning
@@ -18,6 +18,7 @@ from cute_flash.masks import Causal, Document, PrefixLM
 from cute_flash.rules import decode, encode
 from tests.cases import CASES, Case, WindowByHead
 from tests.harness import Call, answer_for
+from tests.test_resources import EXTREMES, resources
 
 H100 = dispatch.EMULATED["sm90"]
 GROUPED = Problem("bfloat16", 128, 128, gqa=True)
@@ -153,3 +154,15 @@ STRICT = ("split_causal", "split_used", "few_rows_heads_24_1", "few_rows_varlen_
 def test_any_order_of_events(name, late):
     how = "late" if late else "random"
     Call.make(CASES[name]).check("sm90", asynchrony=how, schedule="random", seed=1, races=late)
+
+
+@pytest.mark.parametrize("split_kv", [False, True])
+@pytest.mark.parametrize("sizes", [Sizes(1, 16, 1, 1, 999), Sizes(1, 16, 1, 5, 999)], ids=["few", "more"])
+def test_heads_in_one_tile_and_splits_stay_in_registers(sizes, split_kv, tmp_path):
+    """The configs that only some sizes get, with everything; tests/test_resources.py has the others."""
+    heavy = replace(EXTREMES["heavy"], dims=(128, 128), splits=2 if split_kv else None)
+    problem = replace(answer_for(heavy, "sm90").problem, sink=not split_kv)
+    config = Forward.config(problem, H100, sizes)
+    assert config.heads == 16
+    used = resources(executable.artifact(Forward, problem, config, H100).cubin, tmp_path / "kernel.cubin")
+    assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
