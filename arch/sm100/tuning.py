@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from ..problem import Device, Problem
 
 TILE_M = 128
-# Twice the exponentials per clock (NVIDIA, "Inside NVIDIA Blackwell Ultra", 2025): FMA need not help out.
-FAST_EX2 = ((10, 3),)
+# Where FMA must help out with exponentials. GB300 computes twice as many a clock (NVIDIA, "Inside NVIDIA
+# Blackwell Ultra", 2025); of 11.0 nothing is published, and there its compiler would spill.
+SLOW_EX2 = ((10, 0),)
 
 
 @dataclass(frozen=True)
@@ -57,24 +58,28 @@ class Config:
 def forward_config(problem: Problem, device: Device) -> Config | None:
     """The first row that serves and fits, or None."""
     config = next((row.config for row in ROWS if row.serves(problem, device)), None)
-    if config is not None and device.capability in FAST_EX2:
+    if config is not None and device.capability not in SLOW_EX2:
         return replace(config, polynomial=0)
     return config
 
 
-def reads_tables(problem: Problem) -> bool:
-    """Whether a problem needs registers for more than scores: its rules read tables, or there is dropout."""
-    leaves = [leaf for rule in (problem.mask, problem.score) if rule for leaf in rule.leaves()]
-    return problem.dropout or any(leaf.startswith("tensor") for leaf in leaves)
+def crowded(problem: Problem, device: Device) -> bool:
+    """Whether a problem needs many registers besides scores: its rules read tables, or there is dropout.
+
+    On 11.0, without arithmetic on pairs, any rule does.
+    """
+    rules = [rule for rule in (problem.mask, problem.score) if rule]
+    tables = any(leaf.startswith("tensor") for rule in rules for leaf in rule.leaves())
+    return problem.dropout or tables or bool(rules and device.capability == (11, 0))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A config, the largest head dims that it serves, and whether it serves what reads tables."""
+    """A config, the largest head dims that it serves, and whether it serves what is `crowded`."""
 
     head_dim: int
     head_dim_v: int
-    tables: bool
+    crowded: bool
     config: Config
 
     def serves(self, problem: Problem, device: Device) -> bool:
@@ -82,7 +87,7 @@ class Row:
         return (
             problem.head_dim <= self.head_dim
             and problem.head_dim_v <= self.head_dim_v
-            and (self.tables or not reads_tables(problem))
+            and (self.crowded or not crowded(problem, device))
             and self.config.shared_memory(problem) <= device.shared_memory
         )
 
