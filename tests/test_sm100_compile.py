@@ -26,6 +26,9 @@ ROWS = (
     ("heavy", (256, 128)),
     ("heavy", (224, 224)),
     ("heavy", (256, 256)),
+    ("blocks_light", (128, 128)),
+    ("blocks_light", (192, 128)),
+    ("blocks_heavy", (256, 256)),
 )
 
 
