@@ -64,13 +64,15 @@ def forward_config(problem: Problem, device: Device) -> Config | None:
 
 
 def crowded(problem: Problem, device: Device) -> bool:
-    """Whether a problem needs many registers besides scores: its rules read tables, or there is dropout.
+    """Whether a problem needs many registers besides scores.
 
-    On 11.0, without arithmetic on pairs, any rule does.
+    With dropout, with rules that read tables, with a mask of more than two comparisons; on 11.0, which has no
+    arithmetic on pairs, with any rule.
     """
     rules = [rule for rule in (problem.mask, problem.score) if rule]
     tables = any(leaf.startswith("tensor") for rule in rules for leaf in rule.leaves())
-    return problem.dropout or tables or bool(rules and device.capability == (11, 0))
+    long = problem.mask is not None and problem.mask.rule_id not in ("Causal", "SlidingWindow")
+    return problem.dropout or tables or long or bool(rules and device.capability == (11, 0))
 
 
 @dataclass(frozen=True)

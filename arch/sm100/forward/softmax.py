@@ -15,7 +15,7 @@ from ...common.dropout import Dropout
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...problem import Problem
-from ..tmem import Plan, columns, load, registers, store, stored
+from ..tmem import Plan, after, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
 from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, blocks_of, phases_of
 from .rows import accumulate, exponentials, raise_max
@@ -69,7 +69,8 @@ class Softmax:
         s.wait_full(turn // self.config.slots)
         load(columns(row.tensor, column, self.config.tile_n), scores, row.thread)
         first_key = n * self.config.tile_n
-        row.rules.apply(scores, lambda r: row.number, lambda c: first_key + c, masked)
+        number = after(scores[0], row.number)
+        row.rules.apply(scores, lambda r: number, lambda c: first_key + c, masked)
         factor = raise_max(row.softmax, scores)
         stats.wait_empty(turn)
         row.stats[FACTOR] = factor
