@@ -222,6 +222,8 @@ def singles() -> Iterator[Case]:
     for used in ("q", "k", "qk"):
         yield Case(f"used_{used}", RAGGED, varlen=True, used=used)
         yield Case(f"used_{used}_causal", RAGGED, varlen=True, used=used, mask="causal")
+    # Rows out of use whose window would begin beyond the keys.
+    yield Case("used_window", ((520, 10),), varlen=True, used="qk", mask="window")
     for p in (0.1, 0.5):
         yield Case(f"dropout_{p}", dropout=p)
     yield Case("dropout_varlen", RAGGED, varlen=True, dropout=0.3)

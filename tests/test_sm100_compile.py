@@ -25,6 +25,9 @@ ROWS = (
     ("light", (192, 128)),
     ("heavy", (256, 128)),
     ("heavy", (256, 256)),
+    ("blocks_light", (128, 128)),
+    ("blocks_light", (192, 128)),
+    ("blocks_heavy", (256, 256)),
 )
 
 

@@ -77,6 +77,10 @@ class Range:
         """Whether it is not the first visit."""
         return place < self.start
 
+    def turn(self, place):
+        """How many visits come before it."""
+        return self.start - place
+
     def block(self, place):
         """The KV block visited there, in tiles."""
         return place
@@ -125,6 +129,9 @@ class Listed:
 
     def is_later(self, place):
         return place > self.start
+
+    def turn(self, place):
+        return place - self.start
 
     def block(self, place):
         if self.steps == 1:

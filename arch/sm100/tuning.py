@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..problem import Device, Problem
@@ -56,11 +57,17 @@ class Config:
 
 
 def forward_config(problem: Problem, device: Device) -> Config | None:
-    """The first row that serves and fits, or None."""
-    config = next((row.config for row in ROWS if row.serves(problem, device)), None)
+    """The first row that serves, fits and divides the blocks of a block mask, or None."""
+    fitting = fitting_configs(problem, device)
+    config = next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
     if config is not None and device.capability not in SLOW_EX2:
         return replace(config, polynomial=0)
     return config
+
+
+def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
+    """Rows that serve and fit, block mask aside."""
+    return (row.config for row in ROWS if row.serves(problem, device))
 
 
 def crowded(problem: Problem, device: Device) -> bool:
@@ -100,6 +107,8 @@ class Row:
 #   tile_n: 128, so that the operands of a product are read from shared memory as fast as it runs; less where
 #     registers or K and V in shared memory do not allow it.
 #   slots: two Q tiles keep the tensor cores busy in turn; where O leaves room for one tile only, two S's do.
+#   The last three are for block masks, whose blocks of 128 rows take one Q tile: a tile_n that divides 128,
+#     and stages as shared memory allows.
 #   polynomial: for 128 x 128 of S a quarter of an SM needs 1024 clocks of ex2 and 256 of FMA; each of the 16
 #     moved takes 64 from ex2 and adds 56 to FMA and 36 to about 440 issue slots. The products take 512 clocks
 #     at head dim 64, which ex2 binds: 6 moved leave 640 to ex2, 592 to FMA, 656 to issue. At 128 the products
@@ -111,4 +120,7 @@ ROWS = (
     Row(192, 128, False, Config(2, 1, 128, 2, 1, 0, 192, 64, 64)),
     Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
     Row(256, 256, True, Config(1, 2, 96, 2, 1, 0, 240, 152, 112)),
+    Row(128, 128, False, Config(1, 2, 128, 3, 2, 4, 240, 152, 112)),
+    Row(192, 128, False, Config(1, 2, 128, 2, 2, 0, 240, 152, 112)),
+    Row(256, 256, True, Config(1, 2, 64, 2, 2, 0, 240, 152, 112)),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...problem import Device, Problem, Sizes, Support
+from ...problem import Device, Problem, Sizes, Support, no_tile
 from .. import tuning
 
 
@@ -15,7 +15,10 @@ class Forward:
         dtypes=("float16", "bfloat16"),
         head_dims=range(8, 257, 8),
         features=frozenset(
-            ("dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "dropout", "sink", "lse")
+            (
+                "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
+                "sink", "lse",
+            )
         ),
     )
 
@@ -40,10 +43,7 @@ class Forward:
         """Every reason why not; empty when this kernel serves `problem` on `device`."""
         found = Forward.support.reasons(problem, device)
         if not found and tuning.forward_config(problem, device) is None:
-            found = (
-                f"no tile serves head dims {problem.head_dim} and {problem.head_dim_v} "
-                f"in {device.shared_memory} bytes of shared memory",
-            )
+            found = (no_tile(problem, device, tuning.fitting_configs(problem, device)),)
         return found
 
     def launcher(self):

@@ -17,7 +17,7 @@ from ...elementwise import where
 from ...problem import Problem
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, blocks_of, phases_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, turns_of, visits_of
 
 CHUNK = 16  # columns of O in registers at a time
 STORE = 1  # named barrier
@@ -32,12 +32,12 @@ class Correction:
     @cute.jit
     def run(self, work: Work, warp: Int32):
         rules = Rules.of(self.problem, work.job.call, work.job.sequence, work.job.head)
-        first, last = blocks_of(phases_of(self.problem, self.config, work.job, rules))
-        for turn in cutlass.range(last - first, unroll=1):
+        turns = turns_of(visits_of(self.problem, self.config, work.job, rules))
+        for turn in cutlass.range(turns, unroll=1):
             for t in cutlass.range_constexpr(self.config.tiles):
                 self.rescale(work, t, turn)
         for t in cutlass.range_constexpr(self.config.tiles):
-            self.finish(work, t, last - first)
+            self.finish(work, t, turns)
         if warp == 0:
             # Shared memory must outlive the copies' reading of it.
             cute.arch.cp_async_bulk_wait_group(0, read=True)

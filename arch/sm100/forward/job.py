@@ -7,12 +7,11 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32, pipeline
 
-from ...common.blocks import Phase, phases
-from ...common.mask import Everything
+from ...common import blocks
 from ...common.operand import Mapped
 from ...common.rules import Rules
 from ...common.sequence import Sequence
-from ...elementwise import minimum, where
+from ...elementwise import maximum
 from ...problem import Operands, Problem
 from ..edge import Edge
 from ..tuning import Config
@@ -97,16 +96,12 @@ class MmaEnds(NamedTuple):
     v: pipeline.PipelineConsumer
 
 
-def phases_of(problem: Problem, config: Config, job: Job, rules: Rules) -> list[Phase]:
-    """The KV blocks to visit, from last to first, the same for all Q tiles of the CTA."""
-    sequence, first_row, seqlen_k = job.sequence, job.first_row, job.sequence.seqlen_k
-    end_row = minimum(first_row + config.tile_m, sequence.seqlen_q)
-    if problem.seqused_q:
-        seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
-    q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
-    return phases(rules.mask or Everything(), q_first, q_last, seqlen_k, config.tile_n)
+def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:
+    """The KV blocks to visit, in their order, the same for all Q tiles of the CTA."""
+    tile = config.tile_m, config.tile_n
+    return blocks.visits_of(problem, tile, job.call, rules, job.sequence, job.first_row)
 
 
-def blocks_of(blocks: list[Phase]) -> tuple[Int32, Int32]:
-    """(first, last): KV blocks first <= n < last, visited from the last to the first."""
-    return blocks[-1].first, blocks[0].last
+def turns_of(visits: blocks.Range | blocks.Listed) -> Int32:
+    """How many visits there are; only those that begin at a known block are never fewer than none."""
+    return visits.total if isinstance(visits.lowest, int) else maximum(visits.total, 0)

@@ -1,4 +1,4 @@
-"""The load role: one warp brings Q's tiles, then blocks of K and V, latest first, by TMA."""
+"""The load role: one warp brings Q's tiles, and blocks of K and V in the order of their visits, by TMA."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
+from ...common.blocks import Listed, Range
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
 from ..tuning import TILE_M, Config
-from .job import Job, LoadEnds, Work, blocks_of, phases_of
+from .job import Job, LoadEnds, Work, visits_of
 
 
 class Load:
@@ -25,25 +26,28 @@ class Load:
     def run(self, work: Work, ends: LoadEnds, warp: Int32):
         job, tiles = work.job, work.memory.tiles
         rules = Rules.of(self.problem, job.call, job.sequence, job.head)
-        first, last = blocks_of(phases_of(self.problem, self.config, job, rules))
+        visits = visits_of(self.problem, self.config, job, rules)
         q, k, v = self.sources(job)
         for rows in (q, k, v):
             cpasync.prefetch_descriptor(rows.atom)
-        if first < last:
+        if visits.any():
             # The first product needs K and one tile of Q.
             slot = ends.k.acquire_and_advance()
-            self.copy(self.k, k, (last - 1) * self.config.tile_n, tiles.k, slot)
+            self.copy(self.k, k, self.first_key(visits, visits.start), tiles.k, slot)
             for t in cutlass.range_constexpr(self.config.tiles):
                 slot = ends.q.acquire_and_advance()
                 self.copy(self.q, q, job.first_row + t * TILE_M, tiles.q, slot)
-            for i in cutlass.range(last - first - 1, unroll=1):
-                n = last - 1 - i
+            for i in cutlass.range(visits.total - 1, unroll=1):
+                place = visits.after(visits.start, i)
                 slot = ends.v.acquire_and_advance()
-                self.copy(self.v, v, n * self.config.tile_n, tiles.v, slot)
+                self.copy(self.v, v, self.first_key(visits, place), tiles.v, slot)
                 slot = ends.k.acquire_and_advance()
-                self.copy(self.k, k, (n - 1) * self.config.tile_n, tiles.k, slot)
+                self.copy(self.k, k, self.first_key(visits, visits.after(place, 1)), tiles.k, slot)
             slot = ends.v.acquire_and_advance()
-            self.copy(self.v, v, first * self.config.tile_n, tiles.v, slot)
+            self.copy(self.v, v, self.first_key(visits, visits.end), tiles.v, slot)
+
+    def first_key(self, visits: Range | Listed, place: Int32) -> Int32:
+        return visits.block(place) * self.config.tile_n
 
     def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
         s, maps = job.sequence, job.maps

@@ -17,7 +17,7 @@ from ...common.rules import Rules
 from ...problem import Problem
 from ..mma import Products, begin, tile_of
 from ..tuning import Config
-from .job import MmaEnds, Work, blocks_of, phases_of
+from .job import MmaEnds, Work, visits_of
 
 
 class Mma:
@@ -30,14 +30,14 @@ class Mma:
     def run(self, work: Work, ends: MmaEnds, warp: Int32):
         job = work.job
         rules = Rules.of(self.problem, job.call, job.sequence, job.head)
-        first, last = blocks_of(phases_of(self.problem, self.config, job, rules))
-        if first < last:
+        visits = visits_of(self.problem, self.config, job, rules)
+        if visits.any():
             k_slot = ends.k.wait_and_advance()
             for t in cutlass.range_constexpr(self.config.tiles):
                 ends.q.wait_and_advance()
                 self.begin_s(work, t, 0, k_slot.index)
             k_slot.release()
-            for turn in cutlass.range(last - first - 1, unroll=1):
+            for turn in cutlass.range(visits.total - 1, unroll=1):
                 if cutlass.const_expr(self.config.slots == 1):
                     v_slot = ends.v.wait_and_advance()
                     k_slot = ends.k.wait_and_advance()
@@ -55,7 +55,7 @@ class Mma:
                 v_slot.release()
             v_slot = ends.v.wait_and_advance()
             for t in cutlass.range_constexpr(self.config.tiles):
-                self.begin_o(work, t, last - first - 1, v_slot.index)
+                self.begin_o(work, t, visits.total - 1, v_slot.index)
             v_slot.release()
 
     def begin_s(self, work: Work, tile: int, turn: Int32 | int, stage: Int32) -> None:

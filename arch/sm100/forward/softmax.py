@@ -17,7 +17,7 @@ from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...problem import Problem
 from ..tmem import Plan, after, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, blocks_of, phases_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, turns_of, visits_of
 from .rows import accumulate, exponentials, raise_max
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
@@ -48,14 +48,14 @@ class Softmax:
     @cute.jit
     def run(self, work: Work, warp: Int32):
         row = self.row(work, warp // 4)
-        blocks = phases_of(self.problem, self.config, work.job, row.rules)
-        first, last = blocks_of(blocks)
-        for p in cutlass.range_constexpr(len(blocks)):
-            for i in cutlass.range(blocks[p].last - blocks[p].first, unroll=1):
-                n = blocks[p].last - 1 - i
-                self.block(row, work.edges, n, last - 1 - n, blocks[p].masked)
+        visits = visits_of(self.problem, self.config, work.job, row.rules)
+        phases = visits.phases
+        for p in cutlass.range_constexpr(len(phases)):
+            for i in cutlass.range(phases[p].visits, unroll=1):
+                place = visits.nth(phases[p], i)
+                self.block(row, work.edges, visits.block(place), visits.turn(place), phases[p].masked)
         stats = work.edges.stats.of(row.tile)
-        stats.wait_empty(last - first)
+        stats.wait_empty(turns_of(visits))
         row.stats[ROW_SUM] = row.softmax.row_sum[0]
         row.stats[ROW_MAX] = row.softmax.row_max[0]
         stats.warp_filled()
