@@ -144,7 +144,7 @@ def flash_attn_varlen_func(
         )
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
-        return_lse, out, num_splits,
+        return_lse, out, num_splits=num_splits,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
     call = request.varlen(q, k, v, packing, options)
