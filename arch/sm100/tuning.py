@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..problem import Device, Problem
+from ..problem import Device, Problem, Sizes
+from ..split import fastest_splits, sees_few_blocks
 
 TILE_M = 128
 # Where FMA must help out with exponentials. GB300 computes twice as many a clock (NVIDIA, "Inside NVIDIA
@@ -68,6 +69,15 @@ def forward_config(problem: Problem, device: Device) -> Config | None:
 def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
     """Rows that serve and fit, block mask aside."""
     return (row.config for row in ROWS if row.serves(problem, device))
+
+
+def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
+    """In how many parts to take the keys of a call."""
+    config = forward_config(replace(problem, split_kv=True), device)
+    if config is None or sees_few_blocks(problem):
+        return 1
+    tiles = sizes.batch * sizes.heads_q * -(-sizes.seqlen_q // config.tile_m)
+    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors)
 
 
 def crowded(problem: Problem, device: Device) -> bool:
