@@ -160,15 +160,18 @@ def backward(directory: Path, source: Path | None) -> dict[str, str]:
         found = {name: download(name, Path(scratch), source) for name in BACKWARD}
         if any(found.values()):
             return {name: reason for name, reason in found.items() if reason}
-        path = directory / "backward.zip"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-            for name, members in BACKWARD.items():
-                stem = name.partition("=")[0].replace("-", "_")
-                (wheel,) = Path(scratch).glob(f"{stem}-*.whl")
-                with zipfile.ZipFile(wheel) as given:
-                    for here, there in members.items():
-                        target.writestr(there, given.read(here))
+        for name, members in BACKWARD.items():
+            stem = name.partition("=")[0].replace("-", "_")
+            (wheel,) = Path(scratch).glob(f"{stem}-*.whl")
+            _carry(wheel, members, directory / "backward.zip")
     return {}
+
+
+def _carry(wheel: Path, members: dict[str, str], path: Path) -> None:
+    """Add members of a wheel to a zip, under other names."""
+    with zipfile.ZipFile(wheel) as given, zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as target:
+        for here, there in members.items():
+            target.writestr(there, given.read(here))
 
 
 def download(name: str, directory: Path, source: Path | None) -> str:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -89,6 +90,50 @@ def test_pack_is_unpacked_by_run_sh(tmp_path):
     assert values["cute_flash"] == str(work / "site" / "cute_flash")
     assert values["kernel bundle"] == str(work / "kernels")
     assert (work / "kernels" / "a.kernel").read_text() == "kernel" and (work / "site" / "small.py").exists()
+
+
+def test_all_stages_run_from_a_pack_without_a_compiler(tmp_path):
+    """What a dry run needs is in the pack: where it is unpacked, the compiler cannot be imported."""
+    there, work = tmp_path / "there", tmp_path / "work"
+    there.mkdir()
+    assert pack.kernels(tmp_path / "scratch" / "kernels", "sm80", True, 2) == {}
+    (tmp_path / "scratch" / "peers").mkdir()
+    index = {"target": "sm_80", "rows": {}, "left out": {}}
+    (tmp_path / "scratch" / "peers" / peers.INDEX).write_text(json.dumps(index))
+    pack.archive(tmp_path / "scratch", there / "base.tar.xz")
+    with zipfile.ZipFile(there / "none-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("sitecustomize.py", "import sys; sys.modules['cutlass'] = None")
+    (there / "run.sh").write_text(pack.RUN)
+    environment = os.environ | {
+        "PYTHON": sys.executable, "CUTE_FLASH_WORK": str(work), "CUTE_FLASH_CACHE": "0",
+    }  # fmt: skip
+    command = ["sh", str(there / "run.sh"), "--dry-run", "--arch", "sm80"]
+    answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    (path,) = (there / "results").glob("*.json")
+    stages = read(path)["stages"]
+    assert {entry["state"] for entry in stages.values()} == {"done"}
+    first = next(row for row in stages["speed"]["rows"] if row["key"] == "first call")["seconds"]
+    assert "nvidia-cutlass-dsl" in first["cold"] and isinstance(first["from the bundle"], float)
+
+
+def test_the_backward_zip_holds_members_of_wheels(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a_b-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("deep/inside.so", "library")
+    monkeypatch.setattr(pack, "BACKWARD", {"a-b==1.0": {"deep/inside.so": "flat.so"}})
+    there = tmp_path / "there"
+    there.mkdir()
+
+    def copied(name, directory, source):
+        shutil.copy(source / "a_b-1.0-py3-none-any.whl", directory)
+        return ""
+
+    monkeypatch.setattr(pack, "download", copied)
+    assert pack.backward(there, tmp_path) == {}
+    with zipfile.ZipFile(there / "backward.zip") as found:
+        assert found.namelist() == ["flat.so"] and found.read("flat.so") == b"library"
+    monkeypatch.setattr(pack, "download", lambda *_: "not found")
+    assert pack.backward(tmp_path / "none", None) == {"a-b==1.0": "not found"}
 
 
 def test_pack_says_what_it_cannot_have(tmp_path):

@@ -182,11 +182,11 @@ def test_every_emulated_device_has_limits():
     assert rates.GPUS["GB300"].device.target == "sm_103a"
 
 
-@pytest.mark.parametrize("arch", static.EMULATED)
-def test_every_config_of_the_tuning_tables_has_a_case(arch, monkeypatch):
-    assert static.unreached(arch) == []
+@pytest.mark.parametrize("emulated", static.EMULATED)
+def test_every_config_of_the_tuning_tables_has_a_case(emulated, monkeypatch):
+    assert static.unreached(emulated) == []
     monkeypatch.setattr(static, "CASES", {})
-    assert static.unreached(arch) != []
+    assert static.unreached(emulated) != []
 
 
 @pytest.mark.parametrize("what", ["static", "cycles"])

@@ -26,17 +26,17 @@ def ours(case: static.Case, device) -> set[tuple[str, str]]:
 TREES = ("sm80", "sm90", "sm100")
 
 
-@pytest.mark.parametrize("arch", EMULATED)
-def test_the_static_table_is_of_todays_kernels(arch):
-    if arch not in TREES and all(row.arch != arch for row in STATIC):
+@pytest.mark.parametrize("emulated", EMULATED)
+def test_the_static_table_is_of_todays_kernels(emulated):
+    if emulated not in TREES and all(row.arch != emulated for row in STATIC):
         text = static_table.JSON.with_suffix(".md").read_text()
-        assert f"Not compiled yet: `python -m profiling static --arch {arch} --write`" in text
+        assert f"Not compiled yet: `python -m profiling static --arch {emulated} --write`" in text
         return
     for case in CASES.values():
-        rows = [row for row in STATIC if (row.arch, row.case) == (arch, case.name)]
+        rows = [row for row in STATIC if (row.arch, row.case) == (emulated, case.name)]
         found = {(row.kernel, row.config) for row in rows if isinstance(row, Figures) and row.config}
-        hint = f"python -m profiling static --arch {arch} --write"
-        assert found == ours(case, EMULATED[arch]), f"{case.name}: {hint}"
+        hint = f"python -m profiling static --arch {emulated} --write"
+        assert found == ours(case, EMULATED[emulated]), f"{case.name}: {hint}"
         peers = [row for row in rows if row.kernel.startswith(flash_attn_4.NAME)]
         assert len(peers) == (case.rules != "everything"), f"{case.name}: {hint}"
 
