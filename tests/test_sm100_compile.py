@@ -62,6 +62,12 @@ def test_other_devices(target, tmp_path):
     assert_in_registers(problem_of("light", (128, 128)), DEVICES[target], tmp_path / "kernel.cubin")
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (256, 256)], ids=str)
+def test_splits_compile_without_spills(dims, tmp_path):
+    problem = answer_for(replace(EXTREMES["heavy"], dims=dims, splits=2), "sm100").problem
+    assert_in_registers(replace(problem, sink=False), B200, tmp_path / "kernel.cubin")
+
+
 def test_every_row_is_covered():
     chosen = {Forward.config(problem_of(*row), B200) for row in ROWS}
     assert chosen == {row.config for row in tuning.ROWS}

@@ -14,6 +14,7 @@ from cute_flash.arch.common.blocks import Phase, Range, part_of
 from cute_flash.arch.problem import Problem, Sizes
 from cute_flash.arch.sm90 import tuning
 from cute_flash.arch.sm90.forward import Forward
+from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.masks import Causal, Document, PrefixLM
 from cute_flash.rules import decode, encode
 from tests.cases import CASES, Case, WindowByHead
@@ -56,6 +57,15 @@ def test_few_rows_and_many_keys_are_split():
     for batch in (1, 2, 4):
         splits = tuning.splits(GROUPED, H100, Sizes(batch, 64, 8, 1, 65536))
         assert 100 <= batch * 8 * splits <= 132
+
+
+def test_blackwell_splits_by_its_own_tiles():
+    """256 rows of one head, 128 keys: one wave of 8 heads, and a full GPU or a window stays whole."""
+    problem, b200 = replace(GROUPED, gqa=False), dispatch.EMULATED["sm100"]
+    assert 100 <= 8 * sm100.splits(problem, b200, Sizes(1, 8, 8, 256, 65536)) <= 148
+    assert sm100.splits(problem, b200, Sizes(8, 32, 8, 4096, 4096)) == 1
+    window = answer_for(replace(CASES["few_rows"], mask="window"), "sm100").problem
+    assert sm100.splits(window, b200, Sizes(1, 6, 2, 1, 65536)) == 1
 
 
 def test_few_keys_are_not_split():
@@ -146,14 +156,22 @@ def test_ctas_that_persist(dims, options, two_multiprocessors):
     Call.make(case).check("sm90", **options)
 
 
-STRICT = ("split_causal", "split_used", "few_rows_heads_24_1", "few_rows_varlen_few")
+STRICT = (
+    ("sm90", "split_causal"),
+    ("sm90", "split_used"),
+    ("sm90", "few_rows_heads_24_1"),
+    ("sm90", "few_rows_varlen_few"),
+    ("sm100", "split_causal"),
+    ("sm100", "split_used"),
+    ("sm100", "split_blocks_rule"),
+)
 
 
-@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("device, name", STRICT)
 @pytest.mark.parametrize("late", [True, False], ids=["late", "random"])
-def test_any_order_of_events(name, late):
+def test_any_order_of_events(device, name, late):
     how = "late" if late else "random"
-    Call.make(CASES[name]).check("sm90", asynchrony=how, schedule="random", seed=1, races=late)
+    Call.make(CASES[name]).check(device, asynchrony=how, schedule="random", seed=1, races=late)
 
 
 @pytest.mark.parametrize("split_kv", [False, True])

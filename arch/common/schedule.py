@@ -54,6 +54,10 @@ class InSections(NamedTuple):
     splits: Int32 | int
     together: Int32 | int
 
+    def grid(self) -> tuple[Int32, int, int]:
+        """A CTA for each tile."""
+        return (self.count, 1, 1)
+
     @property
     def count(self) -> Int32:
         return self.m_blocks * self.heads * self.batches * self.splits

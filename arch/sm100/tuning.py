@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..problem import Device, Problem
+from ..problem import Device, Problem, Sizes
+from ..split import fastest_splits, sees_few_blocks
 
 TILE_M = 128
 # Where FMA must help out with exponentials. GB300 computes twice as many a clock (NVIDIA, "Inside NVIDIA
@@ -70,6 +71,15 @@ def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
     return (row.config for row in ROWS if row.serves(problem, device))
 
 
+def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
+    """In how many parts to take the keys of a call."""
+    config = forward_config(replace(problem, split_kv=True), device)
+    if config is None or sees_few_blocks(problem):
+        return 1
+    tiles = sizes.batch * sizes.heads_q * -(-sizes.seqlen_q // config.tile_m)
+    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors)
+
+
 def crowded(problem: Problem, device: Device) -> bool:
     """Whether a problem needs many registers besides scores.
 
@@ -107,8 +117,8 @@ class Row:
 #   tile_n: 128, so that the operands of a product are read from shared memory as fast as it runs; less where
 #     registers or K and V in shared memory do not allow it. (At 160 and 224 under a causal mask, 96 spills.)
 #   slots: two Q tiles keep the tensor cores busy in turn; where O leaves room for one tile only, two S's do.
-#   The last three are for block masks, whose blocks of 128 rows take one Q tile: a tile_n that divides 128,
-#     and stages as shared memory allows.
+#   Blocks of 128 rows of a block mask take one Q tile, and a tile_n that divides their keys; only they get to
+#     the rows of one Q tile for (128, 128) and (192, 128), and to the last. Stages: as shared memory allows.
 #   polynomial: for 128 x 128 of S a quarter of an SM needs 1024 clocks of ex2 and 256 of FMA; each of the 16
 #     moved takes 64 from ex2 and adds 56 to FMA and 36 to about 440 issue slots. The products take 512 clocks
 #     at head dim 64, which ex2 binds: 6 moved leave 640 to ex2, 592 to FMA, 656 to issue. At 128 the products
@@ -119,9 +129,9 @@ ROWS = (
     Row(128, 128, True, Config(2, 1, 64, 4, 4, 0, 200, 64, 48)),
     Row(192, 128, False, Config(2, 1, 128, 2, 1, 0, 192, 64, 64)),
     Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
-    Row(248, 248, True, Config(1, 2, 64, 2, 2, 0, 240, 152, 112)),
-    Row(256, 256, True, Config(1, 2, 96, 2, 1, 0, 240, 152, 112)),
     Row(128, 128, False, Config(1, 2, 128, 3, 2, 4, 240, 152, 112)),
     Row(192, 128, False, Config(1, 2, 128, 2, 2, 0, 240, 152, 112)),
+    Row(248, 248, True, Config(1, 2, 64, 2, 2, 0, 240, 152, 112)),
+    Row(256, 256, True, Config(1, 2, 96, 2, 1, 0, 240, 152, 112)),
     Row(256, 256, True, Config(1, 2, 64, 2, 2, 0, 240, 152, 112)),
 )

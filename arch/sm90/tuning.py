@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..problem import Device, Problem, Sizes
-from ..rule import RuleType
+from ..split import fastest_splits, sees_few_blocks
 
 
 @dataclass(frozen=True)
@@ -128,41 +128,15 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     return persistent if fits and device.multiprocessors > 1 and not problem.split_kv else config
 
 
-# In units of the time that one KV block takes: what a tile costs besides its blocks (Q's way in, the
-# pipeline's start, O's way out), and what the combine kernel's launch costs.
-TILE_COST, COMBINE_COST = 2, 4
-MOST_SPLITS = 128
-
-
 def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
-    """In how many parts to take the keys: that which is done first, by waves of equal tiles.
-
-    A wave lasts as long as its tiles: ceil(KV blocks / splits) + TILE_COST; there are as many waves as it
-    takes to give every tile's split a multiprocessor. Not measured. Windows and block masks see few blocks:
-    they stay whole.
-    """
+    """In how many parts to take the keys of a call."""
     config = forward_config(replace(problem, split_kv=True), device, sizes)
-    if config is None or problem.block_size or _has_window(problem.mask):
+    if config is None or sees_few_blocks(problem):
         return 1
     group = -(-sizes.heads_q // max(sizes.heads_kv, 1) // config.heads) if config.heads > 1 else 1
     heads = sizes.heads_kv * group if config.heads > 1 else sizes.heads_q
     tiles = sizes.batch * heads * -(-sizes.seqlen_q * config.heads // config.tile_m)
-    blocks = -(-sizes.seqlen_k // config.tile_n)
-
-    def time(n: int) -> int:
-        waves = -(-tiles * n // device.multiprocessors)
-        return waves * (-(-blocks // n) + TILE_COST) + COMBINE_COST * (n > 1)
-
-    return min(range(1, max(1, min(blocks, MOST_SPLITS)) + 1), key=time)
-
-
-def _has_window(mask: RuleType | None) -> bool:
-    """Whether a sliding window is part of the mask."""
-    if mask is None:
-        return False
-    return mask.rule_id == "SlidingWindow" or any(
-        _has_window(kind) for kind in mask.kinds if isinstance(kind, RuleType)
-    )
+    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors)
 
 
 PLAIN, NUMBERS, TABLES = range(3)

@@ -1,5 +1,5 @@
 """The correction role: one warpgroup multiplies O in tensor memory where a row's maximum was raised, off the
-softmax's path, and in the end normalises O, writes the log-sum-exp and stores O by TMA.
+softmax's path, and in the end normalises O, and stores it and the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from ...common.numeric import both
-from ...common.operand import Operand
 from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import OnlineSoftmax
@@ -18,16 +17,14 @@ from ...problem import Problem
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
 from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, turns_of, visits_of
-
-CHUNK = 16  # columns of O in registers at a time
-STORE = 1  # named barrier
+from .store import CHUNK, Partial, Result
 
 
 class Correction:
-    """out: the operand that it stores."""
+    """store: what becomes of O and the log-sum-exp."""
 
-    def __init__(self, problem: Problem, config: Config, plan: Plan, out: Operand):
-        self.problem, self.config, self.plan, self.out = problem, config, plan, out
+    def __init__(self, problem: Problem, config: Config, plan: Plan, store: Result | Partial):
+        self.problem, self.config, self.plan, self.store = problem, config, plan, store
 
     @cute.jit
     def run(self, work: Work, warp: Int32):
@@ -38,9 +35,7 @@ class Correction:
                 self.rescale(work, t, turn)
         for t in cutlass.range_constexpr(self.config.tiles):
             self.finish(work, t, turns)
-        if warp == 0:
-            # Shared memory must outlive the copies' reading of it.
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self.store.close(warp)
 
     @cute.jit
     def rescale(self, work: Work, tile: cutlass.Constexpr, turn: Int32):
@@ -68,7 +63,7 @@ class Correction:
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
-        """O / row_sum, by way of the Q tile's place in shared memory, and the log-sum-exp."""
+        """O / row_sum and the log-sum-exp are stored."""
         job, thread = work.job, cute.arch.thread_idx()[0] % TILE_M
         stats = work.edges.stats.of(tile)
         stats.wait_full(turns)
@@ -79,7 +74,7 @@ class Correction:
         factor = self.output_rows(job).close(softmax, 0, first_row + thread, True)
         if turns > 0:
             work.edges.o.of(tile).wait_full(turns - 1)
-        out = work.memory.tiles.out[None, None, tile]
+        target = self.store.target(work, tile, thread)
         for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
             values = registers(CHUNK)
             values.fill(0.0)
@@ -87,15 +82,8 @@ class Correction:
                 load(self.o(work, tile, c), values, thread)
             for i in cutlass.range_constexpr(CHUNK):
                 values[i] = where(factor == 0.0, 0.0, values[i] * factor)
-            rounded = registers(CHUNK, self.out.dtype)
-            rounded.store(values.load().to(self.out.dtype))
-            for i in cutlass.range_constexpr(0, CHUNK, 8):
-                source = cute.make_tensor(rounded.iterator + i, cute.make_layout(8))
-                cute.autovec_copy(source, cute.local_tile(out[thread, None], (8,), ((c + i) // 8,)))
-        cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=STORE, number_of_threads=TILE_M)
-        if cute.arch.make_warp_uniform(thread // 32) == 0:
-            self.store_tile(job, out, first_row)
+            self.store.columns(target, c, values)
+        self.store.finish(work, tile, first_row)
 
     def o(self, work: Work, tile: int, first: int) -> cute.Tensor:
         """Some columns of O."""
@@ -106,15 +94,7 @@ class Correction:
         return OutputRows(
             used=sequence.seqlen_q if problem.seqused_q else None,
             end=sequence.q_rows,
-            lse=sequence.lse_of(call.lse, job.head) if problem.lse else None,
+            lse=sequence.lse_of(self.store.lse(job), job.head) if problem.lse else None,
             sink=call.sink[job.head] if problem.sink else None,
             factor=call.keep_scale if problem.dropout else None,
         )
-
-    def store_tile(self, job: Job, tile: cute.Tensor, first_row: Int32) -> None:
-        """One warp copies a tile to the rows from `first_row`."""
-        s = job.sequence
-        rows = self.out.head_rows(job.maps.out, s.batch, job.head, s.q_start, s.q_start + s.q_rows)
-        target, source = self.out.sides(rows, first_row, tile)
-        cute.copy(rows.atom, source, target)
-        cute.arch.cp_async_bulk_commit_group()

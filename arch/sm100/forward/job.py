@@ -20,12 +20,12 @@ FACTOR, ROW_SUM, ROW_MAX = 0, 0, 1  # places in `Memory.stats`; the factor's is 
 
 
 class Maps(NamedTuple):
-    """The tensors as TMA sees them."""
+    """The tensors as TMA sees them; no `out` where it leaves from registers."""
 
     q: Mapped
     k: Mapped
     v: Mapped
-    out: Mapped
+    out: Mapped | None
 
 
 class Tiles(NamedTuple):
@@ -38,7 +38,10 @@ class Tiles(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Rows `first_row` and on of one query head of one sequence."""
+    """Rows `first_row` and on of one query head of one sequence.
+
+    split: which part of the keys, of `splits`.
+    """
 
     call: Operands
     maps: Maps
@@ -46,6 +49,8 @@ class Job(NamedTuple):
     head: Int32
     kv_head: Int32
     first_row: Int32
+    split: Int32 | int
+    splits: Int32 | int
 
 
 class Memory(NamedTuple):
@@ -99,7 +104,8 @@ class MmaEnds(NamedTuple):
 def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:
     """The KV blocks to visit, in their order, the same for all Q tiles of the CTA."""
     tile = config.tile_m, config.tile_n
-    return blocks.visits_of(problem, tile, job.call, rules, job.sequence, job.first_row)
+    visits = blocks.visits_of(problem, tile, job.call, rules, job.sequence, job.first_row)
+    return blocks.part_of(visits, job.split, job.splits) if problem.split_kv else visits
 
 
 def turns_of(visits: blocks.Range | blocks.Listed) -> Int32:

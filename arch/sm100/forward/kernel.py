@@ -11,7 +11,8 @@
     softmax --stats--> correction          one for each Q tile: factors, in the end sum and maximum
     mma --o--> correction                  one for each Q tile: O after each block
 
-One CTA takes `tile_m` rows of one query head.
+One CTA takes `tile_m` rows of one query head, with all keys or one split of them (Dao et al. 2023,
+"Flash-Decoding"): then correction writes O in fp32, from registers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cutlass.cute.nvgpu import cpasync
 from ...common.channel import channels_ready, mma_channel
 from ...common.operand import Operand, padded
 from ...common.roles import Role, specialize_warps
-from ...common.schedule import OneTile, WorkTile
+from ...common.schedule import InSections, OneTile, WorkTile
 from ...common.sequence import sequence_of
 from ...problem import Operands, Problem
 from ..edge import Edge
@@ -40,18 +41,20 @@ from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Tiles, Work
 from .load import Load
 from .mma import Mma
 from .softmax import Softmax
+from .store import Partial, Result
 
 DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 WARPGROUP = 4  # warps
 
 
 class Launch(NamedTuple):
-    """What a CTA is launched with. group: query heads that share a KV head."""
+    """What a CTA is launched with. group: query heads that share a KV head. splits: parts of the keys."""
 
     call: Operands
     maps: Maps
     tile: WorkTile
     group: Int32
+    splits: Int32 | int
 
 
 class ForwardKernel:
@@ -83,27 +86,32 @@ class ForwardKernel:
             q=self.q.map(load, call.q),
             k=self.k.map(load, call.k),
             v=self.v.map(load, call.v),
-            out=self.out.map(store, call.out),
+            out=None if self.problem.split_kv else self.out.map(store, call.out),
         )
-        schedule = OneTile(cute.ceil_div(rows, self.config.tile_m), heads, batches)
+        tiles = cute.ceil_div(rows, self.config.tile_m), heads, batches
+        schedule = OneTile(*tiles)
+        if cutlass.const_expr(self.problem.split_kv):
+            schedule = InSections(*map(Int32, (*tiles, call.out.shape[0], 1)))
         threads = (self.config.threads, 1, 1)
         self.kernel(call, maps, schedule, heads // kv_heads).launch(
             grid=schedule.grid(), block=threads, stream=stream, min_blocks_per_mp=1
         )
 
     @cute.kernel
-    def kernel(self, call: Operands, maps: Maps, schedule: OneTile, group: Int32):
-        launch = Launch(call, maps, schedule.tile(cute.arch.block_idx()[0]), group)
+    def kernel(self, call: Operands, maps: Maps, schedule: OneTile | InSections, group: Int32):
+        splits = schedule.splits if self.problem.split_kv else 1
+        launch = Launch(call, maps, schedule.tile(cute.arch.block_idx()[0]), group, splits)
         job = self.job(launch)
         if job.first_row < job.sequence.q_rows:
             self.row_block(launch)
 
     def job(self, launch: Launch) -> Job:
         """What this CTA has to do."""
-        call, maps, tile, group = launch
+        call, maps, tile, group, splits = launch
         kv_head = tile.head // group if self.problem.gqa else tile.head
         first_row = tile.m_block * self.config.tile_m
-        return Job(call, maps, sequence_of(call, tile.batch), tile.head, kv_head, first_row)
+        sequence = sequence_of(call, tile.batch)
+        return Job(call, maps, sequence, tile.head, kv_head, first_row, tile.split, splits)
 
     def start(self, run: Callable, launch: Launch, memory: Memory, edges: Edges, *ends_and_warp) -> None:
         """Begin a role, which looks up its sequence itself: kept from before, that would take registers."""
@@ -127,7 +135,8 @@ class ForwardKernel:
         load = Load(problem, config, self.q, self.k, self.v)
         mma = Mma(problem, config, Products(self.dtype, plan))
         softmax = Softmax(problem, config, self.dtype, plan)
-        correction = Correction(problem, config, plan, self.out)
+        stores = Partial(problem) if problem.split_kv else Result(self.out)
+        correction = Correction(problem, config, plan, stores)
         read, fill = MmaEnds(q.read, k.read, v.read), LoadEnds(q.fill, k.fill, v.fill)
         told, few = (launch, memory, edges), config.other_registers
         roles = (
