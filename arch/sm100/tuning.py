@@ -115,10 +115,10 @@ class Row:
 #   registers: `setmaxnreg` moves 512 (or with one Q tile 504) per thread between three or four warpgroups. A
 #     row of S takes tile_n of the softmax's; as cubins show, none of these spills.
 #   tile_n: 128, so that the operands of a product are read from shared memory as fast as it runs; less where
-#     registers or K and V in shared memory do not allow it. (At 160 and 224 under a causal mask, 96 spills.)
+#     registers or K and V in shared memory do not allow it. (Beyond 128, 96 spills under a causal mask.)
 #   slots: two Q tiles keep the tensor cores busy in turn; where O leaves room for one tile only, two S's do.
 #   Blocks of 128 rows of a block mask take one Q tile, and a tile_n that divides their keys; only they get to
-#     the rows of one Q tile for (128, 128) and (192, 128), and to the last. Stages: as shared memory allows.
+#     the rows of one Q tile for (128, 128) and (192, 128). Stages: as shared memory allows.
 #   polynomial: for 128 x 128 of S a quarter of an SM needs 1024 clocks of ex2 and 256 of FMA; each of the 16
 #     moved takes 64 from ex2 and adds 56 to FMA and 36 to about 440 issue slots. The products take 512 clocks
 #     at head dim 64, which ex2 binds: 6 moved leave 640 to ex2, 592 to FMA, 656 to issue. At 128 the products
@@ -131,7 +131,5 @@ ROWS = (
     Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
     Row(128, 128, False, Config(1, 2, 128, 3, 2, 4, 240, 152, 112)),
     Row(192, 128, False, Config(1, 2, 128, 2, 2, 0, 240, 152, 112)),
-    Row(248, 248, True, Config(1, 2, 64, 2, 2, 0, 240, 152, 112)),
-    Row(256, 256, True, Config(1, 2, 96, 2, 1, 0, 240, 152, 112)),
     Row(256, 256, True, Config(1, 2, 64, 2, 2, 0, 240, 152, 112)),
 )
