@@ -49,7 +49,7 @@ def exact(name: str, settings: Settings) -> dict[str, Any]:
     from tests.emulator.vectors.record import Driver
 
     case = CASES[name]
-    emulated = evaluate(case.code, *case.inputs, outputs=case.outputs, target=case.target)
+    emulated = evaluate(case.code, *case.inputs, outputs=case.outputs, target=case.target, block=case.block)
     if settings.machine != measure.CUDA:
         path, found, device = Path(settings.out) / f"exact-{machine_name(settings)}.npz", emulated, "none"
     else:
