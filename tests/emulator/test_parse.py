@@ -160,7 +160,6 @@ def test_not_a_module(text):
         "ld.tensor.u32 %r0, [%d0];",
         "ld.global.u32 %r0, [%d0], %d1;",
         "st.async.shared::cluster.u32 [%r0], %r1, [%r2];",
-        "cvt.rn.satfinite.e4m3x2.f32 %r0, %r1, %r2;",
         "fence.proxy.alias;",
         "mbarrier.pending_count.b64 %r0, %d1;",
         "wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.f16.f16 {%r0}, %d0, %d1, %r1, 0, %p0, 1, 1, 0, 0;",
