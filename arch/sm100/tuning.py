@@ -115,7 +115,8 @@ class Row:
 #   registers: `setmaxnreg` moves 512 (or with one Q tile 504) per thread between three or four warpgroups. A
 #     row of S takes tile_n of the softmax's; as cubins show, none of these spills.
 #   tile_n: 128, so that the operands of a product are read from shared memory as fast as it runs; less where
-#     registers or K and V in shared memory do not allow it. (Beyond 128, 96 spills under a causal mask.)
+#     registers or K and V in shared memory do not allow it: with tables 64 spills up to 128,
+#     and beyond 128 a causal mask does so at 96.
 #   slots: two Q tiles keep the tensor cores busy in turn; where O leaves room for one tile only, two S's do.
 #   Blocks of 128 rows of a block mask take one Q tile, and a tile_n that divides their keys; only they get to
 #     the rows of one Q tile for (128, 128) and (192, 128). Stages: as shared memory allows.
@@ -124,9 +125,9 @@ class Row:
 #     at head dim 64, which ex2 binds: 6 moved leave 640 to ex2, 592 to FMA, 656 to issue. At 128 the products
 #     take 1024: 4 moved put ex2 (768) behind them. Beyond 128 they take longer still, and none is moved.
 ROWS = (
-    Row(64, 64, False, Config(2, 1, 128, 4, 4, 6, 200, 64, 48)),
+    Row(64, 64, False, Config(2, 1, 128, 4, 4, 6, 192, 80, 48)),
     Row(128, 128, False, Config(2, 1, 128, 2, 2, 4, 200, 64, 48)),
-    Row(128, 128, True, Config(2, 1, 64, 4, 4, 0, 200, 64, 48)),
+    Row(128, 128, True, Config(2, 1, 32, 4, 4, 0, 200, 64, 48)),
     Row(192, 128, False, Config(2, 1, 128, 2, 1, 0, 192, 64, 64)),
     Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
     Row(128, 128, False, Config(1, 2, 128, 3, 2, 4, 240, 152, 112)),
