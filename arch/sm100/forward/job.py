@@ -8,13 +8,14 @@ import cutlass.cute as cute
 from cutlass import Int32, pipeline
 
 from ...common import blocks
+from ...common.heads import TileHeads, row_of
 from ...common.operand import Mapped
 from ...common.rules import Rules
 from ...common.sequence import Sequence
 from ...elementwise import maximum
 from ...problem import Operands, Problem
 from ..edge import Edge
-from ..tuning import Config
+from ..tuning import TILE_M, Config
 
 FACTOR, ROW_SUM, ROW_MAX = 0, 0, 1  # places in `Memory.stats`; the factor's is free when the sum is due
 
@@ -38,7 +39,7 @@ class Tiles(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Rows `first_row` and on of one query head of one sequence.
+    """Rows `first_row` and on of some heads of one sequence.
 
     split: which part of the keys, of `splits`.
     """
@@ -46,8 +47,7 @@ class Job(NamedTuple):
     call: Operands
     maps: Maps
     sequence: Sequence
-    head: Int32
-    kv_head: Int32
+    heads: TileHeads
     first_row: Int32
     split: Int32 | int
     splits: Int32 | int
@@ -101,9 +101,20 @@ class MmaEnds(NamedTuple):
     v: pipeline.PipelineConsumer
 
 
+def rows_of_tile(config: Config) -> int:
+    """Rows of the sequence that a CTA takes, of each of its heads."""
+    return config.tile_m // config.heads
+
+
+def row_of_thread(config: Config, job: Job, tile: Int32 | int) -> tuple[Int32, Int32]:
+    """(row in the sequence, head) of a thread of a warpgroup that works on a Q tile."""
+    row = tile * TILE_M + cute.arch.thread_idx()[0] % TILE_M
+    return row_of(config.heads, job.first_row, row), job.heads.of_row(config.heads, row)
+
+
 def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:
     """The KV blocks to visit, in their order, the same for all Q tiles of the CTA."""
-    tile = config.tile_m, config.tile_n
+    tile = rows_of_tile(config), config.tile_n
     visits = blocks.visits_of(problem, tile, job.call, rules, job.sequence, job.first_row)
     return blocks.part_of(visits, job.split, job.splits) if problem.split_kv else visits
 

@@ -29,7 +29,7 @@ class Mma:
     @cute.jit
     def run(self, work: Work, ends: MmaEnds, warp: Int32):
         job = work.job
-        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         if visits.any():
             k_slot = ends.k.wait_and_advance()
