@@ -22,7 +22,8 @@ class Config:
     two, the next block's S is computed before this block's P V. tile_n: rows of K and V at a time.
     k_stages, v_stages: their tiles in shared memory. polynomial: of 16 exponentials of a wholly visible
     block, how many are computed on the FMA units. softmax_registers, correction_registers,
-    other_registers: per thread.
+    other_registers: per thread. ctas: 1, or 2 for a pair that multiplies together: its tiles have 256 rows,
+    half of them each CTA's, and each CTA brings half of K and V.
     """
 
     tiles: int
@@ -34,10 +35,12 @@ class Config:
     softmax_registers: int
     correction_registers: int
     other_registers: int
+    ctas: int = 1
 
     @property
     def tile_m(self) -> int:
-        return TILE_M * self.tiles
+        """Rows of Q that visit the same blocks: a CTA's, or a pair's."""
+        return TILE_M * self.tiles * self.ctas
 
     @property
     def threads(self) -> int:
@@ -50,11 +53,11 @@ class Config:
         return min(65536 // self.threads, 255) // 8 * 8
 
     def shared_memory(self, problem: Problem) -> int:
-        """Bytes of dynamic shared memory: Q (later O), K and V tiles, factors, barriers."""
+        """Bytes of a CTA's dynamic shared memory: Q (later O), K and V tiles, factors, barriers."""
         dim, dim_v = (-(-d // 16) * 16 for d in (problem.head_dim, problem.head_dim_v))
-        q = self.tile_m * max(dim, dim_v)
-        kv = self.tile_n * (self.k_stages * dim + self.v_stages * dim_v)
-        return 2 * (q + kv) + 8 * self.tile_m + 1024
+        rows, v_part = TILE_M * self.tiles, -(-dim_v // (16 * self.ctas)) * 16
+        q, k = rows * max(dim, dim_v), self.tile_n // self.ctas * self.k_stages * dim
+        return 2 * (q + k + self.tile_n * self.v_stages * v_part) + 8 * rows + 1024
 
 
 def forward_config(problem: Problem, device: Device) -> Config | None:

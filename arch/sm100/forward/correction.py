@@ -9,14 +9,16 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from ...common.numeric import both
+from ...common.operand import padded
 from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import OnlineSoftmax
 from ...elementwise import where
 from ...problem import Problem
+from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, first_row_of, turns_of, visits_of
 from .store import CHUNK, Partial, Result
 
 
@@ -25,6 +27,7 @@ class Correction:
 
     def __init__(self, problem: Problem, config: Config, plan: Plan, store: Result | Partial):
         self.problem, self.config, self.plan, self.store = problem, config, plan, store
+        self.group, self.dim_v = Group(config.ctas), padded(problem.head_dim_v)
 
     @cute.jit
     def run(self, work: Work, warp: Int32):
@@ -49,7 +52,7 @@ class Correction:
             # Even where nothing is to do: a wait that is two turns late would take one for the other.
             work.edges.o.of(tile).wait_full(turn - 1)
         if (turn > 0) & cute.arch.vote_any_sync(factor != 1.0):
-            for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
+            for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
                 o = self.o(work, tile, c)
                 values = registers(CHUNK)
                 load(o, values, thread)
@@ -59,7 +62,7 @@ class Correction:
                     )
                 store(values, o, thread)
             stored()
-        work.edges.s.of(self.plan.place(tile, turn)).warp_emptied()
+        work.edges.s.of(self.plan.place(tile, turn)).warp_emptied(self.group)
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
@@ -70,12 +73,12 @@ class Correction:
         softmax = OnlineSoftmax.create(1, Float32(1.0), ())
         softmax.row_sum[0] = work.memory.stats[thread, ROW_SUM, tile]
         softmax.row_max[0] = work.memory.stats[thread, ROW_MAX, tile]
-        first_row = job.first_row + tile * TILE_M
+        first_row = first_row_of(self.config, job, tile)
         factor = self.output_rows(job).close(softmax, 0, first_row + thread, True)
         if turns > 0:
             work.edges.o.of(tile).wait_full(turns - 1)
         target = self.store.target(work, tile, thread)
-        for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
+        for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
             values = registers(CHUNK)
             values.fill(0.0)
             if turns > 0:

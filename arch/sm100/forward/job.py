@@ -1,4 +1,4 @@
-"""What one CTA has to do, and the memory and edges through which its roles do it together."""
+"""What one CTA, or a pair, has to do, and the memory and edges through which its roles do it together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ...common.sequence import Sequence
 from ...elementwise import maximum
 from ...problem import Operands, Problem
 from ..edge import Edge
-from ..tuning import Config
+from ..group import Group
+from ..tuning import TILE_M, Config
 
 FACTOR, ROW_SUM, ROW_MAX = 0, 0, 1  # places in `Memory.stats`; the factor's is free when the sum is due
 
@@ -38,7 +39,7 @@ class Tiles(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Rows `first_row` and on of one query head of one sequence.
+    """Rows `first_row` and on of one query head of one sequence, the same for both CTAs of a pair.
 
     split: which part of the keys, of `splits`.
     """
@@ -65,7 +66,8 @@ class Memory(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """One of each for every Q tile.
+    """One of each for every Q tile. The mma warp fills those of both CTAs of a pair, and those who empty them
+    tell the leader.
 
     s: S filled by the mma warp; emptied when P is stored and O rescaled; one for every S of a tile.
     stats: filled by the softmax warps, emptied by the correction's.
@@ -101,8 +103,13 @@ class MmaEnds(NamedTuple):
     v: pipeline.PipelineConsumer
 
 
+def first_row_of(config: Config, job: Job, tile: int | Int32) -> Int32:
+    """Where this CTA's rows of a Q tile begin: a pair's tile is 256 neighbouring rows, half for each CTA."""
+    return job.first_row + (tile * config.ctas + Group(config.ctas).rank()) * TILE_M
+
+
 def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:
-    """The KV blocks to visit, in their order, the same for all Q tiles of the CTA."""
+    """The KV blocks to visit, in their order, the same for all Q tiles, of both CTAs of a pair."""
     tile = config.tile_m, config.tile_n
     visits = blocks.visits_of(problem, tile, job.call, rules, job.sequence, job.first_row)
     return blocks.part_of(visits, job.split, job.splits) if problem.split_kv else visits

@@ -18,8 +18,8 @@ from cutlass import Int32
 from ...common.operand import Operand
 from ...problem import Problem
 from ..tmem import registers
-from ..tuning import TILE_M
-from .job import Job, Work
+from ..tuning import TILE_M, Config
+from .job import Job, Work, first_row_of
 
 CHUNK = 16  # columns of O in registers at a time
 STORE = 1  # named barrier
@@ -83,8 +83,8 @@ class Result:
 class Partial:
     """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits."""
 
-    def __init__(self, problem: Problem):
-        self.dim_v = problem.head_dim_v
+    def __init__(self, problem: Problem, config: Config):
+        self.config, self.dim_v = config, problem.head_dim_v
 
     def lse(self, job: Job) -> cute.Tensor:
         return _of_split(job.call.lse, job.split)
@@ -92,7 +92,7 @@ class Partial:
     def target(self, work: Work, tile: int, thread: Int32) -> Target:
         job = work.job
         rows = job.sequence.q_rows_of(_of_split(job.call.out, job.split), job.head)
-        return Target(rows, job.first_row + tile * TILE_M + thread, job.sequence.q_rows)
+        return Target(rows, first_row_of(self.config, job, tile) + thread, job.sequence.q_rows)
 
     @cute.jit
     def columns(self, target: Target, first: cutlass.Constexpr, o: cute.Tensor):
