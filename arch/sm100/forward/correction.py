@@ -8,16 +8,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
-from ...common.heads import row_of
 from ...common.numeric import both
+from ...common.operand import padded
 from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import OnlineSoftmax
 from ...elementwise import where
 from ...problem import Problem
+from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, row_of_thread, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, first_row_of, row_of_thread, turns_of, visits_of
 from .store import CHUNK, Partial, Result
 
 
@@ -26,6 +27,7 @@ class Correction:
 
     def __init__(self, problem: Problem, config: Config, plan: Plan, store: Result | Partial):
         self.problem, self.config, self.plan, self.store = problem, config, plan, store
+        self.group, self.dim_v = Group(config.ctas), padded(problem.head_dim_v)
 
     @cute.jit
     def run(self, work: Work, warp: Int32):
@@ -50,7 +52,7 @@ class Correction:
             # Even where nothing is to do: a wait that is two turns late would take one for the other.
             work.edges.o.of(tile).wait_full(turn - 1)
         if (turn > 0) & cute.arch.vote_any_sync(factor != 1.0):
-            for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
+            for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
                 o = self.o(work, tile, c)
                 values = registers(CHUNK)
                 load(o, values, thread)
@@ -60,7 +62,7 @@ class Correction:
                     )
                 store(values, o, thread)
             stored()
-        work.edges.s.of(self.plan.place(tile, turn)).warp_emptied()
+        work.edges.s.of(self.plan.place(tile, turn)).warp_emptied(self.group)
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
@@ -77,7 +79,7 @@ class Correction:
         if turns > 0:
             work.edges.o.of(tile).wait_full(turns - 1)
         target = self.store.target(work, tile, thread)
-        for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
+        for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
             values = registers(CHUNK)
             values.fill(0.0)
             if turns > 0:
@@ -85,7 +87,7 @@ class Correction:
             for i in cutlass.range_constexpr(CHUNK):
                 values[i] = where(factor == 0.0, 0.0, values[i] * factor)
             self.store.columns(target, c, values)
-        self.store.finish(work, tile, row_of(self.config.heads, job.first_row, tile * TILE_M))
+        self.store.finish(work, tile, first_row_of(self.config, job, tile))
 
     def o(self, work: Work, tile: int, first: int) -> cute.Tensor:
         """Some columns of O."""

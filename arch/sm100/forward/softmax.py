@@ -15,6 +15,7 @@ from ...common.dropout import Dropout
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...problem import Problem
+from ..group import Group
 from ..tmem import Plan, after, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
 from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, row_of_thread, turns_of, visits_of
@@ -44,6 +45,7 @@ class Softmax:
 
     def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan):
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
+        self.group = Group(config.ctas)
 
     @cute.jit
     def run(self, work: Work, warp: Int32):
@@ -82,7 +84,7 @@ class Softmax:
             p = self.rounded(row, scores, c, first_key)
             store(p, columns(row.tensor, column + c // 2, CHUNK // 2), row.thread)
         stored()
-        s.warp_emptied()
+        s.warp_emptied(self.group)
         accumulate(row.softmax, scores, factor)
 
     def rounded(self, row: Row, scores: cute.Tensor, first: int, first_key: Int32) -> cute.Tensor:

@@ -85,7 +85,7 @@ class Partial:
     """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits."""
 
     def __init__(self, problem: Problem, config: Config):
-        self.dim_v, self.config = problem.head_dim_v, config
+        self.config, self.dim_v = config, problem.head_dim_v
 
     def lse(self, job: Job) -> cute.Tensor:
         return of_split(job.call.lse, job.split)
