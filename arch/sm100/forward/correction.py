@@ -18,7 +18,7 @@ from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, first_row_of, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, place_of, turns_of, visits_of
 from .store import CHUNK, Partial, Result
 
 
@@ -73,7 +73,7 @@ class Correction:
         softmax = OnlineSoftmax.create(1, Float32(1.0), ())
         softmax.row_sum[0] = work.memory.stats[thread, ROW_SUM, tile]
         softmax.row_max[0] = work.memory.stats[thread, ROW_MAX, tile]
-        first_row = first_row_of(self.config, job, tile)
+        first_row = job.first_row + place_of(self.config, tile)
         factor = self.output_rows(job).close(softmax, 0, first_row + thread, True)
         if turns > 0:
             work.edges.o.of(tile).wait_full(turns - 1)

@@ -103,9 +103,9 @@ class MmaEnds(NamedTuple):
     v: pipeline.PipelineConsumer
 
 
-def first_row_of(config: Config, job: Job, tile: int | Int32) -> Int32:
+def place_of(config: Config, tile: int | Int32) -> int | Int32:
     """Where this CTA's rows of a Q tile begin: a pair's tile is 256 neighbouring rows, half for each CTA."""
-    return job.first_row + (tile * config.ctas + Group(config.ctas).rank()) * TILE_M
+    return (tile * config.ctas + Group(config.ctas).rank()) * TILE_M
 
 
 def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:

@@ -16,7 +16,7 @@ from ...common.rules import Rules
 from ...problem import Problem
 from ..group import Group
 from ..tuning import Config
-from .job import Job, LoadEnds, Work, first_row_of, visits_of
+from .job import Job, LoadEnds, Work, place_of, visits_of
 
 
 class Load:
@@ -40,7 +40,7 @@ class Load:
             self.copy(self.k, k, self.first_key(visits, visits.start), tiles.k, slot)
             for t in cutlass.range_constexpr(self.config.tiles):
                 slot = ends.q.acquire_and_advance()
-                self.copy(self.q, q, first_row_of(self.config, job, t), tiles.q, slot)
+                self.copy(self.q, q, job.first_row + place_of(self.config, t), tiles.q, slot)
             for i in cutlass.range(visits.total - 1, unroll=1):
                 place = visits.after(visits.start, i)
                 slot = ends.v.acquire_and_advance()

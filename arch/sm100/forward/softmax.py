@@ -18,7 +18,7 @@ from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, after, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, first_row_of, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, place_of, turns_of, visits_of
 from .rows import accumulate, exponentials, raise_max
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
@@ -105,7 +105,7 @@ class Softmax:
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
         scale = 1.0 if self.problem.score else call.softmax_scale
         return Row(
-            number=first_row_of(self.config, job, tile) + thread,
+            number=job.first_row + place_of(self.config, tile) + thread,
             tile=tile,
             thread=thread,
             softmax=OnlineSoftmax.create(1, scale * LOG2_E, ()),

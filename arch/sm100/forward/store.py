@@ -19,7 +19,7 @@ from ...common.operand import Operand
 from ...problem import Problem
 from ..tmem import registers
 from ..tuning import TILE_M, Config
-from .job import Job, Work, first_row_of
+from .job import Job, Work, place_of
 
 CHUNK = 16  # columns of O in registers at a time
 STORE = 1  # named barrier
@@ -92,7 +92,7 @@ class Partial:
     def target(self, work: Work, tile: int, thread: Int32) -> Target:
         job = work.job
         rows = job.sequence.q_rows_of(_of_split(job.call.out, job.split), job.head)
-        return Target(rows, first_row_of(self.config, job, tile) + thread, job.sequence.q_rows)
+        return Target(rows, job.first_row + place_of(self.config, tile) + thread, job.sequence.q_rows)
 
     @cute.jit
     def columns(self, target: Target, first: cutlass.Constexpr, o: cute.Tensor):
