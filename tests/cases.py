@@ -175,6 +175,7 @@ BLOCKS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "function": lambda n: n.block_mask(checkerboard),
     "small": lambda n: n.block_mask(Causal(), 64),
     "large": lambda n: n.block_mask(SlidingWindow(150, 20), (384, 256)),
+    "taller": lambda n: n.block_mask(Causal(), (512, 128)),
     "random": lambda n: n.random_blocks(0.4),
     "random_small": lambda n: n.random_blocks(0.3, block_size=(64, 64)),
     "random_causal": lambda n: n.random_blocks(0.6, Causal()),

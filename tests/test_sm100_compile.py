@@ -20,11 +20,14 @@ B200 = DEVICES["sm_100a"]
 # The most that each row of the table can be asked for.
 ROWS = (
     ("light", (64, 64)),
+    ("even", (128, 128)),
     ("light", (128, 128)),
     ("heavy", (128, 128)),
     ("tables", (128, 128)),
+    ("even", (192, 128)),
     ("light", (192, 128)),
     ("heavy", (256, 128)),
+    ("light", (256, 256)),
     ("heavy", (224, 224)),
     ("heavy", (256, 256)),
     ("blocks_light", (128, 128)),
@@ -33,7 +36,10 @@ ROWS = (
 )
 
 
-ASKED = EXTREMES | {"tables": replace(EXTREMES["heavy"], score="plain")}
+ASKED = EXTREMES | {
+    "tables": replace(EXTREMES["heavy"], score="plain"),
+    "even": replace(EXTREMES["light"], mask="full", varlen=False, used=""),
+}
 
 
 def problem_of(extreme: str, dims: tuple[int, int]):
@@ -60,10 +66,11 @@ def test_rows_compile_without_spills(extreme, dims, tmp_path):
     assert_in_registers(problem_of(extreme, dims), B200, tmp_path / "kernel.cubin")
 
 
+@pytest.mark.parametrize("extreme, dims", [("light", (128, 128)), ("even", (128, 128)), ("even", (256, 256))])
 @pytest.mark.parametrize("target", ["sm_103a", "sm_110a"])
-def test_other_devices(target, tmp_path):
+def test_other_devices(target, extreme, dims, tmp_path):
     assert DEVICES[target].target == target
-    assert_in_registers(problem_of("light", (128, 128)), DEVICES[target], tmp_path / "kernel.cubin")
+    assert_in_registers(problem_of(extreme, dims), DEVICES[target], tmp_path / "kernel.cubin")
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)], ids=str)

@@ -64,19 +64,21 @@ class Config:
 
 
 def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None) -> Config | None:
-    """The first row that serves, fits and divides the blocks of a block mask, as the call's sizes have it.
-
-    None where there is none.
-    """
-    fitting = fitting_configs(problem, device)
-    config = next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
-    if config is not None and device.capability not in SLOW_EX2:
-        config = replace(config, polynomial=0)
-    if config is None or sizes is None:
-        return config
-    config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
-    few = sizes.seqlen_q * config.heads <= TILE_M
-    return for_few_rows(config, problem, device) if few else config
+    """The first row that serves, fits, suits the sizes and divides the blocks of a block mask, or None."""
+    rows = (row for row in ROWS if row.serves(problem, device))
+    for row in rows:
+        config = row.config
+        if not problem.takes_tiles(config.tile_m, config.tile_n):
+            continue
+        if device.capability not in SLOW_EX2:
+            config = replace(config, polynomial=0)
+        if sizes is None:
+            return config
+        config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
+        q_rows = sizes.seqlen_q * config.heads
+        if row.suits(q_rows):
+            return for_few_rows(config, problem, device) if q_rows <= TILE_M else config
+    return None
 
 
 def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
@@ -86,7 +88,8 @@ def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
 
 def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
     """Every config that `forward_config` gives for some sizes."""
-    found = (None, *telling_sizes(problem, TILE_M, MOST_HEADS))
+    tiles = {row.config.tile_m for row in ROWS}
+    found = (None, *telling_sizes(problem, (1, TILE_M + 1, *tiles), MOST_HEADS))
     return tuple(dict.fromkeys(forward_config(problem, device, sizes) for sizes in found))
 
 
@@ -112,7 +115,7 @@ def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
     if config is None or sees_few_blocks(problem):
         return 1
     tiles = count_tiles(config.tile_m, config.heads, sizes)
-    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors)
+    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors // config.ctas)
 
 
 def crowded(problem: Problem, device: Device) -> bool:
@@ -127,14 +130,25 @@ def crowded(problem: Problem, device: Device) -> bool:
     return problem.dropout or tables or long or bool(rules and device.capability == (11, 0))
 
 
+def sees_evenly(problem: Problem) -> bool:
+    """Whether all rows see the same keys: then it costs nothing that more of them visit the same blocks."""
+    return not (problem.mask or problem.block_size or problem.varlen or problem.seqused_k)
+
+
 @dataclass(frozen=True)
 class Row:
-    """A config, the largest head dims that it serves, and whether it serves what is `crowded`."""
+    """A config, the largest head dims that it serves, and whether it serves what is `crowded`.
+
+    even: it serves problems only whose rows all see the same keys. gain: what a CTA of a pair does in the
+    time in which one by itself does 1; as many more CTAs may pairs take for the rows of a call.
+    """
 
     head_dim: int
     head_dim_v: int
     crowded: bool
     config: Config
+    even: bool = False
+    gain: float = 1.0
 
     def serves(self, problem: Problem, device: Device) -> bool:
         """Whether it takes `problem`."""
@@ -142,8 +156,15 @@ class Row:
             problem.head_dim <= self.head_dim
             and problem.head_dim_v <= self.head_dim_v
             and (self.crowded or not crowded(problem, device))
+            and (not self.even or sees_evenly(problem))
             and self.config.shared_memory(problem) <= device.shared_memory
         )
+
+    def suits(self, q_rows: int) -> bool:
+        """Whether its pairs gain more than the CTAs cost that have no rows, where there are `q_rows`."""
+        tile_m, ctas = self.config.tile_m, self.config.ctas
+        paired, alone = ctas * -(-q_rows // tile_m), -(-q_rows * ctas // tile_m)
+        return paired <= self.gain * alone
 
 
 # Nothing here is timed: there is no such GPU at hand. What chose the numbers:
@@ -152,6 +173,11 @@ class Row:
 #   tile_n: 128, so that the operands of a product are read from shared memory as fast as it runs; less where
 #     registers or K and V in shared memory do not allow it: with tables 64 spills up to 128,
 #     and beyond 128 a causal mask does so at 96.
+#   ctas: a pair halves what K and V cost a CTA's shared memory. Clocks for 128 keys, by counts: at (128, 128)
+#     the products take 2048, shared memory 2065 alone and 1297 in a pair; at (192, 128) 2560, 2706 and 1746;
+#     at (256, 256) 2048, 3088 and 1544. The gain is what binds one CTA over what binds a pair's. Only the
+#     last is more than a causal mask costs, where both CTAs visit what the rows of either see. That the two
+#     wait for each other is not in the counts.
 #   slots: two Q tiles keep the tensor cores busy in turn; where O leaves room for one tile only, two S's do.
 #   Blocks of 128 rows of a block mask take one Q tile, and a tile_n that divides their keys; only they get to
 #     the rows of one Q tile for (128, 128) and (192, 128). Stages: as shared memory allows.
@@ -161,11 +187,15 @@ class Row:
 #     take 1024: 4 moved put ex2 (768) behind them. Beyond 128 they take longer still, and none is moved.
 ROWS = (
     Row(64, 64, False, Config(2, 1, 128, 4, 4, 6, 192, 80, 48)),
+    Row(128, 128, False, Config(2, 1, 128, 4, 4, 4, 200, 64, 48, ctas=2), even=True, gain=2065 / 2048),
     Row(128, 128, False, Config(2, 1, 128, 2, 2, 4, 200, 64, 48)),
     Row(128, 128, True, Config(2, 1, 32, 4, 4, 0, 200, 64, 48)),
+    Row(192, 128, False, Config(2, 1, 128, 3, 3, 0, 192, 64, 64, ctas=2), even=True, gain=2706 / 2560),
     Row(192, 128, False, Config(2, 1, 128, 2, 1, 0, 192, 64, 64)),
     Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
     Row(128, 128, False, Config(1, 2, 128, 3, 2, 4, 240, 152, 112)),
     Row(192, 128, False, Config(1, 2, 128, 2, 2, 0, 240, 152, 112)),
+    Row(256, 256, False, Config(1, 2, 128, 3, 2, 0, 240, 152, 112, ctas=2), gain=3088 / 2048),
+    Row(256, 256, True, Config(1, 2, 64, 4, 4, 0, 240, 152, 112, ctas=2), gain=3088 / 2064),
     Row(256, 256, True, Config(1, 2, 64, 2, 2, 0, 240, 152, 112)),
 )

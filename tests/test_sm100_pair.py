@@ -1,0 +1,166 @@
+"""The Blackwell kernel as pairs of CTAs: right answers with every feature, in any order of events."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from cute_flash import dispatch, executable, ops
+from cute_flash.arch.problem import Problem, Sizes
+from cute_flash.arch.sm100 import tuning
+from cute_flash.arch.sm100.forward import Forward
+from cute_flash.emulated_kernel import EmulatedKernel
+from cute_flash.emulator import EmulatorError
+from tests.cases import CASES, RAGGED, Case
+from tests.harness import Call, answer_for
+
+B200 = dispatch.EMULATED["sm100"]
+# The last pair has few rows, its second CTA none; the last block of keys is not whole.
+PLAIN = {
+    "128": Case("128", ((530, 200),), heads=(1, 1), dims=(128, 128)),
+    "192": Case("192", ((530, 200),), heads=(1, 1), dims=(192, 128)),
+    "256": Case("256", ((300, 200),), heads=(1, 1), dims=(256, 256)),
+}
+FEATURES = (
+    "mask_window", "mask_document_causal", "score_own_softcap", "heads_4_1", "layout_sliced", "varlen_causal",
+    "used_qk", "dropout_0.5", "sink_without_keys", "split_causal", "split_used", "blocks_taller",
+)  # fmt: skip
+HEAD_DIMS = ((136, 160), (256, 8), (200, 200), (8, 256), (40, 104))
+
+
+@pytest.fixture
+def pairs_only(monkeypatch):
+    """The table has only its rows of pairs, for whatever they can serve."""
+    rows = [replace(row, even=False, gain=math.inf) for row in tuning.ROWS if row.config.ctas == 2]
+    monkeypatch.setattr(tuning, "ROWS", tuple(rows))
+    yield from _forgetting_choices()
+
+
+def _forgetting_choices():
+    for cached in (dispatch.select, dispatch._planned):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch.select, dispatch._planned):
+        cached.cache_clear()
+
+
+def check(case: Case, **options) -> None:
+    """A case, by a pair."""
+    assert answer_for(case, "sm100").config.ctas == 2
+    Call.make(case).check("sm100", **options)
+
+
+@pytest.mark.parametrize("case", PLAIN.values(), ids=str)
+def test_rows_of_both_ctas(case, pairs_only):
+    check(case)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name, pairs_only):
+    check(replace(CASES[name], dims=(256, 256)))
+
+
+@pytest.mark.parametrize("name", ["varlen_causal", "split_causal", "mask_own", "blocks_taller"])
+def test_features_with_two_tiles(name, pairs_only):
+    check(replace(CASES[name], dims=(128, 128)))
+
+
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+def test_head_dims(dims, pairs_only):
+    """Halves of V's columns that are padded, or that no column of V is in."""
+    check(Case("", ((140, 150),), heads=(1, 1), dims=dims, mask="causal"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"asynchrony": "late", "races": True},
+        *({"asynchrony": "random", "schedule": "random", "seed": s, "races": s < 2} for s in range(5)),
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+@pytest.mark.parametrize("dims", PLAIN)
+def test_any_order_of_events(dims, options, pairs_only):
+    check(replace(PLAIN[dims], mask="wide_window" if dims == "256" else "full"), **options)
+
+
+@pytest.mark.parametrize("name", ["used_qk", "mask_document_causal"])
+def test_any_order_of_events_with_features(name, pairs_only):
+    case = replace(CASES[name], dims=(256, 256))
+    check(case, asynchrony="random", schedule="random", seed=1, races=True)
+
+
+# What only pairs have, and what becomes of it: all of it must be missed.
+CHANGES = {
+    "no arrival at the leader": (r"mbarrier\.arrive\.release\.cluster\S* .*", "// gone"),
+    "arrivals at each CTA's own barrier": (r"mapa\.shared::cluster\.u32\s+(.*), 0;", r"mov.b32 \1;"),
+    "arrivals at the peer's barrier": (r"(mapa\.shared::cluster\.u32\s+%\w+, %\w+), 0;", r"\1, 1;"),
+    "commits to the leader alone": (r"(tcgen05\.commit\S+\s+\[[^]]*\]), %rs\w+;", r"\1, 1;"),
+    "no cluster barrier": (r"barrier\.cluster\.(arrive|wait);", "// gone"),
+    "one CTA's bytes expected": (
+        r"(mbarrier\.arrive\.expect_tx\S+ \S+, \[\S+\]), (%\w+);",
+        r"{ .reg .b32 half; shr.u32 half, \2, 1; \1, half; }",
+    ),
+    "both CTAs begin products": (r"%cluster_ctarank", "0"),
+}
+ATTEMPTS = (
+    {"asynchrony": "late", "races": True},
+    {"asynchrony": "eager"},
+    *({"asynchrony": "random", "schedule": "random", "seed": seed, "races": True} for seed in range(2)),
+)
+
+
+@pytest.mark.parametrize("change", ["nothing", *CHANGES])
+def test_every_change_is_noticed(change, pairs_only, monkeypatch):
+    pattern, instead = CHANGES.get(change, ("^", ""))
+
+    @functools.cache
+    def changed(kernel, problem, config, device, route):
+        built = executable.artifact(kernel, problem, config, device)
+        text, count = re.subn(pattern, instead, built.ptx.decode(), flags=re.MULTILINE)
+        if not count:
+            raise ValueError(f"nothing to change by {pattern}")
+        return EmulatedKernel(built._replace(ptx=text.encode()), device)
+
+    monkeypatch.setattr(ops, "executable", changed)
+    objections = []
+    for options in ATTEMPTS:
+        try:
+            check(PLAIN["256"], **options)
+        except (EmulatorError, AssertionError) as error:
+            objections.append(error)
+            break
+    assert bool(objections) == (change != "nothing")
+
+
+@pytest.mark.parametrize(
+    "problem, rows, ctas",
+    [
+        (Problem("bfloat16", 128, 128), 512, 2),
+        (Problem("bfloat16", 128, 128), 600, 1),
+        (Problem("bfloat16", 128, 128, varlen=True), 512, 1),
+        (answer_for(CASES["mask_causal"], "sm100").problem, 512, 1),
+        (Problem("bfloat16", 192, 128), 16000, 2),
+        (Problem("bfloat16", 256, 256), 128, 1),
+        (Problem("bfloat16", 256, 256), 600, 2),
+        (Problem("bfloat16", 256, 256, varlen=True, dropout=True), 600, 2),
+    ],
+)
+def test_who_gets_a_pair(problem, rows, ctas):
+    config = Forward.config(problem, B200, Sizes(1, 1, 1, rows, 4096))
+    assert config.ctas == ctas
+    assert config in Forward.configs(problem, B200)
+
+
+def test_pairs_are_split_among_half_as_many():
+    problem, sizes = Problem("bfloat16", 256, 256), Sizes(1, 1, 1, 256, 1 << 16)
+    assert 60 <= tuning.splits(problem, B200, sizes) <= B200.multiprocessors // 2
+
+
+def test_a_launch_is_whole_pairs(pairs_only):
+    """Short and empty sequences: the CTAs of a pair come and leave together."""
+    check(Case("", (*RAGGED, (300, 9)), varlen=True, heads=(2, 1), dims=(256, 256), mask="causal"))
