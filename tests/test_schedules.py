@@ -1,0 +1,72 @@
+"""Twenty random orders of events for each family of kernels, watched by the race detector, by the book.
+
+Copies and products happen at any time that waits allow, warps run in any order: the answers stay right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cute_flash import dispatch
+from tests.cases import Case
+from tests.emulator.negative.subjects import SUBJECTS, objection, ptx_of
+from tests.harness import Call, answer_for
+
+SEEDS = range(20)
+# A few row blocks and KV blocks each, some cut by the mask and some not; heads that share keys.
+CAUSAL = Case("", ((70, 300),), heads=(2, 1), mask="causal")
+WHOLE = Case("", ((70, 200),), heads=(3, 3))
+SPLIT = Case("", ((20, 520),), heads=(2, 1), mask="causal", splits=3)
+FAMILIES = {
+    "sm80": ("sm80", CAUSAL),
+    "sm90": ("sm90", CAUSAL),
+    "sm90_persistent": ("sm90", WHOLE),
+    "sm90_split": ("sm90", SPLIT),
+    "sm100": ("sm100", replace(CAUSAL, seqlens=((150, 400),))),
+    "sm100_split": ("sm100", SPLIT),
+}
+
+
+def order(seed: int, **watched: bool) -> dict:
+    """The emulator's options for one random order."""
+    return {"asynchrony": "random", "schedule": "random", "seed": seed, **watched}
+
+
+@pytest.fixture
+def few_multiprocessors(monkeypatch):
+    """A Hopper GPU with two of them, so that some CTA takes several tiles."""
+    h100 = dispatch.EMULATED["sm90"]
+    monkeypatch.setitem(dispatch.EMULATED, "sm90", replace(h100, multiprocessors=2))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_answers_in_any_order(family, seed, few_multiprocessors):
+    device, case = FAMILIES[family]
+    Call.make(case).check(device, **order(seed, races=True, by_the_book=True))
+
+
+def test_families_are_what_their_names_say(few_multiprocessors):
+    configs = {family: answer_for(case, device).config for family, (device, case) in FAMILIES.items()}
+    persistent = {family for family, config in configs.items() if getattr(config, "persistent", 0)}
+    assert persistent == {"sm90_persistent"}
+    assert all(answer_for(case, device).problem.split_kv for device, case in FAMILIES.values() if case.splits)
+
+
+# A wait of each architecture's kernel that values need: K's first arrival.
+WAITS = {
+    ("sm80", "full"): ("no wait", 0),
+    ("sm90", "window"): ("no wait for an mbarrier", 6),
+    ("sm100", "window"): ("no wait for an mbarrier", 0),
+}
+
+
+@pytest.mark.parametrize("key", WAITS)
+def test_a_missing_wait_shows_in_some_order(key):
+    """In the values alone: the detector does not look."""
+    subject, (name, site) = SUBJECTS[key], WAITS[key]
+    mutants = {number: text for number, _, text in subject.mutations[name].mutants(ptx_of(key))}
+    orders = tuple(order(seed) for seed in SEEDS)
+    assert objection(subject, key[0], lambda _: mutants[site], orders)
