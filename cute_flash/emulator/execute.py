@@ -42,7 +42,7 @@ class Options:
     observers: objects with hooks, see observe.py. ctas_per_wave: how many CTAs are resident together; None
     lets their size decide. uninitialized: "error" raises where shared or local memory is read that nothing
     has written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses. by_the_book:
-    with races, demand what PTX asks for and hardware is known to do without, see book.py.
+    with races, demand fences and waits that hardware is known to do without, see tensor_races.py.
     """
 
     asynchrony: str = "eager"

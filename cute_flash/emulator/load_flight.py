@@ -1,8 +1,9 @@
-"""Registers that tcgen05.ld has not brought yet: by the book (book.py), nothing may use them before wait::ld.
+"""Registers that tcgen05.ld has not brought yet.
 
-Forward dataflow over the control-flow graph finds the instructions that touch a register which, on some path,
-was loaded with no tcgen05.wait::ld since. Where one runs by the book, that is an error. A plain mov only
-passes its source's state on: compilers pair registers before the wait, and ptxas removes the copies.
+By the book (tensor_races.py) nothing may use them before tcgen05.wait::ld. Forward dataflow over the
+control-flow graph finds the instructions that touch a register which, on some path, was loaded with no
+tcgen05.wait::ld since. Where one runs by the book, that is an error. A plain mov only passes its source's
+state on: compilers pair registers before the wait, and ptxas removes the copies.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 The agents are the warps of a cluster, its mbarriers, and the units that copy and multiply on their own. Each
 works in epochs. clock[cluster, warp, agent] is the last epoch of an agent that a warp knows to be over. A
 barrier passes knowledge on: from who arrives to who leaves. An access races with an earlier one of another
-agent whose epoch the accessing warp does not know, unless both only read or both are atomic.
+agent whose epoch the accessing warp does not know, unless both only read or both are atomic. Of a warp some
+of whose lanes arrive, others learn what those lanes know (meetings.py).
 
     cp.async            a write of its thread's warp, under way until the thread waits for it
     bulk load           a write in an epoch of the mbarrier that it signals: its phase
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .book import EVERY_LANE, Meetings, lanes_of
 from .errors import DataRace
+from .meetings import EVERY_LANE, Meetings, lanes_of
 from .observe import Columns, Observer, Span, Unit
 from .race_state import NOBODY, PROXY, TENSOR, Access, Agents, History, Released, UnitAccess, Word, wider
 from .tensor_races import TensorRaces
@@ -268,7 +269,7 @@ class RaceDetector(Observer):
         cluster, number = self.one(warp)
         into.clock = wider(into.clock, self.clock.shape[2])
         known = self.clock[cluster, number]
-        if self.by_the_book and not self.meetings.speaks_for_all(cluster, number, lanes):
+        if not self.meetings.speaks_for_all(cluster, number, lanes):
             known = known.copy()
             known[number] = self.meetings.met[cluster, number]
         into.join(known, self.fenced[cluster, number])
@@ -321,15 +322,11 @@ class RaceDetector(Observer):
     def _access(self, g: Threads, verb: str, address: np.ndarray, size: int) -> Access:
         owner, local = self.m.place(g, address, True)
         cell, n = self._cells(owner, local, size)
-        self._touch(g)
+        self.meetings.touched[self._who(g.cta_at, g.warp_at)] |= lanes_of(g)
         cluster, warp = self._who(g.cta, g.warp)
         if n > 1:
             cluster, warp = np.repeat(cluster, n), np.repeat(warp, n)
         return Access(self.m, g, verb, address, cell, cluster, warp)
-
-    def _touch(self, g: Threads) -> None:
-        if self.by_the_book:
-            self.meetings.touched[self._who(g.cta_at, g.warp_at)] |= lanes_of(g)
 
     def _unit_access(self, verb: str, warp: tuple[int, int], cta: int, cell: np.ndarray) -> UnitAccess:
         cluster, number = self.one(warp)

@@ -1,10 +1,16 @@
 """Data races in tensor memory, with the clocks of the race detector.
 
-A load is a read by its warp; by the book (book.py) it is under way until its warp's tcgen05.wait::ld. A store
-is under way until its warp's tcgen05.wait::st; then it is a write by the warp. A product or a copy reads and
-writes as the unit of its thread, in the epoch that the thread's next commit ends: a warp may touch what it
-touched when it knows that epoch to be over, from the mbarrier that the commit arrived at. Work of one thread
-happens in order; work of another thread is ordered behind it once that thread knows of its issue.
+A load is a read by its warp. A store is under way until its warp's tcgen05.wait::st; then it is a write by
+the warp. A product or a copy reads and writes as the unit of its thread, in the epoch that the thread's next
+commit ends: a warp may touch what it touched when it knows that epoch to be over, from the mbarrier that the
+commit arrived at. Work of one thread happens in order; work of another thread is ordered behind it once
+that thread knows of its issue.
+
+`Options(by_the_book=True)` asks for what PTX asks for beyond that: a load is under way until its warp's
+tcgen05.wait::ld; what a warp has done is known to others if tcgen05.fence::before_thread_sync came before its
+arrival (a commit implies it); what a warp has heard of is ordered before its own accesses by
+tcgen05.fence::after_thread_sync. flash-attn-4's forward kernels for sm_100, right on hardware, have none of
+the three, so a kernel without them is not known to be wrong.
 
 State is kept per cell: one column of 16 lanes.
 """
@@ -15,8 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .book import EVERY_LANE
 from .errors import DataRace
+from .meetings import EVERY_LANE
 from .observe import Columns, Unit
 from .race_state import NOBODY, TENSOR, UNDER_WAY
 from .tensor_memory import COLUMNS, LANES

@@ -1,4 +1,4 @@
-"""By the book: each order that PTX asks for and hardware is known to do without, with it and without it."""
+"""By the book: each order in tensor memory that PTX asks for and hardware is known to do without."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import pytest
 
 from cute_flash.emulator import DataRace, Options, RegisterInFlight
 
-from .test_mbarrier import ORDERS, READY, wait
-from .test_mbarrier import run as run_code
+from .test_mbarrier import ORDERS
 from .test_tcgen05_mma import D_AT
 from .test_tensor_races import CASE, DONE2, MEET, STORE, STORED, execute
 
@@ -61,54 +60,6 @@ def test_products_of_two_warps_need_both_fences():
     for order in (BEFORE, AFTER):
         with pytest.raises(DataRace, match="the write of work that warp 0 issued"):
             execute([piece for piece in pieces if piece != order], **BOOK)
-
-
-# One lane arrives for its warp, when all lanes have written; the other warp then reads.
-HANDED_ON = f"""
-    .shared .align 4 .b8 words[128];
-    @%first mbarrier.init.shared.b64 [%b], 1;
-    {READY}
-    mov.b32 %r0, words;
-    mad.lo.u32 %r0, %l, 4, %r0;
-    setp.ne.u32 %p0, %w, 0;
-    @%p0 bra read;
-    st.shared.b32 [%r0], %l;
-    {{}}
-    @%first mbarrier.arrive.shared.b64 _, [%b];
-    read:
-    {wait(0)}
-    ld.shared.b32 %r1, [%r0];
-    st.global.b32 [%out], %r1;
-"""
-MEETINGS = ("bar.warp.sync -1;", "bar.sync 1, 32;")
-
-
-def handed_on(between: str, **options) -> list[int]:
-    return run_code(HANDED_ON.replace("{}", between), **BOOK, **options).tolist()
-
-
-@pytest.mark.parametrize("options", ORDERS, ids=str)
-@pytest.mark.parametrize("meeting", MEETINGS)
-def test_a_lane_that_has_met_the_others_arrives_for_them(meeting, options):
-    assert handed_on(meeting, **options) == [*range(32)] * 2
-
-
-def test_a_lane_that_has_not_met_the_others_arrives_for_itself():
-    with pytest.raises(DataRace, match="reads shared .* the write of warp 0"):
-        handed_on("")
-    with pytest.raises(DataRace, match="reads shared .* the write of warp 0"):
-        handed_on("bar.warp.sync -1;\nst.shared.b32 [%r0], %l;")
-
-
-def test_all_lanes_arrive_for_themselves():
-    code = HANDED_ON.replace("@%first mbarrier.arrive", "mbarrier.arrive").replace("[%b], 1", "[%b], 32")
-    assert run_code(code.replace("{}", ""), **BOOK).tolist() == [*range(32)] * 2
-
-
-def test_what_one_lane_has_done_needs_no_meeting():
-    code = HANDED_ON.replace("{}", "").replace("st.shared.b32 [%r0], %l;", "@%first st.shared.b32 [%r0], 7;")
-    code = code.replace("ld.shared.b32 %r1, [%r0];", "ld.shared.b32 %r1, [words];")
-    assert run_code(code, **BOOK).tolist() == [7] * 64
 
 
 def test_the_book_is_looked_up_by_the_race_detector():

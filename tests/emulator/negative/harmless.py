@@ -14,8 +14,8 @@ FENCED = "the product before has a fence, and nothing touches the registers in b
 COVERED = "the next block's wait covers it before O or V's slot is touched"
 IN_ORDER = "readers empty V's slot before that of the next K, for which the load has just waited"
 THREE_BLOCKS = (
-    "the load has just waited for a slot of V that readers emptied after this one of K; so it is for tiles of "
-    "3 blocks and more: those of 2 need the wait"
+    "the load has just waited for a slot of V that readers emptied after this one of K; that is so for tiles "
+    "of 3 blocks and more: those of 2 need the wait"
 )
 
 # sm100

@@ -1,14 +1,8 @@
-"""Orders that PTX asks for and hardware is known to do without: `Options(by_the_book=True)`.
+"""Lanes of a warp that know of each other's accesses.
 
-    bar.warp.sync        before some lanes of a warp arrive at an mbarrier for all: an arrival speaks for its
-                         own thread, and for those that it has met since
-    tcgen05.fence        before_thread_sync between a thread's loads, stores and products in tensor memory
-                         and the arrival that tells of them (a commit implies it), after_thread_sync between a
-                         wait and the accesses that it orders
-    tcgen05.wait::ld     before a loaded register is used, and before anybody hears that the load is over
-
-flash-attn-4's forward kernels for sm_100, right on hardware, have none of the last two: a kernel without them
-is not known to be wrong. Ours are held to the book.
+An arrival at an mbarrier speaks for the thread that arrives. Where some lanes of a warp arrive for all, they
+must have met the others since: at bar.warp.sync, or at a barrier of the CTA; if they have not, nobody learns
+of anything that the warp has done since. elect.sync, vote and shfl order nothing.
 """
 
 from __future__ import annotations
