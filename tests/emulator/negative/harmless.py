@@ -26,6 +26,7 @@ ONE_S = (
     "a wait that two S's a tile need: with one, S of this turn has been waited for, and was begun after O of "
     "the turn before and after the correction had read that turn's factor"
 )
+NUMBERS = "the edge is for numbers in shared memory; who touches tensor memory waits for another edge, too"
 
 
 def harmless(tree: str, name: str, reasons: Reasons) -> dict[tuple[str, str, str], dict[int, str]]:
@@ -92,6 +93,9 @@ HARMLESS = {
         ("no change of registers", (0,)): BUDGET,
         ("no permit given back", (0,)): PERMIT,
         ("no commit of a product", (11,)): LAST,
+        ("no fence before synchronisation", (0, 2, 4, 6, 7, 9)): NUMBERS,
+        ("no fence after synchronisation", (1, 3, 5, 6, 7, 9, 11, 13)): NUMBERS,
+        ("no fence after synchronisation", (8, 10)): ONE_S,
     }),
     **harmless("sm100", "causal", {
         ("no wait for an mbarrier", (16, 17)): FRESH,
@@ -100,6 +104,8 @@ HARMLESS = {
         ("no change of registers", (0,)): BUDGET,
         ("no permit given back", (0,)): PERMIT,
         ("no commit of a product", (7,)): LAST,
+        ("no fence before synchronisation", (0, 2, 4, 5)): NUMBERS,
+        ("no fence after synchronisation", (1, 3, 4, 5, 7)): NUMBERS,
     }),
     **harmless("sm100", "split", {
         ("no wait for an mbarrier", (1, 3, 6, 8)): ONE_S,

@@ -32,8 +32,12 @@ def mask_comparisons(lines: list[str]) -> list[int]:
     """Eight comparisons, spread evenly, of those that decide whether a score becomes -inf."""
     deciding = set(re.findall(r"selp\.f32\s+%\w+, %\w+, 0fFF800000, (%\w+);", "\n".join(lines)))
     found = matching(r"setp\.(lt|le|gt|ge)\.s32")(lines)
-    found = [i for i in found if re.search(r"%p\w*", lines[i])[0] in deciding]
-    return found[:: max(1, len(found) // 8)]
+    return spread([i for i in found if re.search(r"%p\w*", lines[i])[0] in deciding], 8)
+
+
+def spread(found: list[int], count: int) -> list[int]:
+    """Some of many, evenly."""
+    return found[:: max(1, len(found) // count)]
 
 
 def removed(line: str) -> str:
@@ -58,6 +62,11 @@ def passed(line: str) -> str:
 def kept(line: str) -> str:
     """An exchange between lanes in which each keeps its own."""
     return re.sub(r"shfl\.sync\.\S+\s+(%\w+)(\|%\w+)?, (%\w+),.*", r"mov.b32 \1, \3;", line)
+
+
+def everybody(line: str) -> str:
+    """An election that all lanes win."""
+    return re.sub(r"elect\.sync\s+(%\w+)\|(%\w+),.*", r"mov.b32 \1, 0; setp.eq.u32 \2, 0, 0;", line)
 
 
 def with_operand(operation: str) -> Callable[[str], str]:
@@ -105,6 +114,7 @@ TMA = {
     "no commit of a store": Mutation(matching(r"cp\.async\.bulk\.commit_group"), removed),
     "no wait for a store": Mutation(matching(r"cp\.async\.bulk\.wait_group"), removed),
     "no change of registers": Mutation(matching(r"setmaxnreg"), removed),
+    "all lanes elected": Mutation(lambda lines: spread(matching(r"elect\.sync")(lines), 12), everybody),
 }
 WGMMA = {
     "no fence before a product": Mutation(matching(r"wgmma\.fence"), removed),
@@ -119,8 +129,8 @@ TCGEN05 = {
     "no commit of a product": Mutation(matching(r"tcgen05\.commit"), removed),
     "no wait for a load": Mutation(matching(r"tcgen05\.wait::ld"), removed),
     "no wait for a store to tensor memory": Mutation(matching(r"tcgen05\.wait::st"), removed),
-    "no fence before synchronisation": Mutation(matching(r"tcgen05\.fence::before"), removed),
-    "no fence after synchronisation": Mutation(matching(r"tcgen05\.fence::after"), removed),
+    "no fence before synchronisation": Mutation(matching(r"tcgen05\.fence::before_thread_sync"), removed),
+    "no fence after synchronisation": Mutation(matching(r"tcgen05\.fence::after_thread_sync"), removed),
 }
 MASKS = {"a comparison of the mask negated": Mutation(mask_comparisons, negated)}
 LANES = {"no exchange between lanes": Mutation(matching(r"shfl\.sync\.bfly"), kept)}
