@@ -36,14 +36,18 @@ def channel(barriers: cute.Pointer, stages: int, nbytes: int, reading_warps: int
     return Channel(*made.make_participants())
 
 
-def mma_channel(barriers: cute.Pointer, stages: int, nbytes: int) -> Channel:
-    """The same for a warp that reads with tcgen05: a release waits for the products that it has begun."""
+def mma_channel(barriers: cute.Pointer, stages: int, nbytes: int, ctas: int = 1) -> Channel:
+    """The same for a warp that reads with tcgen05: a release waits for the products that it has begun.
+
+    ctas: 1, or 2 for a pair, whose leader counts what both copy and whose release both hear.
+    """
     made = pipeline.PipelineTmaUmma.create(
         barrier_storage=barriers,
         num_stages=stages,
-        tx_count=nbytes,
+        tx_count=nbytes * ctas,
         producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
         consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+        cta_layout_vmnk=cute.make_layout((ctas, 1, 1, 1)),
         defer_sync=True,
     )
     return Channel(*made.make_participants())

@@ -27,9 +27,9 @@ from ..elementwise import maximum, minimum
 STEP = 16  # elements of one matrix instruction's k step
 
 
-def padded(dim: int) -> int:
-    """Columns that a head dim takes in shared memory."""
-    return -(-dim // STEP) * STEP
+def padded(dim: int, parts: int = 1) -> int:
+    """Columns that a head dim takes in shared memory, of all its equal parts together."""
+    return -(-dim // (STEP * parts)) * STEP * parts
 
 
 class Mapped(NamedTuple):
@@ -59,7 +59,7 @@ class Operand:
     """A tile of `rows` rows, `stages` of them in shared memory, `pitch` elements apart.
 
     dim: columns in global memory, padded in shared memory. ragged: sequences end inside the tensor.
-    heads: in one tile, a divisor of `rows`.
+    heads: in one tile, a divisor of `rows`. parts: of the columns, of which a tile holds one.
     """
 
     dtype: type
@@ -69,6 +69,7 @@ class Operand:
     ragged: bool
     pitch: int
     heads: int = 1
+    parts: int = 1
 
     @staticmethod
     def of(dtype: type, rows: int, dim: int, stages: int, ragged: bool, pitch: int = 0) -> Operand:
@@ -79,6 +80,16 @@ class Operand:
         """The same with the rows of `heads` heads in a tile, instead of as many more rows of one."""
         return replace(self, heads=heads)
 
+    def in_parts(self, parts: int) -> Operand:
+        """The same with one of `parts` equal parts of the columns in a tile."""
+        columns = padded(self.dim, parts) // parts
+        return replace(self, parts=parts, pitch=self.rows * columns)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile."""
+        return padded(self.dim, self.parts) // self.parts
+
     @property
     def sequence_rows(self) -> int:
         """Rows of a sequence in a tile."""
@@ -87,26 +98,26 @@ class Operand:
     @property
     def bytes(self) -> int:
         """What one tile's copy transfers, zeros included."""
-        return self.rows * padded(self.dim) * self.dtype.width // 8
+        return self.rows * self.columns * self.dtype.width // 8
 
     @property
     def width(self) -> int:
         """Columns of a swizzled part: 64, 32 or 16."""
-        return next(width for width in (64, 32, 16) if padded(self.dim) % width == 0)
+        return next(width for width in (64, 32, 16) if self.columns % width == 0)
 
     def layout(self) -> cute.ComposedLayout:
         """(rows, dim, stages): a layout, and the swizzle of its bytes."""
         bits = {64: 3, 32: 2, 16: 1}[self.width]
         atom = cute.make_layout((8, self.width), stride=(self.width, 1))
-        tile = cute.tile_to_shape(atom, (self.rows, padded(self.dim)), (0, 1))
+        tile = cute.tile_to_shape(atom, (self.rows, self.columns), (0, 1))
         staged = cute.append(tile, cute.make_layout(self.stages, stride=self.pitch))
         return cute.make_composed_layout(cute.make_swizzle(bits, 4, 3), 0, staged)
 
     @property
     def box(self) -> tuple[int, ...]:
-        """What one copy moves: ([heads,] rows of a sequence, dim)."""
+        """What one copy moves: ([heads,] rows of a sequence, columns)."""
         together = (self.heads,) if self.heads > 1 else ()
-        return (*together, self.sequence_rows, padded(self.dim))
+        return (*together, self.sequence_rows, self.columns)
 
     def map(self, op, tensor: cute.Tensor, group: Int32 | None = None) -> Mapped:
         """The TMA descriptor of a global (batch, seq, heads, dim) or (total, heads, dim) tensor.
@@ -141,6 +152,14 @@ class Operand:
         if self.heads > 1:
             coordinates = cute.domain_offset((first, *(0,) * (len(kept) - 1)), coordinates)
         return HeadRows(mapped.atom, coordinates, start, end)
+
+    def part(self, rows: HeadRows, part: Int32 | int) -> HeadRows:
+        """The same rows' columns from the beginning of one of the parts on."""
+        if self.parts == 1:
+            return rows
+        before = len(self.box) - 2
+        offset = (*(0,) * before, 0, part * self.columns, *(0,) * self.ragged)
+        return rows._replace(coordinates=cute.domain_offset(offset, rows.coordinates))
 
     def sides(self, rows: HeadRows, first: Int32, tile: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
         """(global, shared) sides of a copy between the rows from `first` of a sequence and a shared tile."""

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 from cutlass._mlir.dialects import nvvm
-from cutlass.cute.nvgpu import tcgen05
+
+from .group import ALONE, Group
 
 
 class Edge(NamedTuple):
@@ -26,7 +27,7 @@ class Edge(NamedTuple):
     def make(barriers: cute.Pointer, edges: int, fills: int, empties: int) -> Edge:
         """`edges` neighbours in 2 * edges barriers; `fills` arrivals make a slot full, `empties` empty.
 
-        One thread of the CTA calls this, before `channels_ready`.
+        One thread of the CTA calls this, before `Group.ready`.
         """
         for i in range(edges):
             cute.arch.mbarrier_init(barriers + i, fills)
@@ -56,22 +57,22 @@ class Edge(NamedTuple):
         """This warp has done its share of filling."""
         warp_arrives(self.full)
 
-    def warp_emptied(self) -> None:
-        """This warp has done its share of emptying."""
-        warp_arrives(self.empty)
+    def warp_emptied(self, group: Group = ALONE) -> None:
+        """This warp has done its share of emptying, of which the group's leader keeps account."""
+        warp_arrives(self.empty, group)
 
-    def filled_by_mma(self) -> None:
-        """Full when every product that this warp has begun is complete."""
+    def filled_by_mma(self, group: Group) -> None:
+        """Full, in every CTA of the group, when every product that this warp has begun is complete."""
         with cute.arch.elect_one():
-            tcgen05.commit(self.full)
+            group.commit(self.full)
 
 
-def warp_arrives(barrier: cute.Pointer) -> None:
-    """One arrival for the warp, when all its threads have come here."""
+def warp_arrives(barrier: cute.Pointer, group: Group = ALONE) -> None:
+    """One arrival at the leader's barrier for the warp, when all its threads have come here."""
     nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC)
     cute.arch.sync_warp()
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive(barrier)
+        group.arrive(barrier)
 
 
 def after_sync() -> None:

@@ -2,7 +2,8 @@
 
 Operands A of S = Q K and B of both products are read from shared memory through descriptors; P, the A of
 O = P V, from tensor memory. Products of a CTA run in the order in which they were begun, so the next S may be
-begun over P right after the product that reads P.
+begun over P right after the product that reads P. A pair's products take the descriptors of the leader's part
+of the operands: its peer has the other part at the same place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, tcgen05
 
 from ..common.operand import transposed
+from .group import ALONE, Group
 from .tmem import ROWS, Plan
 
 K, MN = OperandMajorMode.K, OperandMajorMode.MN
@@ -23,58 +25,71 @@ K, MN = OperandMajorMode.K, OperandMajorMode.MN
 SMEM, TMEM = tcgen05.OperandSource.SMEM, tcgen05.OperandSource.TMEM
 
 
-def tiled_mma(dtype: type, count: int, a_in: tcgen05.OperandSource, b_major: OperandMajorMode):
-    """m128 x count x k16; A has k contiguous, B is (count, k) with `b_major` contiguous."""
-    shape = (ROWS, count, 16)
-    op = tcgen05.MmaF16BF16Op(dtype, Float32, shape, tcgen05.CtaGroup.ONE, a_in, K, b_major)
+def tiled_mma(dtype: type, count: int, a_in: tcgen05.OperandSource, b_major: OperandMajorMode, group: Group):
+    """m128 per CTA x count x k16; A has k contiguous, B is (count, k) with `b_major` contiguous."""
+    shape = (ROWS * group.ctas, count, 16)
+    op = tcgen05.MmaF16BF16Op(dtype, Float32, shape, group.kind, a_in, K, b_major)
     return cute.make_tiled_mma(op)
 
 
 @dataclass(frozen=True)
 class Products:
-    """The two products of attention, S = Q K and O += P V. plan: where their results are.
+    """The two products of attention, S = Q K and O += P V. plan: where their results are. group: of CTAs.
 
     A tiled product carries its accumulate flag along, so that each use makes its own.
     """
 
     dtype: type
     plan: Plan
+    group: Group
 
     def qk(self) -> cute.TiledMma:
-        return tiled_mma(self.dtype, self.plan.tile_n, SMEM, K)
+        return tiled_mma(self.dtype, self.plan.tile_n, SMEM, K, self.group)
 
     def pv(self) -> cute.TiledMma:
-        return tiled_mma(self.dtype, self.plan.dim_v, TMEM, MN)
+        return tiled_mma(self.dtype, self.plan.dim_v, TMEM, MN, self.group)
+
+    def own_qk(self) -> cute.ThrMma:
+        """What partitions one CTA's part of the operands of `qk`: a product with just these."""
+        return tiled_mma(self.dtype, self.plan.tile_n // self.group.ctas, SMEM, K, ALONE).get_slice(0)
+
+    def own_pv(self) -> cute.ThrMma:
+        """The same of `pv`."""
+        return tiled_mma(self.dtype, self.plan.dim_v // self.group.ctas, TMEM, MN, ALONE).get_slice(0)
 
     def q(self, tiles: cute.Tensor) -> cute.Tensor:
         """Descriptors (mma, rows, k, tiles) of (rows, dim, tiles)."""
-        return self.qk().make_fragment_A(self.qk().get_slice(0).partition_A(tiles))
+        return self.qk().make_fragment_A(self.own_qk().partition_A(tiles))
 
     def k(self, tiles: cute.Tensor) -> cute.Tensor:
-        """Descriptors (mma, columns, k, stages) of (rows, dim, stages)."""
-        return self.qk().make_fragment_B(self.qk().get_slice(0).partition_B(tiles))
+        """Descriptors (mma, columns, k, stages) of a CTA's (rows, dim, stages)."""
+        return self.qk().make_fragment_B(self.own_qk().partition_B(tiles))
 
     def v(self, tiles: cute.Tensor) -> cute.Tensor:
-        """Descriptors (mma, columns, k, stages) of (rows, dim_v, stages)."""
-        return self.pv().make_fragment_B(self.pv().get_slice(0).partition_B(transposed(tiles)))
+        """Descriptors (mma, columns, k, stages) of a CTA's (rows, columns of V, stages)."""
+        return self.pv().make_fragment_B(self.own_pv().partition_B(transposed(tiles)))
 
     def s(self, base: cute.Pointer, tile: int, turn: int | Int32) -> cute.Tensor:
         """S of a Q tile's block number `turn` as the product writes it."""
-        layout = self.qk().make_fragment_C(self.qk().partition_shape_C((ROWS, self.plan.tile_n))).layout
+        layout = self.qk().make_fragment_C(self.qk().partition_shape_C(self.shape(self.plan.tile_n))).layout
         return cute.make_tensor(base + self.plan.s(tile, turn), layout)
 
     def o(self, base: cute.Pointer, tile: int) -> cute.Tensor:
         """O of a Q tile as the product writes it."""
-        layout = self.pv().make_fragment_C(self.pv().partition_shape_C((ROWS, self.plan.dim_v))).layout
+        layout = self.pv().make_fragment_C(self.pv().partition_shape_C(self.shape(self.plan.dim_v))).layout
         return cute.make_tensor(base + self.plan.o(tile), layout)
 
     def p(self, base: cute.Pointer, tile: int, turn: int | Int32) -> cute.Tensor:
         """P of a Q tile's block as the product reads it: (mma, rows, k), two elements to a column."""
         layout = cute.make_layout((ROWS, self.plan.tile_n), stride=(self.plan.tile_n, 1))
         pointer = cute.recast_ptr(base + self.plan.s(tile, turn), dtype=self.dtype)
-        p = self.pv().get_slice(0).partition_A(cute.make_tensor(pointer, layout))
+        p = self.own_pv().partition_A(cute.make_tensor(pointer, layout))
         # A fragment in tensor memory has a layout, but always begins at column 0.
         return cute.make_tensor(pointer, self.pv().make_fragment_A(p).layout)
+
+    def shape(self, columns: int) -> tuple[int, int]:
+        """Of a product's result."""
+        return ROWS * self.group.ctas, columns
 
 
 def tile_of(descriptors: cute.Tensor, index: int | Int32, turn: int | Int32) -> cute.Tensor:

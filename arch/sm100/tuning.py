@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..packing import count_tiles, heads_of_tile, telling_sizes
 from ..problem import Device, Problem, Sizes
 from ..split import fastest_splits, sees_few_blocks
 
@@ -22,7 +23,9 @@ class Config:
     two, the next block's S is computed before this block's P V. tile_n: rows of K and V at a time.
     k_stages, v_stages: their tiles in shared memory. polynomial: of 16 exponentials of a wholly visible
     block, how many are computed on the FMA units. softmax_registers, correction_registers,
-    other_registers: per thread.
+    other_registers: per thread. ctas: 1, or 2 for a pair that multiplies together: its tiles have 256 rows,
+    half of them each CTA's, and each CTA brings half of K and V. heads: query heads of one KV head that
+    share a tile's rows, a power of two.
     """
 
     tiles: int
@@ -34,10 +37,13 @@ class Config:
     softmax_registers: int
     correction_registers: int
     other_registers: int
+    ctas: int = 1
+    heads: int = 1
 
     @property
     def tile_m(self) -> int:
-        return TILE_M * self.tiles
+        """Rows of Q that visit the same blocks: a CTA's, or a pair's."""
+        return TILE_M * self.tiles * self.ctas
 
     @property
     def threads(self) -> int:
@@ -50,20 +56,27 @@ class Config:
         return min(65536 // self.threads, 255) // 8 * 8
 
     def shared_memory(self, problem: Problem) -> int:
-        """Bytes of dynamic shared memory: Q (later O), K and V tiles, factors, barriers."""
+        """Bytes of a CTA's dynamic shared memory: Q (later O), K and V tiles, factors, barriers."""
         dim, dim_v = (-(-d // 16) * 16 for d in (problem.head_dim, problem.head_dim_v))
-        q = self.tile_m * max(dim, dim_v)
-        kv = self.tile_n * (self.k_stages * dim + self.v_stages * dim_v)
-        return 2 * (q + kv) + 8 * self.tile_m + 1024
+        rows, v_part = TILE_M * self.tiles, -(-dim_v // (16 * self.ctas)) * 16
+        q, k = rows * max(dim, dim_v), self.tile_n // self.ctas * self.k_stages * dim
+        return 2 * (q + k + self.tile_n * self.v_stages * v_part) + 8 * rows + 1024
 
 
-def forward_config(problem: Problem, device: Device) -> Config | None:
-    """The first row that serves, fits and divides the blocks of a block mask, or None."""
+def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None) -> Config | None:
+    """The first row that serves, fits and divides the blocks of a block mask, as the call's sizes have it.
+
+    None where there is none.
+    """
     fitting = fitting_configs(problem, device)
     config = next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
     if config is not None and device.capability not in SLOW_EX2:
-        return replace(config, polynomial=0)
-    return config
+        config = replace(config, polynomial=0)
+    if config is None or sizes is None:
+        return config
+    config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
+    few = sizes.seqlen_q * config.heads <= TILE_M
+    return for_few_rows(config, problem, device) if few else config
 
 
 def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
@@ -71,12 +84,34 @@ def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
     return (row.config for row in ROWS if row.serves(problem, device))
 
 
+def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
+    """Every config that `forward_config` gives for some sizes."""
+    found = (None, *telling_sizes(problem, TILE_M, MOST_HEADS))
+    return tuple(dict.fromkeys(forward_config(problem, device, sizes) for sizes in found))
+
+
+MOST_HEADS = 16  # of a tile; a group of more is taken in several
+STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under way as shared memory holds
+
+
+def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
+    """A CTA with one Q tile, for a second would hold no row; and more of K and V under way."""
+    alone = (row for row in ROWS if row.config.tiles == row.config.ctas == 1)
+    few = next((row.config for row in alone if row.serves(problem, device)), None)
+    if few is None or not problem.takes_tiles(few.tile_m, few.tile_n):
+        return config
+    few = replace(few, heads=config.heads, polynomial=min(few.polynomial, config.polynomial))
+    stages = range(STAGES_FOR_FEW_ROWS, few.k_stages, -1)
+    deep = (replace(few, k_stages=n, v_stages=n) for n in stages)
+    return next((c for c in deep if c.shared_memory(problem) <= device.shared_memory), few)
+
+
 def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
     """In how many parts to take the keys of a call."""
-    config = forward_config(replace(problem, split_kv=True), device)
+    config = forward_config(replace(problem, split_kv=True), device, sizes)
     if config is None or sees_few_blocks(problem):
         return 1
-    tiles = sizes.batch * sizes.heads_q * -(-sizes.seqlen_q // config.tile_m)
+    tiles = count_tiles(config.tile_m, config.heads, sizes)
     return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors)
 
 

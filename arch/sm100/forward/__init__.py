@@ -31,15 +31,15 @@ class Forward:
     @staticmethod
     def config(problem: Problem, device: Device, sizes: Sizes | None = None) -> tuning.Config:
         """The tile sizes for `problem` on `device`; ask `reasons` first."""
-        config = tuning.forward_config(problem, device)
+        config = tuning.forward_config(problem, device, sizes)
         if config is None:
             raise ValueError(f"no tile of sm100.forward serves {problem} on {device}")
         return config
 
     @staticmethod
     def configs(problem: Problem, device: Device) -> tuple[tuning.Config, ...]:
-        """Every config that some sizes get: sizes do not matter here."""
-        return (Forward.config(problem, device),)
+        """Every config that some sizes get."""
+        return tuning.forward_configs(problem, device)
 
     @staticmethod
     def splits(problem: Problem, device: Device, sizes: Sizes) -> int:

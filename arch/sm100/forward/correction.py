@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 
 from ...common.numeric import both
+from ...common.operand import padded
 from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import OnlineSoftmax
 from ...elementwise import where
 from ...problem import Problem
+from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, first_row_of, row_of_thread, turns_of, visits_of
 from .store import CHUNK, Partial, Result
 
 
@@ -25,10 +27,11 @@ class Correction:
 
     def __init__(self, problem: Problem, config: Config, plan: Plan, store: Result | Partial):
         self.problem, self.config, self.plan, self.store = problem, config, plan, store
+        self.group, self.dim_v = Group(config.ctas), padded(problem.head_dim_v)
 
     @cute.jit
     def run(self, work: Work, warp: Int32):
-        rules = Rules.of(self.problem, work.job.call, work.job.sequence, work.job.head)
+        rules = Rules.of(self.problem, work.job.call, work.job.sequence, work.job.heads.first)
         turns = turns_of(visits_of(self.problem, self.config, work.job, rules))
         for turn in cutlass.range(turns, unroll=1):
             for t in cutlass.range_constexpr(self.config.tiles):
@@ -49,7 +52,7 @@ class Correction:
             # Even where nothing is to do: a wait that is two turns late would take one for the other.
             work.edges.o.of(tile).wait_full(turn - 1)
         if (turn > 0) & cute.arch.vote_any_sync(factor != 1.0):
-            for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
+            for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
                 o = self.o(work, tile, c)
                 values = registers(CHUNK)
                 load(o, values, thread)
@@ -59,7 +62,7 @@ class Correction:
                     )
                 store(values, o, thread)
             stored()
-        work.edges.s.of(self.plan.place(tile, turn)).warp_emptied()
+        work.edges.s.of(self.plan.place(tile, turn)).warp_emptied(self.group)
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
@@ -70,12 +73,13 @@ class Correction:
         softmax = OnlineSoftmax.create(1, Float32(1.0), ())
         softmax.row_sum[0] = work.memory.stats[thread, ROW_SUM, tile]
         softmax.row_max[0] = work.memory.stats[thread, ROW_MAX, tile]
-        first_row = job.first_row + tile * TILE_M
-        factor = self.output_rows(job).close(softmax, 0, first_row + thread, True)
+        row, head = row_of_thread(self.config, job, tile)
+        exists = Boolean(True) if self.config.heads == 1 else head < job.heads.end
+        factor = self.output_rows(job, head).close(softmax, 0, row, exists)
         if turns > 0:
             work.edges.o.of(tile).wait_full(turns - 1)
         target = self.store.target(work, tile, thread)
-        for c in cutlass.range_constexpr(0, self.plan.dim_v, CHUNK):
+        for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
             values = registers(CHUNK)
             values.fill(0.0)
             if turns > 0:
@@ -83,18 +87,19 @@ class Correction:
             for i in cutlass.range_constexpr(CHUNK):
                 values[i] = where(factor == 0.0, 0.0, values[i] * factor)
             self.store.columns(target, c, values)
-        self.store.finish(work, tile, first_row)
+        self.store.finish(work, tile, first_row_of(self.config, job, tile))
 
     def o(self, work: Work, tile: int, first: int) -> cute.Tensor:
         """Some columns of O."""
         return columns(work.memory.tensor, self.plan.o(tile) + first, CHUNK)
 
-    def output_rows(self, job: Job) -> OutputRows:
+    def output_rows(self, job: Job, head: Int32) -> OutputRows:
         problem, call, sequence = self.problem, job.call, job.sequence
+        head = job.heads.known(self.config.heads, head)
         return OutputRows(
             used=sequence.seqlen_q if problem.seqused_q else None,
             end=sequence.q_rows,
-            lse=sequence.lse_of(self.store.lse(job), job.head) if problem.lse else None,
-            sink=call.sink[job.head] if problem.sink else None,
+            lse=sequence.lse_of(self.store.lse(job), head) if problem.lse else None,
+            sink=call.sink[head] if problem.sink else None,
             factor=call.keep_scale if problem.dropout else None,
         )

@@ -11,8 +11,13 @@
     softmax --stats--> correction          one for each Q tile: factors, in the end sum and maximum
     mma --o--> correction                  one for each Q tile: O after each block
 
-One CTA takes `tile_m` rows of one query head, with all keys or one split of them (Dao et al. 2023,
-"Flash-Decoding"): then correction writes O in fp32, from registers.
+One CTA, or a pair of CTAs, takes `tile_m` rows of one query head, or of several that share a KV head, with
+all keys or one split of them (Dao et al. 2023, "Flash-Decoding"): then correction writes O in fp32, from
+registers.
+
+In a pair each CTA runs all roles but mma, which only the leader's warp does for both:
+
+    load of both --> mma of the leader --> softmax and correction of both --> mma of the leader
 """
 
 from __future__ import annotations
@@ -26,18 +31,20 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
-from ...common.channel import channels_ready, mma_channel
+from ...common.channel import mma_channel
+from ...common.heads import TileHeads, parts_of
 from ...common.operand import Operand, padded
 from ...common.roles import Role, specialize_warps
-from ...common.schedule import InSections, OneTile, WorkTile
+from ...common.schedule import InSections, OneTile, WorkTile, tile_per_cta
 from ...common.sequence import sequence_of
 from ...problem import Operands, Problem
 from ..edge import Edge
+from ..group import Group
 from ..mma import Products
 from ..tmem import Plan
 from ..tuning import TILE_M, Config
 from .correction import Correction
-from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Tiles, Work
+from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Tiles, Work, rows_of_tile
 from .load import Load
 from .mma import Mma
 from .softmax import Softmax
@@ -66,41 +73,43 @@ class ForwardKernel:
         dim, dim_v = problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
         pitch = TILE_M * max(padded(dim), padded(dim_v))  # a tile's O takes the place of its own Q
-        self.q = operand(TILE_M, dim, config.tiles, problem.varlen, pitch)
-        self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch)
-        self.k = operand(config.tile_n, dim, config.k_stages, ragged_k)
-        self.v = operand(config.tile_n, dim_v, config.v_stages, ragged_k)
-        self.plan = Plan(config.tiles, config.slots, config.tile_n, padded(dim_v))
+        self.q = operand(TILE_M, dim, config.tiles, problem.varlen, pitch).packed(config.heads)
+        self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch).packed(config.heads)
+        self.k = operand(config.tile_n // config.ctas, dim, config.k_stages, ragged_k)
+        self.v = operand(config.tile_n, dim_v, config.v_stages, ragged_k).in_parts(config.ctas)
+        self.plan = Plan(config.tiles, config.slots, config.tile_n, padded(dim_v, config.ctas))
+        self.group = Group(config.ctas)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = Operands(*operands)
-        heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
+        group = call.q.shape[-2] // call.k.shape[-2]
         if cutlass.const_expr(self.problem.varlen):
             rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
         else:
             rows, batches = call.q.shape[1], call.q.shape[0]
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        load, store = self.group.loads(), cpasync.CopyBulkTensorTileS2GOp()
         maps = Maps(
-            q=self.q.map(load, call.q),
+            q=self.q.map(load, call.q, group),
             k=self.k.map(load, call.k),
             v=self.v.map(load, call.v),
-            out=None if self.problem.split_kv else self.out.map(store, call.out),
+            out=None if self.problem.split_kv else self.out.map(store, call.out, group),
         )
-        tiles = cute.ceil_div(rows, self.config.tile_m), heads, batches
-        schedule = OneTile(*tiles)
-        if cutlass.const_expr(self.problem.split_kv):
-            schedule = InSections(*map(Int32, (*tiles, call.out.shape[0], 1)))
-        threads = (self.config.threads, 1, 1)
-        self.kernel(call, maps, schedule, heads // kv_heads).launch(
-            grid=schedule.grid(), block=threads, stream=stream, min_blocks_per_mp=1
+        splits = call.out.shape[0] if cutlass.const_expr(self.problem.split_kv) else None
+        heads = call.q.shape[-2]
+        if cutlass.const_expr(self.config.heads > 1):
+            heads = call.k.shape[-2] * parts_of(self.config.heads, group)
+        schedule = tile_per_cta(cute.ceil_div(rows, rows_of_tile(self.config)), heads, batches, splits)
+        grid, threads = (schedule.grid()[0] * self.config.ctas, 1, 1), (self.config.threads, 1, 1)
+        self.kernel(call, maps, schedule, group).launch(
+            grid=grid, block=threads, cluster=self.group.cluster, stream=stream, min_blocks_per_mp=1
         )
 
     @cute.kernel
     def kernel(self, call: Operands, maps: Maps, schedule: OneTile | InSections, group: Int32):
         splits = schedule.splits if self.problem.split_kv else 1
-        launch = Launch(call, maps, schedule.tile(cute.arch.block_idx()[0]), group, splits)
+        launch = Launch(call, maps, schedule.tile(self.group.index()), group, splits)
         job = self.job(launch)
         if job.first_row < job.sequence.q_rows:
             self.row_block(launch)
@@ -108,10 +117,9 @@ class ForwardKernel:
     def job(self, launch: Launch) -> Job:
         """What this CTA has to do."""
         call, maps, tile, group, splits = launch
-        kv_head = tile.head // group if self.problem.gqa else tile.head
-        first_row = tile.m_block * self.config.tile_m
-        sequence = sequence_of(call, tile.batch)
-        return Job(call, maps, sequence, tile.head, kv_head, first_row, tile.split, splits)
+        heads = TileHeads.of(self.problem, self.config.heads, tile.head, group)
+        first_row = tile.m_block * rows_of_tile(self.config)
+        return Job(call, maps, sequence_of(call, tile.batch), heads, first_row, tile.split, splits)
 
     def start(self, run: Callable, launch: Launch, memory: Memory, edges: Edges, *ends_and_warp) -> None:
         """Begin a role, which looks up its sequence itself: kept from before, that would take registers."""
@@ -119,23 +127,23 @@ class ForwardKernel:
 
     @cute.jit
     def row_block(self, launch: Launch):
-        problem, config, plan = self.problem, self.config, self.plan
+        problem, config, plan, group = self.problem, self.config, self.plan, self.group
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tiles, stats, barriers, address = self.shared_memory()
-        q = mma_channel(barriers, config.tiles, self.q.bytes)
-        k = mma_channel(barriers + 2 * config.tiles, config.k_stages, self.k.bytes)
-        v = mma_channel(barriers + 2 * (config.tiles + config.k_stages), config.v_stages, self.v.bytes)
-        edges = self.edges(barriers + 2 * (config.tiles + config.k_stages + config.v_stages), warp)
+        stages, ctas = (config.tiles, config.k_stages, config.v_stages), config.ctas
+        q = mma_channel(barriers, stages[0], self.q.bytes, ctas)
+        k = mma_channel(barriers + 2 * stages[0], stages[1], self.k.bytes, ctas)
+        v = mma_channel(barriers + 2 * sum(stages[:2]), stages[2], self.v.bytes, ctas)
+        edges = self.edges(barriers + 2 * sum(stages), warp)
         if warp == 0:
-            cute.arch.alloc_tmem(plan.allocated, address)
-            cute.arch.relinquish_tmem_alloc_permit()
-        channels_ready()
+            group.allocate(plan.allocated, address)
+        group.ready()
         tensor = cute.arch.retrieve_tmem_ptr(Float32, 16, address)
         memory = Memory(tiles, stats, tensor)
         load = Load(problem, config, self.q, self.k, self.v)
-        mma = Mma(problem, config, Products(self.dtype, plan))
+        mma = Mma(problem, config, Products(self.dtype, plan, group))
         softmax = Softmax(problem, config, self.dtype, plan)
-        stores = Partial(problem) if problem.split_kv else Result(self.out)
+        stores = Partial(problem, config) if problem.split_kv else Result(self.out)
         correction = Correction(problem, config, plan, stores)
         read, fill = MmaEnds(q.read, k.read, v.read), LoadEnds(q.fill, k.fill, v.fill)
         told, few = (launch, memory, edges), config.other_registers
@@ -146,18 +154,18 @@ class ForwardKernel:
             Role(partial(self.start, load.run, *told, fill), 1, few),
         )
         specialize_warps(roles, config.launch_registers, warp)
-        cute.arch.sync_threads()
+        group.sync()
         if warp == 0:
-            cute.arch.dealloc_tmem(tensor, plan.allocated)
+            group.free(tensor, plan.allocated)
 
     @cute.jit
     def edges(self, barriers: cute.Pointer, warp: Int32):
-        """The edges between roles of this CTA, made by one thread."""
+        """The edges between roles of this CTA and its peer, made by one thread."""
         tiles, scores = self.config.tiles, self.config.tiles * self.config.slots
         stats, o = barriers + 2 * scores, barriers + 2 * (scores + tiles)
         if warp == 0:
             with cute.arch.elect_one():
-                Edge.make(barriers, scores, 1, 2 * WARPGROUP)
+                Edge.make(barriers, scores, 1, 2 * WARPGROUP * self.config.ctas)
                 Edge.make(stats, tiles, WARPGROUP, WARPGROUP)
                 Edge.make(o, tiles, 1, 1)
         return Edges(Edge.at(barriers, scores), Edge.at(stats, tiles), Edge.at(o, tiles))

@@ -1,4 +1,7 @@
-"""The load role: one warp brings Q's tiles, and blocks of K and V in the order of their visits, by TMA."""
+"""The load role: one warp brings Q's tiles, and blocks of K and V in the order of their visits, by TMA.
+
+Of a pair, each CTA brings its own rows of Q, and its half of K's rows and of V's columns.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from ...common.blocks import Listed, Range
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
-from ..tuning import TILE_M, Config
-from .job import Job, LoadEnds, Work, visits_of
+from ..group import Group
+from ..tuning import Config
+from .job import Job, LoadEnds, Work, first_row_of, visits_of
 
 
 class Load:
@@ -25,7 +29,7 @@ class Load:
     @cute.jit
     def run(self, work: Work, ends: LoadEnds, warp: Int32):
         job, tiles = work.job, work.memory.tiles
-        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         q, k, v = self.sources(job)
         for rows in (q, k, v):
@@ -36,7 +40,7 @@ class Load:
             self.copy(self.k, k, self.first_key(visits, visits.start), tiles.k, slot)
             for t in cutlass.range_constexpr(self.config.tiles):
                 slot = ends.q.acquire_and_advance()
-                self.copy(self.q, q, job.first_row + t * TILE_M, tiles.q, slot)
+                self.copy(self.q, q, first_row_of(self.config, job, t), tiles.q, slot)
             for i in cutlass.range(visits.total - 1, unroll=1):
                 place = visits.after(visits.start, i)
                 slot = ends.v.acquire_and_advance()
@@ -45,18 +49,23 @@ class Load:
                 self.copy(self.k, k, self.first_key(visits, visits.after(place, 1)), tiles.k, slot)
             slot = ends.v.acquire_and_advance()
             self.copy(self.v, v, self.first_key(visits, visits.end), tiles.v, slot)
+            if cutlass.const_expr(self.config.ctas > 1):
+                # The leader must not tell a CTA that has left that its tiles are free.
+                ends.k.tail()
+                ends.v.tail()
 
     def first_key(self, visits: Range | Listed, place: Int32) -> Int32:
         return visits.block(place) * self.config.tile_n
 
     def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
         s, maps = job.sequence, job.maps
-        q = self.q.head_rows(maps.q, s.batch, job.head, s.q_start, s.q_start + s.q_rows)
+        q = self.q.head_rows(maps.q, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
         k, v = (
-            operand.head_rows(mapped, s.batch, job.kv_head, s.k_start, s.k_start + s.seqlen_k)
+            operand.head_rows(mapped, s.batch, job.heads.kv, s.k_start, s.k_start + s.seqlen_k)
             for operand, mapped in ((self.k, maps.k), (self.v, maps.v))
         )
-        return q, k, v
+        rank = Group(self.config.ctas).rank()
+        return q, k._replace(start=k.start + rank * self.k.rows), self.v.part(v, rank)
 
     def copy(self, operand: Operand, rows: HeadRows, first: Int32, tiles: cute.Tensor, slot) -> None:
         """Begin copying rows `first` and on into the slot's tile."""

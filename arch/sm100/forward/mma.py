@@ -1,4 +1,4 @@
-"""The mma role: one warp begins every product of the CTA.
+"""The mma role: one warp begins every product of the CTA, in a pair that of the leader those of both.
 
     one S per tile:    for each block, for each Q tile   O += P V[n]       S = Q K[n-1]
     two S's per tile:  for each block, for each Q tile   S' = Q K[n-1]     O += P V[n]
@@ -28,8 +28,13 @@ class Mma:
 
     @cute.jit
     def run(self, work: Work, ends: MmaEnds, warp: Int32):
+        if self.products.group.leads():
+            self.begin_all(work, ends)
+
+    @cute.jit
+    def begin_all(self, work: Work, ends: MmaEnds):
         job = work.job
-        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         if visits.any():
             k_slot = ends.k.wait_and_advance()
@@ -64,7 +69,7 @@ class Mma:
         q, k = make.q(memory.tiles.q), make.k(memory.tiles.k)
         s = make.s(memory.tensor, tile, turn)
         begin(make.qk(), s, tile_of(q, tile, turn), tile_of(k, stage, turn), False)
-        work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma()
+        work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma(make.group)
 
     def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32) -> None:
         """Begin O += P V of block number `turn`, when P is stored and O has been rescaled."""
@@ -72,4 +77,4 @@ class Mma:
         work.edges.s.of(make.plan.place(tile, turn)).wait_empty(turn // self.config.slots + 1)
         p, v, o = make.p(memory.tensor, tile, turn), make.v(memory.tiles.v), make.o(memory.tensor, tile)
         begin(make.pv(), o, p, tile_of(v, stage, turn), Boolean(turn > 0))
-        work.edges.o.of(tile).filled_by_mma()
+        work.edges.o.of(tile).filled_by_mma(make.group)

@@ -15,9 +15,10 @@ from ...common.dropout import Dropout
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...problem import Problem
+from ..group import Group
 from ..tmem import Plan, after, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, row_of_thread, turns_of, visits_of
 from .rows import accumulate, exponentials, raise_max
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
@@ -44,6 +45,7 @@ class Softmax:
 
     def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan):
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
+        self.group = Group(config.ctas)
 
     @cute.jit
     def run(self, work: Work, warp: Int32):
@@ -82,7 +84,7 @@ class Softmax:
             p = self.rounded(row, scores, c, first_key)
             store(p, columns(row.tensor, column + c // 2, CHUNK // 2), row.thread)
         stored()
-        s.warp_emptied()
+        s.warp_emptied(self.group)
         accumulate(row.softmax, scores, factor)
 
     def rounded(self, row: Row, scores: cute.Tensor, first: int, first_key: Int32) -> cute.Tensor:
@@ -102,21 +104,23 @@ class Softmax:
         thread = cute.arch.thread_idx()[0] % TILE_M
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
         scale = 1.0 if self.problem.score else call.softmax_scale
+        number, head = row_of_thread(self.config, job, tile)
+        head = job.heads.known(self.config.heads, head)
         return Row(
-            number=job.first_row + tile * TILE_M + thread,
+            number=number,
             tile=tile,
             thread=thread,
             softmax=OnlineSoftmax.create(1, scale * LOG2_E, ()),
-            rules=Rules.of(self.problem, call, job.sequence, job.head),
-            dropout=self.dropout(job),
+            rules=Rules.of(self.problem, call, job.sequence, head),
+            dropout=self.dropout(job, head),
             tensor=memory.tensor,
             stats=memory.stats[thread, None, tile],
         )
 
-    def dropout(self, job: Job) -> Dropout | None:
-        """The random numbers of the job's head, where the problem has dropout."""
+    def dropout(self, job: Job, head: Int32) -> Dropout | None:
+        """The random numbers of a head, where the problem has dropout."""
         if not self.problem.dropout:
             return None
         call = job.call
-        place = job.sequence.batch * call.q.shape[-2] + job.head
+        place = job.sequence.batch * call.q.shape[-2] + head
         return Dropout.of(call.rng_state, place, call.keep_threshold)
