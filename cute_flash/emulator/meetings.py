@@ -1,8 +1,8 @@
 """Lanes of a warp that know of each other's accesses.
 
 An arrival at an mbarrier speaks for the thread that arrives. Where some lanes of a warp arrive for all, they
-must have met the others since: at bar.warp.sync, or at a barrier of the CTA; if they have not, nobody learns
-of anything that the warp has done since. elect.sync, vote and shfl order nothing.
+must have met the others since: at bar.warp.sync, or at a barrier of the CTA or cluster; if they have not,
+nobody learns of anything that the warp has done since. elect.sync, vote and shfl order nothing.
 """
 
 from __future__ import annotations

@@ -224,6 +224,7 @@ class RaceDetector(Observer):
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
             due = int(m.cluster_barriers.due[warp, cta])
             self._learn((cta, warp), self.leaving[cta // m.cluster][due])
+            self.meetings.meet(self.clock, *self.one((cta, warp)))
 
     def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         cluster, number = self.one(warp)

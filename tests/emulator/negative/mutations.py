@@ -122,6 +122,10 @@ WGMMA = {
     "no wait for a product": Mutation(matching(r"wgmma\.wait_group"), removed),
     "a wait for one product fewer": Mutation(matching(r"wgmma\.wait_group"), one_fewer_waited_for),
 }
+CLUSTER = {
+    "no arrival at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.arrive"), removed),
+    "no wait at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.wait"), removed),
+}
 TCGEN05 = {
     "no deallocation": Mutation(matching(r"tcgen05\.dealloc"), removed),
     "no allocation": Mutation(matching(r"tcgen05\.alloc"), removed),

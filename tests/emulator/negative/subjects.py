@@ -25,7 +25,7 @@ from tests.accuracy import assert_accurate
 from tests.cases import Case
 from tests.harness import Call
 
-from .mutations import COPIES, LANES, MASKS, TCGEN05, TMA, WGMMA, Mutation
+from .mutations import CLUSTER, COPIES, LANES, MASKS, TCGEN05, TMA, WGMMA, Mutation
 
 # Copies and products as late as waits allow, at once, and at random, the warps then in random order too.
 WATCHED = {"races": True, "by_the_book": True}
@@ -86,6 +86,11 @@ SUBJECTS = {
         replace(FULL, dims=(128, 128), mask="causal"),
         sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112),
         TMA | TCGEN05 | MASKS,
+    ),
+    ("sm100", "pair"): Subject(
+        replace(FULL, seqlens=((200, 500),), mask="causal"),
+        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, ctas=2),
+        TMA | TCGEN05 | CLUSTER,
     ),
     # Causal, so that O must be rescaled, with rows of both tiles.
     ("sm100", "split"): Subject(
