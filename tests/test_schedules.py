@@ -21,10 +21,12 @@ WHOLE = Case("", ((70, 200),), heads=(3, 3))
 SPLIT = Case("", ((20, 520),), heads=(2, 1), mask="causal", splits=3)
 FAMILIES = {
     "sm80": ("sm80", CAUSAL),
+    "sm80_split": ("sm80", SPLIT),
     "sm90": ("sm90", CAUSAL),
     "sm90_persistent": ("sm90", WHOLE),
     "sm90_split": ("sm90", SPLIT),
     "sm100": ("sm100", replace(CAUSAL, seqlens=((150, 400),))),
+    "sm100_packed": ("sm100", replace(CAUSAL, seqlens=((70, 300),), heads=(4, 1))),
     "sm100_split": ("sm100", SPLIT),
 }
 
@@ -48,10 +50,18 @@ def test_right_answers_in_any_order(family, seed, few_multiprocessors):
     Call.make(case).check(device, **order(seed, races=True, by_the_book=True))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_right_answers_of_a_pair_in_any_order(seed):
+    """Two CTAs that multiply together, whatever tuning thinks of it."""
+    orders = (order(seed, races=True, by_the_book=True),)
+    assert not objection(SUBJECTS["sm100", "pair"], "sm100", lambda ptx: ptx, orders)
+
+
 def test_families_are_what_their_names_say(few_multiprocessors):
     configs = {family: answer_for(case, device).config for family, (device, case) in FAMILIES.items()}
     persistent = {family for family, config in configs.items() if getattr(config, "persistent", 0)}
     assert persistent == {"sm90_persistent"}
+    assert configs["sm100_packed"].heads > 1
     assert all(answer_for(case, device).problem.split_kv for device, case in FAMILIES.values() if case.splits)
 
 

@@ -26,6 +26,7 @@ ONE_S = (
     "a wait that two S's a tile need: with one, S of this turn has been waited for, and was begun after O of "
     "the turn before and after the correction had read that turn's factor"
 )
+TAIL = "the load waits for the last release, too, which comes after the others: products complete in order"
 NUMBERS = "the edge is for numbers in shared memory; who touches tensor memory waits for another edge, too"
 
 
@@ -45,6 +46,9 @@ HARMLESS = {
         ("no commit", (2,)): "V joins the next group; the wait for V is for every group",
     }),
     **harmless("sm80", "full", {
+        ("no commit", (0,)): "Q joins K's group; the wait for K is the first for either",
+    }),
+    **harmless("sm80", "split", {
         ("no commit", (0,)): "Q joins K's group; the wait for K is the first for either",
     }),
     **harmless("sm90", "window", {
@@ -104,6 +108,17 @@ HARMLESS = {
         ("no change of registers", (0,)): BUDGET,
         ("no permit given back", (0,)): PERMIT,
         ("no commit of a product", (7,)): LAST,
+        ("all lanes elected", (9,)): LAST,
+        ("no fence before synchronisation", (0, 2, 4, 5)): NUMBERS,
+        ("no fence after synchronisation", (1, 3, 4, 5, 7)): NUMBERS,
+    }),
+    **harmless("sm100", "pair", {
+        ("no wait for an mbarrier", (16, 17)): FRESH,
+        ("no wait for an mbarrier", (21, 22, 23)): TAIL,
+        ("one arrival more expected", (1,)): ONCE,
+        ("one arrival more expected", (17,)): UNUSED,
+        ("no change of registers", (0,)): BUDGET,
+        ("no permit given back", (0,)): PERMIT,
         ("no fence before synchronisation", (0, 2, 4, 5)): NUMBERS,
         ("no fence after synchronisation", (1, 3, 4, 5, 7)): NUMBERS,
     }),

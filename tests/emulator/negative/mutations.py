@@ -30,7 +30,8 @@ def matching(opcode: str) -> Callable[[list[str]], list[int]]:
 
 def mask_comparisons(lines: list[str]) -> list[int]:
     """Eight comparisons, spread evenly, of those that decide whether a score becomes -inf."""
-    deciding = set(re.findall(r"selp\.f32\s+%\w+, %\w+, 0fFF800000, (%\w+);", "\n".join(lines)))
+    hiding = r"selp\.[bf]32\s+%\w+, %\w+, (?:0fFF800000|-8388608), (%\w+);"
+    deciding = set(re.findall(hiding, "\n".join(lines)))
     found = matching(r"setp\.(lt|le|gt|ge)\.s32")(lines)
     return spread([i for i in found if re.search(r"%p\w*", lines[i])[0] in deciding], 8)
 

@@ -63,6 +63,7 @@ LEAVING_TENSOR_MEMORY = {name: TCGEN05[name] for name in ("no commit of a produc
 SUBJECTS = {
     ("sm80", "window"): Subject(WINDOW, sm80.Config(128, 64, 4, stages=1), COPIES | MASKS),
     ("sm80", "full"): Subject(FULL, sm80.Config(128, 64, 4, stages=2), COPIES | MASKS),
+    ("sm80", "split"): Subject(SPLIT, sm80.Config(128, 64, 4, stages=2), COPIES),
     ("sm90", "window"): Subject(
         replace(WINDOW, seqlens=((100, 500),)), sm90.Config(2, 32, 2, 24, 240), TMA | WGMMA | MASKS
     ),
