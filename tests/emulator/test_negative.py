@@ -17,7 +17,7 @@ EVERY = [(*key, mutation) for key, subject in SUBJECTS.items() for mutation in s
 # Blackwell's let a lane arrive for memory that its warp has touched.
 ABSENT = {
     *(("sm90", name, "no barrier of a warp") for name in ("window", "in order", "persistent", "packed")),
-    *(("sm100", name, "no arrival at a barrier") for name in ("window", "causal", "pair")),
+    *(("sm100", name, "no arrival at a barrier") for name in ("window", "causal")),
     ("sm90", "packed", "no arrival at a barrier"),
 }
 

@@ -117,10 +117,6 @@ HARMLESS = {
         ("no wait for an mbarrier", (21, 22, 23)): TAIL,
         ("one arrival more expected", (1,)): ONCE,
         ("one arrival more expected", (17,)): UNUSED,
-        ("no change of registers", (0,)): BUDGET,
-        ("no permit given back", (0,)): PERMIT,
-        ("no fence before synchronisation", (0, 2, 4, 5)): NUMBERS,
-        ("no fence after synchronisation", (1, 3, 4, 5, 7)): NUMBERS,
     }),
     **harmless("sm100", "split", {
         ("no wait for an mbarrier", (1, 3, 6, 8)): ONE_S,

@@ -60,6 +60,14 @@ MANY_SPLITS = replace(FULL, seqlens=((2, 1200),), splits=19)
 # Where keys are split the roles wait for each other as they do otherwise; only how O leaves is another.
 LEAVING = {name: TMA[name] for name in ("no wait for an mbarrier", "no arrival", "no barrier")}
 LEAVING_TENSOR_MEMORY = {name: TCGEN05[name] for name in ("no commit of a product", "no wait for a load")}
+# What the CTAs of a pair tell each other; inside each, roles work as they do alone.
+BETWEEN = CLUSTER | {
+    name: (TMA | TCGEN05)[name]
+    for name in (
+        "no wait for an mbarrier", "no arrival", "half the bytes expected", "one arrival more expected",
+        "no fence", "no commit of a product", "no allocation", "no deallocation",
+    )
+}  # fmt: skip
 SUBJECTS = {
     ("sm80", "window"): Subject(WINDOW, sm80.Config(128, 64, 4, stages=1), COPIES | MASKS),
     ("sm80", "full"): Subject(FULL, sm80.Config(128, 64, 4, stages=2), COPIES | MASKS),
@@ -91,7 +99,7 @@ SUBJECTS = {
     ("sm100", "pair"): Subject(
         replace(FULL, seqlens=((200, 500),), mask="causal"),
         sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, ctas=2),
-        TMA | TCGEN05 | CLUSTER,
+        BETWEEN,
     ),
     # Causal, so that O must be rescaled, with rows of both tiles.
     ("sm100", "split"): Subject(
