@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 
 import cute_flash
 from cute_flash import BlockMask, rules
-from cute_flash.arch.problem import FEATURES
 from cute_flash.arch.rule import Rule, describe
 from tests.accuracy import assert_accurate
 from tests.cases import BLOCKS, MASKS, SCORES, Case, Sizes
@@ -122,11 +119,7 @@ class Call:
         return out.cpu(), lse.cpu()
 
     def check(self, device: str, **emulator_options: Any) -> None:
-        """Run, and hold the result to the accuracy rule; a split that nothing serves must be refused."""
-        if (self.case.splits or 1) > 1 and not answer_for(self.case, device):
-            with pytest.raises(NotImplementedError, match=re.escape(FEATURES["split_kv"])):
-                self.run(device, **emulator_options)
-            return
+        """Run, and hold the result to the accuracy rule."""
         case, told = self.case, dict(self.arguments)
         if case.dropout:
             told["dropout"] = Dropout(case.dropout, *next_rng_state(device))

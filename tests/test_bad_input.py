@@ -137,7 +137,6 @@ DENSE = {
     "splits_bool": ({"num_splits": True}, TypeError, r"num_splits is True \(bool\); allowed: an int"),
     "splits_negative": ({"num_splits": -1}, ValueError, "num_splits is -1; allowed: 1 to 128, or 0 or None"),
     "splits_many": ({"num_splits": 129}, ValueError, "num_splits is 129; allowed: 1 to 128"),
-    "splits_elsewhere": ({"num_splits": 2}, NotImplementedError, r"forward: no split-KV \(`num_splits`"),
     "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap is -1.0; .* from 0.0 on"),
     "softcap_nan": ({"softcap": math.nan}, ValueError, "softcap is nan"),
     "dropout_one": ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; allowed: 0 <= dropout_p"),

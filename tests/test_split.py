@@ -10,18 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_flash import dispatch, executable
+from cute_flash.arch import packing
 from cute_flash.arch.common.blocks import Phase, Range, part_of
 from cute_flash.arch.problem import Problem, Sizes
+from cute_flash.arch.sm80 import tuning as sm80
 from cute_flash.arch.sm90 import tuning
 from cute_flash.arch.sm90.forward import Forward
 from cute_flash.arch.sm100 import tuning as sm100
+from cute_flash.arch.sm100.forward import Forward as Blackwell
 from cute_flash.masks import Causal, Document, PrefixLM
 from cute_flash.rules import decode, encode
 from tests.cases import CASES, Case, WindowByHead
 from tests.harness import Call, answer_for
 from tests.test_resources import EXTREMES, resources
 
-H100 = dispatch.EMULATED["sm90"]
+H100, B200 = dispatch.EMULATED["sm90"], dispatch.EMULATED["sm100"]
+PACKING = {"sm90": Forward, "sm100": Blackwell}  # the kernels whose tiles hold several heads
 GROUPED = Problem("bfloat16", 128, 128, gqa=True)
 TABLE = torch.zeros(4, dtype=torch.int32)
 EVERY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -61,11 +65,28 @@ def test_few_rows_and_many_keys_are_split():
 
 def test_blackwell_splits_by_its_own_tiles():
     """256 rows of one head, 128 keys: one wave of 8 heads, and a full GPU or a window stays whole."""
-    problem, b200 = replace(GROUPED, gqa=False), dispatch.EMULATED["sm100"]
-    assert 100 <= 8 * sm100.splits(problem, b200, Sizes(1, 8, 8, 256, 65536)) <= 148
-    assert sm100.splits(problem, b200, Sizes(8, 32, 8, 4096, 4096)) == 1
+    problem = replace(GROUPED, gqa=False)
+    assert 100 <= 8 * sm100.splits(problem, B200, Sizes(1, 8, 8, 256, 65536)) <= 148
+    assert sm100.splits(problem, B200, Sizes(8, 32, 8, 4096, 4096)) == 1
     window = answer_for(replace(CASES["few_rows"], mask="window"), "sm100").problem
-    assert sm100.splits(window, b200, Sizes(1, 6, 2, 1, 65536)) == 1
+    assert sm100.splits(window, B200, Sizes(1, 6, 2, 1, 65536)) == 1
+
+
+def test_blackwell_takes_few_rows_in_one_tile():
+    """Rows of a group's heads side by side; from 129 on two tiles."""
+    for seqlen_q, heads, tiles in ((1, 8, 1), (16, 8, 1), (17, 8, 2), (4096, 1, 2)):
+        config = sm100.forward_config(GROUPED, B200, Sizes(1, 16, 2, seqlen_q, 999))
+        assert (config.heads, config.tiles) == (heads, tiles)
+
+
+def test_ampere_fills_every_place_that_an_sm_has():
+    """A query row alone: a wave has as many CTAs as the 108 multiprocessors hold at once, here 2 each."""
+    problem, a100 = replace(GROUPED, gqa=False), dispatch.EMULATED["sm80"]
+    assert sm80.forward_config(problem, a100).resident(problem, a100) == 2
+    assert 150 <= 8 * sm80.splits(problem, a100, Sizes(1, 8, 8, 1, 65536)) <= 216
+    assert sm80.splits(problem, a100, Sizes(8, 32, 8, 4096, 4096)) == 1
+    window = answer_for(replace(CASES["few_rows"], mask="window"), "sm80").problem
+    assert sm80.splits(window, a100, Sizes(1, 6, 2, 1, 65536)) == 1
 
 
 def test_few_keys_are_not_split():
@@ -100,7 +121,7 @@ def test_heads_of_a_tile(group, seqlen_q, heads):
     ],
 )
 def test_heads_with_masks_of_their_own_do_not_share_a_tile(mask, packs):
-    assert tuning.packs(replace(GROUPED, mask=decode(encode([mask], []).code)[0])) == packs
+    assert packing.packs(replace(GROUPED, mask=decode(encode([mask], []).code)[0])) == packs
 
 
 @EVERY
@@ -112,7 +133,9 @@ def test_every_config_is_known_beforehand(batch, kv_heads, group, lengths):
     """So a bundle can hold every kernel that some call gets."""
     sizes = Sizes(batch, kv_heads * group, kv_heads, *lengths)
     problem = replace(GROUPED, gqa=group > 1)
-    assert Forward.config(problem, H100, sizes) in Forward.configs(problem, H100)
+    for device, kernel in PACKING.items():
+        place = dispatch.EMULATED[device]
+        assert kernel.config(problem, place, sizes) in kernel.configs(problem, place)
 
 
 @pytest.fixture
@@ -120,7 +143,8 @@ def unpacked(monkeypatch):
     """A function after which heads have tiles of their own."""
 
     def separate() -> None:
-        monkeypatch.setattr(tuning, "heads_of_tile", lambda *_: 1)
+        for tree in (tuning, sm100):
+            monkeypatch.setattr(tree, "heads_of_tile", lambda *_: 1)
         dispatch._planned.cache_clear()
 
     yield separate
@@ -128,12 +152,13 @@ def unpacked(monkeypatch):
     dispatch._planned.cache_clear()
 
 
+@pytest.mark.parametrize("device", PACKING)
 @pytest.mark.parametrize("name", ["few_rows", "few_rows_heads_24_1"])
-def test_sharing_a_tile_changes_no_bit(name, unpacked):
+def test_sharing_a_tile_changes_no_bit(name, device, unpacked):
     call = Call.make(CASES[name])
-    together = call.run("sm90")
+    together = call.run(device)
     unpacked()
-    apart = call.run("sm90")
+    apart = call.run(device)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
@@ -157,10 +182,15 @@ def test_ctas_that_persist(dims, options, two_multiprocessors):
 
 
 STRICT = (
+    ("sm80", "split_causal"),
+    ("sm80", "split_used"),
+    ("sm80", "split_blocks_rule"),
     ("sm90", "split_causal"),
     ("sm90", "split_used"),
     ("sm90", "few_rows_heads_24_1"),
     ("sm90", "few_rows_varlen_few"),
+    ("sm100", "few_rows_heads_24_1"),
+    ("sm100", "few_rows_varlen_few"),
     ("sm100", "split_causal"),
     ("sm100", "split_used"),
     ("sm100", "split_blocks_rule"),
@@ -174,13 +204,15 @@ def test_any_order_of_events(device, name, late):
     Call.make(CASES[name]).check(device, asynchrony=how, schedule="random", seed=1, races=late)
 
 
+@pytest.mark.parametrize("device", PACKING)
 @pytest.mark.parametrize("split_kv", [False, True])
-@pytest.mark.parametrize("sizes", [Sizes(1, 16, 1, 1, 999), Sizes(1, 16, 1, 5, 999)], ids=["few", "more"])
-def test_heads_in_one_tile_and_splits_stay_in_registers(sizes, split_kv, tmp_path):
+@pytest.mark.parametrize("sizes", [Sizes(1, 16, 1, 1, 999), Sizes(1, 16, 1, 9, 999)], ids=["few", "more"])
+def test_heads_in_one_tile_and_splits_stay_in_registers(sizes, split_kv, device, tmp_path):
     """The configs that only some sizes get, with everything; tests/test_resources.py has the others."""
     heavy = replace(EXTREMES["heavy"], dims=(128, 128), splits=2 if split_kv else None)
-    problem = replace(answer_for(heavy, "sm90").problem, sink=not split_kv)
-    config = Forward.config(problem, H100, sizes)
-    assert config.heads == 16
-    used = resources(executable.artifact(Forward, problem, config, H100).cubin, tmp_path / "kernel.cubin")
+    problem = replace(answer_for(heavy, device).problem, sink=not split_kv)
+    kernel, place = PACKING[device], dispatch.EMULATED[device]
+    config = kernel.config(problem, place, sizes)
+    assert config.heads >= 8
+    used = resources(executable.artifact(kernel, problem, config, place).cubin, tmp_path / "kernel.cubin")
     assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"

@@ -52,3 +52,25 @@ class OutputRows(NamedTuple):
     def _write_lse(self, row: Int32, lse: Float32, due: Boolean):
         if due:
             self.lse[row] = lse
+
+
+def of_split(tensor: cute.Tensor, split: Int32) -> cute.Tensor:
+    """One split's part of an operand whose first dimension counts the splits."""
+    return tensor[(split, *(None,) * (cute.rank(tensor) - 1))]
+
+
+@cute.jit
+def write_pairs(row: cute.Tensor, target: cute.Tensor, column_of: Constexpr, dim: Constexpr):
+    """A thread's columns (1, columns) of a row, two neighbours at a time, to global (dim,).
+
+    Four lanes share the row. column_of(c): column in the row; those from `dim` on are left out.
+    """
+    columns = cute.size(row, mode=[1])
+    for c in range_constexpr(0, columns, 2):
+        column, inside = column_of(c), True
+        if const_expr(4 * columns > dim):
+            inside = column < dim
+        if inside:
+            pair = cute.make_rmem_tensor(2, Float32)
+            pair[0], pair[1] = row[0, c], row[0, c + 1]
+            cute.autovec_copy(pair, cute.local_tile(target, (2,), (column // 2,)))

@@ -73,3 +73,12 @@ class InSections(NamedTuple):
         pair = first + rest % width
         m_block = self.m_blocks - 1 - Int32(rest // width)
         return WorkTile(m_block, Int32(pair % heads), Int32(pair // heads), Int32(split))
+
+
+def tile_per_cta(
+    m_blocks: Int32, heads: Int32, batches: Int32, splits: Int32 | None
+) -> OneTile | InSections:
+    """A CTA for each row block of each head, or where keys are split for each of its `splits`."""
+    if splits is None:
+        return OneTile(m_blocks, heads, batches)
+    return InSections(*map(Int32, (m_blocks, heads, batches, splits, 1)))

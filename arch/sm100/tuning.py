@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..packing import count_tiles, heads_of_tile, telling_sizes
 from ..problem import Device, Problem, Sizes
 from ..split import fastest_splits, sees_few_blocks
 
@@ -23,7 +24,8 @@ class Config:
     k_stages, v_stages: their tiles in shared memory. polynomial: of 16 exponentials of a wholly visible
     block, how many are computed on the FMA units. softmax_registers, correction_registers,
     other_registers: per thread. ctas: 1, or 2 for a pair that multiplies together: its tiles have 256 rows,
-    half of them each CTA's, and each CTA brings half of K and V.
+    half of them each CTA's, and each CTA brings half of K and V. heads: query heads of one KV head that
+    share a tile's rows, a power of two.
     """
 
     tiles: int
@@ -36,6 +38,7 @@ class Config:
     correction_registers: int
     other_registers: int
     ctas: int = 1
+    heads: int = 1
 
     @property
     def tile_m(self) -> int:
@@ -65,19 +68,41 @@ def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None)
     fitting = fitting_configs(problem, device, sizes)
     config = next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
     if config is not None and device.capability not in SLOW_EX2:
-        return replace(config, polynomial=0)
-    return config
+        config = replace(config, polynomial=0)
+    if config is None or sizes is None:
+        return config
+    config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
+    few = sizes.seqlen_q * config.heads <= TILE_M
+    return for_few_rows(config, problem, device) if few else config
 
 
 def fitting_configs(problem: Problem, device: Device, sizes: Sizes | None = None) -> Iterator[Config]:
     """Rows that serve and fit, block mask aside."""
-    return (row.config for row in ROWS if row.serves(problem, device) and (sizes is None or row.suits(sizes)))
+    fitting = (row for row in ROWS if row.serves(problem, device))
+    return (row.config for row in fitting if sizes is None or row.suits(problem, sizes))
 
 
 def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
-    """Every config that `forward_config` gives for some sizes: one query row fills no pair."""
-    found = (forward_config(problem, device, sizes) for sizes in (None, Sizes(1, 1, 1, 1, 1)))
-    return tuple(dict.fromkeys(found))
+    """Every config that `forward_config` gives for some sizes: few rows, some, and just enough for a pair."""
+    full = {c.tile_m - 1 for c in fitting_configs(problem, device) if c.ctas > 1}
+    found = [None, *(s for n in (TILE_M, *full) for s in telling_sizes(problem, n, MOST_HEADS))]
+    return tuple(dict.fromkeys(forward_config(problem, device, sizes) for sizes in found))
+
+
+MOST_HEADS = 16  # of a tile; a group of more is taken in several
+STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under way as shared memory holds
+
+
+def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
+    """A CTA with one Q tile, for a second would hold no row; and more of K and V under way."""
+    alone = (row for row in ROWS if row.config.tiles == row.config.ctas == 1)
+    few = next((row.config for row in alone if row.serves(problem, device)), None)
+    if few is None or not problem.takes_tiles(few.tile_m, few.tile_n):
+        return config
+    few = replace(few, heads=config.heads, polynomial=min(few.polynomial, config.polynomial))
+    stages = range(STAGES_FOR_FEW_ROWS, few.k_stages, -1)
+    deep = (replace(few, k_stages=n, v_stages=n) for n in stages)
+    return next((c for c in deep if c.shared_memory(problem) <= device.shared_memory), few)
 
 
 def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
@@ -85,8 +110,8 @@ def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
     config = forward_config(replace(problem, split_kv=True), device, sizes)
     if config is None or sees_few_blocks(problem):
         return 1
-    tiles = sizes.batch * sizes.heads_q * -(-sizes.seqlen_q // config.tile_m)
-    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors // config.ctas)
+    tiles, places = count_tiles(config.tile_m, config.heads, sizes), device.multiprocessors // config.ctas
+    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), places)
 
 
 def crowded(problem: Problem, device: Device) -> bool:
@@ -131,11 +156,16 @@ class Row:
             and self.config.shared_memory(problem) <= device.shared_memory
         )
 
-    def suits(self, sizes: Sizes) -> bool:
+    def suits(self, problem: Problem, sizes: Sizes) -> bool:
         """Whether its pairs gain more than the CTAs cost that have no rows."""
         tile_m, ctas = self.config.tile_m, self.config.ctas
-        paired, alone = ctas * -(-sizes.seqlen_q // tile_m), -(-sizes.seqlen_q * ctas // tile_m)
-        return paired <= self.gain * alone
+        paired, alone = (tiles_of(problem, rows, sizes) for rows in (tile_m, tile_m // ctas))
+        return ctas * paired <= self.gain * alone
+
+
+def tiles_of(problem: Problem, tile_m: int, sizes: Sizes) -> int:
+    """Tiles of `tile_m` rows that a call's queries fill, heads together where that leaves fewer."""
+    return count_tiles(tile_m, heads_of_tile(problem, tile_m, MOST_HEADS, sizes), sizes)
 
 
 # Nothing here is timed: there is no such GPU at hand. What chose the numbers:

@@ -6,6 +6,7 @@ The classes here are light; `launcher` imports the DSL.
 
 from __future__ import annotations
 
+from ..combine import Combine
 from ..problem import Device, Problem, Sizes, Support, no_tile
 from . import tuning
 
@@ -21,10 +22,12 @@ class Forward:
         features=frozenset(
             (
                 "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
-                "sink", "lse",
+                "sink", "lse", "split_kv",
             )
         ),
     )
+
+    combine = Combine
 
     def __init__(self, problem: Problem, config: tuning.Config):
         self.problem, self.config = problem, config
@@ -41,6 +44,11 @@ class Forward:
     def configs(problem: Problem, device: Device) -> tuple[tuning.Config, ...]:
         """Every config that some sizes get."""
         return (Forward.config(problem, device),)
+
+    @staticmethod
+    def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
+        """In how many parts to take the keys of a call of these sizes."""
+        return tuning.splits(problem, device, sizes)
 
     @staticmethod
     def reasons(problem: Problem, device: Device) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """FlashAttention-2 forward (Dao 2023, algorithm 1) in sm_80 instructions.
 
-One CTA takes tile_m rows of one query head and walks the KV blocks that they may see:
+One CTA takes tile_m rows of one query head and walks the KV blocks that they may see, or one split of them
+(Dao et al. 2023, "Flash-Decoding"):
 
     wait K[n]    begin V ahead    S = Q K[n]    P, rescale = softmax(S)
     wait V[n]    begin K ahead    O = rescale O + P V[n]
@@ -13,70 +14,33 @@ that every piece of K and V that it reads from shared memory is multiplied twice
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
-from cutlass.cute.nvgpu import CopyUniversalOp
 
 try:
     from cutlass.memory import SmemAllocator
 except ImportError:  # before 4.8
     from cutlass.utils import SmemAllocator
 
-from ..common.blocks import Listed, Range, visits_of
+from ..common.blocks import Listed, Range
 from ..common.dropout import Dropout
 from ..common.fragment import as_operand_a, rows_by_columns
-from ..common.output import OutputRows
 from ..common.rules import Rules
-from ..common.schedule import OneTile
-from ..common.sequence import Sequence, sequence_of
+from ..common.schedule import InSections, OneTile, tile_per_cta
+from ..common.sequence import sequence_of
 from ..common.softmax import LOG2_E, OnlineSoftmax
 from ..problem import Operands, Problem
 from .copy import TileCopy, tile_layout
+from .job import RowBlock, Tiles, Walk, visits_of
 from .kv import KvLoader, KvStream, Source, hidden_zero
-from .mma import PIECE, Pieces, product, tiled_mma
+from .mma import PIECE, Pieces, product, rounded, tiled_mma
+from .store import Partial, Result
 from .tuning import LARGEST_SHARED_MEMORY, Config, padded
 
 DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 ROW_LANES = (1, 2)  # mma.sync spreads a row of the accumulator over 4 neighbouring lanes
-
-
-class RowBlock(NamedTuple):
-    """What one CTA works on: rows first_row and on of one query head of one sequence."""
-
-    call: Operands
-    sequence: Sequence
-    head: Int32
-    kv_head: Int32
-    first_row: Int32
-    thread: Int32
-
-
-class Tiles(NamedTuple):
-    """Shared memory. The output takes Q's place in the end."""
-
-    q: cute.Tensor  # (tile_m, dim, 1)
-    k: cute.Tensor  # (tile_n, dim, stages)
-    v: cute.Tensor  # (tile_n, dim_v, stages)
-    out: cute.Tensor  # (tile_m, dim_v, 1)
-
-
-class Walk(NamedTuple):
-    """What a thread needs at every KV block."""
-
-    mma: cute.TiledMma
-    block: RowBlock
-    stream: KvStream
-    rules: Rules
-    dropout: Dropout | None
-    q: Pieces
-    q_registers: list[cute.Tensor]
-    k: Pieces
-    v: Pieces
-    acc_o: cute.Tensor  # (mma, M, dim_v / 8) fp32
-    softmax: OnlineSoftmax
 
 
 class ForwardKernel:
@@ -88,7 +52,8 @@ class ForwardKernel:
         self.dim, self.dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
         heights = (config.tile_m, config.tile_n)
         self.copy_q, copy_k = (self.copy(rows, problem.head_dim) for rows in heights)
-        self.copy_out, copy_v = (self.copy(rows, problem.head_dim_v) for rows in heights)
+        copy_out, copy_v = (self.copy(rows, problem.head_dim_v) for rows in heights)
+        self.store = Partial(problem) if problem.split_kv else Result(problem, copy_out)
         self.row_blocks = config.tile_m // (PIECE * config.warps)
         self.kv = KvLoader(copy_k, copy_v, config.tile_n, config.stages)
 
@@ -104,7 +69,8 @@ class ForwardKernel:
             rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
         else:
             rows, batches = call.q.shape[1], call.q.shape[0]
-        schedule = OneTile(cute.ceil_div(rows, self.config.tile_m), heads, batches)
+        splits = call.out.shape[0] if const_expr(self.problem.split_kv) else None
+        schedule = tile_per_cta(cute.ceil_div(rows, self.config.tile_m), heads, batches, splits)
         kernel = self.kernel(call, schedule, heads // kv_heads)
         threads = (self.config.threads, 1, 1)
         kernel.launch(
@@ -120,21 +86,21 @@ class ForwardKernel:
         return 0 if third_fits or not self.problem.block_size else 1
 
     @cute.kernel
-    def kernel(self, call: Operands, schedule: OneTile, group_size: Int32):
-        m_block, head, batch, _ = schedule.tile(cute.arch.block_idx()[0])
+    def kernel(self, call: Operands, schedule: OneTile | InSections, group_size: Int32):
+        m_block, head, batch, split = schedule.tile(cute.arch.block_idx()[0])
         sequence = sequence_of(call, batch)
         kv_head = head // group_size if const_expr(self.problem.gqa) else head
         first_row = m_block * self.config.tile_m
+        splits = schedule.splits if const_expr(self.problem.split_kv) else 1
         if first_row < sequence.q_rows:
             thread = cute.arch.thread_idx()[0]
-            self.row_block(RowBlock(call, sequence, head, kv_head, first_row, thread))
+            self.row_block(RowBlock(call, sequence, head, kv_head, first_row, split, splits, thread))
 
     @cute.jit
     def row_block(self, block: RowBlock):
         tiles = self.tiles()
         rules = Rules.of(self.problem, block.call, block.sequence, block.head)
-        tile = self.config.tile_m, self.config.tile_n
-        visits = visits_of(self.problem, tile, block.call, rules, block.sequence, block.first_row)
+        visits = visits_of(self.problem, self.config, block, rules)
         stream = self.stream(block, tiles, visits)
         walk = self.walk(block, tiles, stream, rules)
         if visits.any():
@@ -145,7 +111,8 @@ class ForwardKernel:
         for p in cutlass.range_constexpr(len(phases)):
             for i in cutlass.range(phases[p].visits, unroll=1):
                 self.visit(walk, visits.nth(phases[p], i), phases[p].masked)
-        self.store(walk, tiles)
+        o, row_of, column_of = self.elements(walk, walk.acc_o)
+        self.store.tile(walk, tiles, o, row_of, column_of)
 
     def visit(self, walk: Walk, place: Int32, masked: bool) -> None:
         """The KV block at a place: S = Q K^T, P = exp(rules(S) - max), O = rescale O + P V."""
@@ -161,7 +128,7 @@ class ForwardKernel:
         walk.softmax.exponentials(s, rescale)
         if walk.dropout is not None:
             walk.dropout.apply(s, row_of, first_key, walk.block.thread)
-        p = as_operand_a(self.rounded(acc_s))
+        p = as_operand_a(rounded(acc_s, self.dtype))
         self.kv.wait()
         self.kv.begin_k(walk.stream, place)
         steps = self.config.tile_n // PIECE
@@ -183,28 +150,6 @@ class ForwardKernel:
                 for c in cutlass.range_constexpr(cute.size(o, mode=[1])):
                     o[r, c] = o[r, c] * factors[r]
 
-    @cute.jit
-    def store(self, walk: Walk, tiles: Tiles):
-        """Normalise O and write it, through shared memory so that whole lines leave; and the LSE."""
-        call, sequence, head, _, first_row, thread = walk.block
-        o, row_of, _ = self.elements(walk, walk.acc_o)
-        rows = OutputRows(
-            used=sequence.seqlen_q if const_expr(self.problem.seqused_q) else None,
-            end=sequence.q_rows,
-            lse=sequence.lse_of(call.lse, head) if const_expr(self.problem.lse) else None,
-            sink=call.sink[head] if const_expr(self.problem.sink) else None,
-            factor=call.keep_scale if const_expr(self.problem.dropout) else None,
-        )
-        rows.finish(o, walk.softmax, row_of, thread % 4 == 0)
-        pairs = cute.make_copy_atom(CopyUniversalOp(), self.dtype, num_bits_per_copy=32)
-        to_shared = cute.make_tiled_copy_C(pairs, walk.mma).get_slice(thread)
-        out = to_shared.retile(self.rounded(walk.acc_o))
-        cute.copy(to_shared, out, to_shared.partition_D(tiles.out[None, None, 0]))
-        cute.arch.barrier()
-        out_rows = cute.domain_offset((first_row, 0), sequence.q_rows_of(call.out, head))
-        chunks = self.copy_out.partition(tiles.out, thread)[None, None, None, 0]
-        self.copy_out.store(chunks, out_rows, thread, sequence.q_rows - first_row)
-
     def accumulator(self, mma: cute.TiledMma, columns: int) -> cute.Tensor:
         """fp32 zeros (mma, M, columns / 8) for tile_m rows."""
         acc = cute.make_rmem_tensor(mma.partition_shape_C((self.config.tile_m, columns)), Float32)
@@ -217,12 +162,6 @@ class ForwardKernel:
         tile = cute.make_identity_tensor((self.config.tile_m, columns))
         at = rows_by_columns(walk.mma.get_slice(walk.block.thread).partition_C(tile))
         return rows_by_columns(acc), lambda r: walk.block.first_row + at[r, 0][0], lambda c: at[0, c][1]
-
-    def rounded(self, acc: cute.Tensor) -> cute.Tensor:
-        """The same in the operands' type."""
-        narrow = cute.make_rmem_tensor(acc.shape, self.dtype)
-        narrow.store(acc.load().to(self.dtype))
-        return narrow
 
     def q_registers(self) -> list[cute.Tensor]:
         """Room for all of Q's operands, one per k step, where the config keeps them."""

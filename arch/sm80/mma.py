@@ -104,3 +104,10 @@ def product(mma: cute.TiledMma, acc: cute.Tensor, steps: int, load_a: Callable, 
             a = load_a(k)
         c = columns[None, None, (None, n)]
         cute.gemm(mma, c, a, piece, c)
+
+
+def rounded(acc: cute.Tensor, dtype: type) -> cute.Tensor:
+    """An accumulator in the operands' type."""
+    narrow = cute.make_rmem_tensor(acc.shape, dtype)
+    narrow.store(acc.load().to(dtype))
+    return narrow

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..problem import Device, Problem
+from ..problem import Device, Problem, Sizes
+from ..split import fastest_splits, sees_few_blocks
 
 SM_REGISTERS = 65536
 RESERVED_SHARED_MEMORY = 1024  # bytes that a resident CTA costs besides its own
@@ -105,3 +106,14 @@ def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
         if reaches and resident and (is_light(problem) or not row.light):
             deeper = replace(row.config, stages=2)
             yield deeper if deeper.resident(problem, device) == resident else row.config
+
+
+def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
+    """In how many parts to take the keys of a call."""
+    problem = replace(problem, split_kv=True)
+    config = forward_config(problem, device)
+    if config is None or sees_few_blocks(problem):
+        return 1
+    tiles = sizes.batch * sizes.heads_q * -(-sizes.seqlen_q // config.tile_m)
+    places = device.multiprocessors * config.resident(problem, device)
+    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), places)

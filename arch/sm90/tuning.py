@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..packing import count_tiles, heads_of_tile, telling_sizes
 from ..problem import Device, Problem, Sizes
 from ..split import fastest_splits, sees_few_blocks
 
@@ -62,7 +63,7 @@ def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None)
     config = next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
     if config is None or sizes is None:
         return config and scheduled(config, problem, device)
-    heads = heads_of_tile(problem, config, sizes)
+    heads = heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes)
     packed = replace(config, heads=heads)
     if sizes.seqlen_q * heads <= FEW_ROWS:
         packed = for_few_rows(packed, problem, device)
@@ -76,31 +77,14 @@ def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
 
 def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
     """Every config that `forward_config` gives for some sizes."""
-    groups = (1, 2, 4, 8, 16) if packs(problem) else (1,)
-    sizes = (Sizes(1, group, 1, length, 1) for group in groups for length in (1, 65 // group + 1, 1024))
-    found = (None, *sizes)
-    return tuple(dict.fromkeys(forward_config(problem, device, s) for s in found))
+    found = (None, *telling_sizes(problem, FEW_ROWS, MOST_HEADS))
+    return tuple(dict.fromkeys(forward_config(problem, device, sizes) for sizes in found))
 
 
 # Rows of Q that one warpgroup takes: with no more, a second one would have nothing to do.
 FEW_ROWS = 64
 MOST_HEADS = 16  # of a tile; a group of more is taken in several
 STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under way as shared memory holds
-
-
-def packs(problem: Problem) -> bool:
-    """Whether heads may share a tile: which blocks it visits must then be the same for all of them."""
-    same_blocks = problem.block_size is None and (problem.mask is None or problem.mask.ignores_head())
-    return problem.gqa and same_blocks
-
-
-def heads_of_tile(problem: Problem, config: Config, sizes: Sizes) -> int:
-    """How many heads should share a tile: as leaves the fewest tiles; where equal, the fewest heads."""
-    group = sizes.heads_q // max(sizes.heads_kv, 1)
-    if not packs(problem):
-        return 1
-    powers = [1 << n for n in range(MOST_HEADS.bit_length()) if 1 << n < 2 * group]
-    return min(powers, key=lambda heads: -(-group // heads) * -(-sizes.seqlen_q * heads // config.tile_m))
 
 
 def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
@@ -133,9 +117,7 @@ def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
     config = forward_config(replace(problem, split_kv=True), device, sizes)
     if config is None or sees_few_blocks(problem):
         return 1
-    group = -(-sizes.heads_q // max(sizes.heads_kv, 1) // config.heads) if config.heads > 1 else 1
-    heads = sizes.heads_kv * group if config.heads > 1 else sizes.heads_q
-    tiles = sizes.batch * heads * -(-sizes.seqlen_q * config.heads // config.tile_m)
+    tiles = count_tiles(config.tile_m, config.heads, sizes)
     return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors)
 
 

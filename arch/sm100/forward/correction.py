@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 
 from ...common.numeric import both
 from ...common.operand import padded
@@ -18,7 +18,7 @@ from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, place_of, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, first_row_of, row_of_thread, turns_of, visits_of
 from .store import CHUNK, Partial, Result
 
 
@@ -31,7 +31,7 @@ class Correction:
 
     @cute.jit
     def run(self, work: Work, warp: Int32):
-        rules = Rules.of(self.problem, work.job.call, work.job.sequence, work.job.head)
+        rules = Rules.of(self.problem, work.job.call, work.job.sequence, work.job.heads.first)
         turns = turns_of(visits_of(self.problem, self.config, work.job, rules))
         for turn in cutlass.range(turns, unroll=1):
             for t in cutlass.range_constexpr(self.config.tiles):
@@ -73,8 +73,9 @@ class Correction:
         softmax = OnlineSoftmax.create(1, Float32(1.0), ())
         softmax.row_sum[0] = work.memory.stats[thread, ROW_SUM, tile]
         softmax.row_max[0] = work.memory.stats[thread, ROW_MAX, tile]
-        first_row = job.first_row + place_of(self.config, tile)
-        factor = self.output_rows(job).close(softmax, 0, first_row + thread, True)
+        row, head = row_of_thread(self.config, job, tile)
+        exists = Boolean(True) if self.config.heads == 1 else head < job.heads.end
+        factor = self.output_rows(job, head).close(softmax, 0, row, exists)
         if turns > 0:
             work.edges.o.of(tile).wait_full(turns - 1)
         target = self.store.target(work, tile, thread)
@@ -86,18 +87,19 @@ class Correction:
             for i in cutlass.range_constexpr(CHUNK):
                 values[i] = where(factor == 0.0, 0.0, values[i] * factor)
             self.store.columns(target, c, values)
-        self.store.finish(work, tile, first_row)
+        self.store.finish(work, tile, first_row_of(self.config, job, tile))
 
     def o(self, work: Work, tile: int, first: int) -> cute.Tensor:
         """Some columns of O."""
         return columns(work.memory.tensor, self.plan.o(tile) + first, CHUNK)
 
-    def output_rows(self, job: Job) -> OutputRows:
+    def output_rows(self, job: Job, head: Int32) -> OutputRows:
         problem, call, sequence = self.problem, job.call, job.sequence
+        head = job.heads.known(self.config.heads, head)
         return OutputRows(
             used=sequence.seqlen_q if problem.seqused_q else None,
             end=sequence.q_rows,
-            lse=sequence.lse_of(self.store.lse(job), job.head) if problem.lse else None,
-            sink=call.sink[job.head] if problem.sink else None,
+            lse=sequence.lse_of(self.store.lse(job), head) if problem.lse else None,
+            sink=call.sink[head] if problem.sink else None,
             factor=call.keep_scale if problem.dropout else None,
         )

@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from cutlass import Int32, pipeline
 
 from ...common import blocks
+from ...common.heads import TileHeads, row_of
 from ...common.operand import Mapped
 from ...common.rules import Rules
 from ...common.sequence import Sequence
@@ -39,7 +40,7 @@ class Tiles(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Rows `first_row` and on of one query head of one sequence, the same for both CTAs of a pair.
+    """Rows `first_row` and on of some heads of one sequence, the same for both CTAs of a pair.
 
     split: which part of the keys, of `splits`.
     """
@@ -47,8 +48,7 @@ class Job(NamedTuple):
     call: Operands
     maps: Maps
     sequence: Sequence
-    head: Int32
-    kv_head: Int32
+    heads: TileHeads
     first_row: Int32
     split: Int32 | int
     splits: Int32 | int
@@ -103,14 +103,30 @@ class MmaEnds(NamedTuple):
     v: pipeline.PipelineConsumer
 
 
-def place_of(config: Config, tile: int | Int32) -> int | Int32:
-    """Where this CTA's rows of a Q tile begin: a pair's tile is 256 neighbouring rows, half for each CTA."""
+def rows_of_tile(config: Config) -> int:
+    """Rows of the sequence that a CTA or a pair takes, of each of its heads."""
+    return config.tile_m // config.heads
+
+
+def first_row_of(config: Config, job: Job, tile: int | Int32) -> Int32:
+    """Where this CTA's rows of a Q tile begin, in the sequence."""
+    return row_of(config.heads, job.first_row, _place(config, tile))
+
+
+def row_of_thread(config: Config, job: Job, tile: int | Int32) -> tuple[Int32, Int32]:
+    """(row in the sequence, head) of a thread of a warpgroup that works on a Q tile."""
+    row = _place(config, tile) + cute.arch.thread_idx()[0] % TILE_M
+    return row_of(config.heads, job.first_row, row), job.heads.of_row(config.heads, row)
+
+
+def _place(config: Config, tile: int | Int32) -> Int32:
+    """First row of a Q tile: a pair's has 256 neighbouring rows, half for each CTA."""
     return (tile * config.ctas + Group(config.ctas).rank()) * TILE_M
 
 
 def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:
     """The KV blocks to visit, in their order, the same for all Q tiles, of both CTAs of a pair."""
-    tile = config.tile_m, config.tile_n
+    tile = rows_of_tile(config), config.tile_n
     visits = blocks.visits_of(problem, tile, job.call, rules, job.sequence, job.first_row)
     return blocks.part_of(visits, job.split, job.splits) if problem.split_kv else visits
 

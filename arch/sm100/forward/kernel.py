@@ -11,8 +11,9 @@
     softmax --stats--> correction          one for each Q tile: factors, in the end sum and maximum
     mma --o--> correction                  one for each Q tile: O after each block
 
-One CTA, or a pair of CTAs, takes `tile_m` rows of one query head, with all keys or one split of them (Dao et
-al. 2023, "Flash-Decoding"): then correction writes O in fp32, from registers.
+One CTA, or a pair of CTAs, takes `tile_m` rows of one query head, or of several that share a KV head, with
+all keys or one split of them (Dao et al. 2023, "Flash-Decoding"): then correction writes O in fp32, from
+registers.
 
 In a pair each CTA runs all roles but mma, which only the leader's warp does for both:
 
@@ -31,9 +32,10 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
 from ...common.channel import mma_channel
+from ...common.heads import TileHeads, parts_of
 from ...common.operand import Operand, padded
 from ...common.roles import Role, specialize_warps
-from ...common.schedule import InSections, OneTile, WorkTile
+from ...common.schedule import InSections, OneTile, WorkTile, tile_per_cta
 from ...common.sequence import sequence_of
 from ...problem import Operands, Problem
 from ..edge import Edge
@@ -42,7 +44,7 @@ from ..mma import Products
 from ..tmem import Plan
 from ..tuning import TILE_M, Config
 from .correction import Correction
-from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Tiles, Work
+from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Tiles, Work, rows_of_tile
 from .load import Load
 from .mma import Mma
 from .softmax import Softmax
@@ -71,8 +73,8 @@ class ForwardKernel:
         dim, dim_v = problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
         pitch = TILE_M * max(padded(dim), padded(dim_v))  # a tile's O takes the place of its own Q
-        self.q = operand(TILE_M, dim, config.tiles, problem.varlen, pitch)
-        self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch)
+        self.q = operand(TILE_M, dim, config.tiles, problem.varlen, pitch).packed(config.heads)
+        self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch).packed(config.heads)
         self.k = operand(config.tile_n // config.ctas, dim, config.k_stages, ragged_k)
         self.v = operand(config.tile_n, dim_v, config.v_stages, ragged_k).in_parts(config.ctas)
         self.plan = Plan(config.tiles, config.slots, config.tile_n, padded(dim_v, config.ctas))
@@ -82,24 +84,25 @@ class ForwardKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = Operands(*operands)
-        heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
+        group = call.q.shape[-2] // call.k.shape[-2]
         if cutlass.const_expr(self.problem.varlen):
             rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
         else:
             rows, batches = call.q.shape[1], call.q.shape[0]
         load, store = self.group.loads(), cpasync.CopyBulkTensorTileS2GOp()
         maps = Maps(
-            q=self.q.map(load, call.q),
+            q=self.q.map(load, call.q, group),
             k=self.k.map(load, call.k),
             v=self.v.map(load, call.v),
-            out=None if self.problem.split_kv else self.out.map(store, call.out),
+            out=None if self.problem.split_kv else self.out.map(store, call.out, group),
         )
-        tiles = cute.ceil_div(rows, self.config.tile_m), heads, batches
-        schedule = OneTile(*tiles)
-        if cutlass.const_expr(self.problem.split_kv):
-            schedule = InSections(*map(Int32, (*tiles, call.out.shape[0], 1)))
+        splits = call.out.shape[0] if cutlass.const_expr(self.problem.split_kv) else None
+        heads = call.q.shape[-2]
+        if cutlass.const_expr(self.config.heads > 1):
+            heads = call.k.shape[-2] * parts_of(self.config.heads, group)
+        schedule = tile_per_cta(cute.ceil_div(rows, rows_of_tile(self.config)), heads, batches, splits)
         grid, threads = (schedule.grid()[0] * self.config.ctas, 1, 1), (self.config.threads, 1, 1)
-        self.kernel(call, maps, schedule, heads // kv_heads).launch(
+        self.kernel(call, maps, schedule, group).launch(
             grid=grid, block=threads, cluster=self.group.cluster, stream=stream, min_blocks_per_mp=1
         )
 
@@ -114,10 +117,9 @@ class ForwardKernel:
     def job(self, launch: Launch) -> Job:
         """What this CTA has to do."""
         call, maps, tile, group, splits = launch
-        kv_head = tile.head // group if self.problem.gqa else tile.head
-        first_row = tile.m_block * self.config.tile_m
-        sequence = sequence_of(call, tile.batch)
-        return Job(call, maps, sequence, tile.head, kv_head, first_row, tile.split, splits)
+        heads = TileHeads.of(self.problem, self.config.heads, tile.head, group)
+        first_row = tile.m_block * rows_of_tile(self.config)
+        return Job(call, maps, sequence_of(call, tile.batch), heads, first_row, tile.split, splits)
 
     def start(self, run: Callable, launch: Launch, memory: Memory, edges: Edges, *ends_and_warp) -> None:
         """Begin a role, which looks up its sequence itself: kept from before, that would take registers."""

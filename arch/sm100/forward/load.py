@@ -16,7 +16,7 @@ from ...common.rules import Rules
 from ...problem import Problem
 from ..group import Group
 from ..tuning import Config
-from .job import Job, LoadEnds, Work, place_of, visits_of
+from .job import Job, LoadEnds, Work, first_row_of, visits_of
 
 
 class Load:
@@ -29,7 +29,7 @@ class Load:
     @cute.jit
     def run(self, work: Work, ends: LoadEnds, warp: Int32):
         job, tiles = work.job, work.memory.tiles
-        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         q, k, v = self.sources(job)
         for rows in (q, k, v):
@@ -40,7 +40,7 @@ class Load:
             self.copy(self.k, k, self.first_key(visits, visits.start), tiles.k, slot)
             for t in cutlass.range_constexpr(self.config.tiles):
                 slot = ends.q.acquire_and_advance()
-                self.copy(self.q, q, job.first_row + place_of(self.config, t), tiles.q, slot)
+                self.copy(self.q, q, first_row_of(self.config, job, t), tiles.q, slot)
             for i in cutlass.range(visits.total - 1, unroll=1):
                 place = visits.after(visits.start, i)
                 slot = ends.v.acquire_and_advance()
@@ -59,9 +59,9 @@ class Load:
 
     def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
         s, maps = job.sequence, job.maps
-        q = self.q.head_rows(maps.q, s.batch, job.head, s.q_start, s.q_start + s.q_rows)
+        q = self.q.head_rows(maps.q, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
         k, v = (
-            operand.head_rows(mapped, s.batch, job.kv_head, s.k_start, s.k_start + s.seqlen_k)
+            operand.head_rows(mapped, s.batch, job.heads.kv, s.k_start, s.k_start + s.seqlen_k)
             for operand, mapped in ((self.k, maps.k), (self.v, maps.v))
         )
         rank = Group(self.config.ctas).rank()

@@ -34,7 +34,7 @@ class Mma:
     @cute.jit
     def begin_all(self, work: Work, ends: MmaEnds):
         job = work.job
-        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         if visits.any():
             k_slot = ends.k.wait_and_advance()

@@ -18,7 +18,7 @@ from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, after, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, place_of, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, row_of_thread, turns_of, visits_of
 from .rows import accumulate, exponentials, raise_max
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
@@ -104,21 +104,23 @@ class Softmax:
         thread = cute.arch.thread_idx()[0] % TILE_M
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
         scale = 1.0 if self.problem.score else call.softmax_scale
+        number, head = row_of_thread(self.config, job, tile)
+        head = job.heads.known(self.config.heads, head)
         return Row(
-            number=job.first_row + place_of(self.config, tile) + thread,
+            number=number,
             tile=tile,
             thread=thread,
             softmax=OnlineSoftmax.create(1, scale * LOG2_E, ()),
-            rules=Rules.of(self.problem, call, job.sequence, job.head),
-            dropout=self.dropout(job),
+            rules=Rules.of(self.problem, call, job.sequence, head),
+            dropout=self.dropout(job, head),
             tensor=memory.tensor,
             stats=memory.stats[thread, None, tile],
         )
 
-    def dropout(self, job: Job) -> Dropout | None:
-        """The random numbers of the job's head, where the problem has dropout."""
+    def dropout(self, job: Job, head: Int32) -> Dropout | None:
+        """The random numbers of a head, where the problem has dropout."""
         if not self.problem.dropout:
             return None
         call = job.call
-        place = job.sequence.batch * call.q.shape[-2] + job.head
+        place = job.sequence.batch * call.q.shape[-2] + head
         return Dropout.of(call.rng_state, place, call.keep_threshold)

@@ -13,24 +13,25 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 from ...common.operand import Operand
+from ...common.output import of_split
 from ...problem import Problem
 from ..tmem import registers
 from ..tuning import TILE_M, Config
-from .job import Job, Work, place_of
+from .job import Job, Work, row_of_thread
 
 CHUNK = 16  # columns of O in registers at a time
 STORE = 1  # named barrier
 
 
 class Target(NamedTuple):
-    """Where a thread's row of O goes: row `row` of `rows` (rows, dim), of which `end` exist, or None: all."""
+    """Where a thread's row of O goes: row `row` of `rows` (rows, dim), where it `exists`; None: it does."""
 
     rows: cute.Tensor
     row: Int32
-    end: Int32 | None
+    exists: Boolean | None
 
 
 class Result:
@@ -68,7 +69,7 @@ class Result:
     def copy(self, job: Job, tile: cute.Tensor, first_row: Int32) -> None:
         """Begin copying a tile."""
         s = job.sequence
-        rows = self.out.head_rows(job.maps.out, s.batch, job.head, s.q_start, s.q_start + s.q_rows)
+        rows = self.out.head_rows(job.maps.out, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
         target, source = self.out.sides(rows, first_row, tile)
         cute.copy(rows.atom, source, target)
         cute.arch.cp_async_bulk_commit_group()
@@ -87,16 +88,17 @@ class Partial:
         self.config, self.dim_v = config, problem.head_dim_v
 
     def lse(self, job: Job) -> cute.Tensor:
-        return _of_split(job.call.lse, job.split)
+        return of_split(job.call.lse, job.split)
 
     def target(self, work: Work, tile: int, thread: Int32) -> Target:
         job = work.job
-        rows = job.sequence.q_rows_of(_of_split(job.call.out, job.split), job.head)
-        return Target(rows, job.first_row + place_of(self.config, tile) + thread, job.sequence.q_rows)
+        row, head = row_of_thread(self.config, job, tile)
+        rows = job.sequence.q_rows_of(of_split(job.call.out, job.split), head)
+        return Target(rows, row, (row < job.sequence.q_rows) & (head < job.heads.end))
 
     @cute.jit
     def columns(self, target: Target, first: cutlass.Constexpr, o: cute.Tensor):
-        if target.row < target.end:
+        if target.exists:
             row = target.rows[target.row, None]
             for i in cutlass.range_constexpr(0, min(CHUNK, self.dim_v - first), 4):
                 source = cute.make_tensor(o.iterator + i, cute.make_layout(4))
@@ -107,7 +109,3 @@ class Partial:
 
     def close(self, warp: Int32) -> None:
         """Nothing is under way."""
-
-
-def _of_split(tensor: cute.Tensor, split: Int32) -> cute.Tensor:
-    return tensor[(split, *(None,) * (cute.rank(tensor) - 1))]

@@ -22,7 +22,7 @@ from ...common.fragment import rows_by_columns, some_rows
 from ...common.operand import Operand, padded, transposed
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
-from ...elementwise import minimum, where
+from ...elementwise import where
 from ...problem import Problem
 from ..mma import accumulator, begin, hold, operand_a, pin, tiled_mma, wait
 from ..tuning import Config
@@ -187,7 +187,7 @@ class Compute:
         )
 
     def share(self, job: Job, head: Int32) -> Share:
-        call, known = job.call, minimum(head, job.end_head - 1) if self.config.heads > 1 else head
+        call, known = job.call, job.heads.known(self.config.heads, head)
         dropout = None
         if self.problem.dropout:
             place = job.sequence.batch * call.q.shape[-2] + known

@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ...common import blocks
+from ...common.heads import TileHeads
 from ...common.operand import Mapped
 from ...common.rules import Rules
 from ...common.schedule import InSections
@@ -44,7 +45,7 @@ class Work(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One tile: rows `first_row` and on of query heads `head` and on, before `end_head`, of one sequence.
+    """One tile: rows `first_row` and on of some heads of one sequence.
 
     split: which part of the keys, of `splits`.
     """
@@ -52,13 +53,10 @@ class Job(NamedTuple):
     call: Operands
     maps: Maps
     sequence: Sequence
-    head: Int32
-    end_head: Int32
-    kv_head: Int32
+    heads: TileHeads
     first_row: Int32
     split: Int32
     splits: Int32 | int
-    place: Int32 | tuple[Int32, Int32]
 
 
 def rows_of_tile(config: Config) -> int:
@@ -67,27 +65,16 @@ def rows_of_tile(config: Config) -> int:
 
 
 def job_of(problem: Problem, config: Config, work: Work, index: Int32) -> Job:
-    """Tile `index` of a launch. The heads of a group are taken `config.heads` at a time."""
-    tile, group = work.schedule.tile(index), work.group
-    head, kv_head, end_head, place = tile.head, tile.head, tile.head + 1, tile.head
-    if config.heads > 1:
-        blocks = cute.ceil_div(group, config.heads)
-        kv_head = tile.head // blocks
-        first = (tile.head - kv_head * blocks) * config.heads
-        head, end_head, place = kv_head * group + first, kv_head * group + group, (kv_head, first)
-    elif problem.gqa:
-        kv_head = tile.head // group
+    """Tile `index` of a launch."""
+    tile = work.schedule.tile(index)
     return Job(
         call=work.call,
         maps=work.maps,
         sequence=sequence_of(work.call, tile.batch),
-        head=head,
-        end_head=end_head,
-        kv_head=kv_head,
+        heads=TileHeads.of(problem, config.heads, tile.head, work.group),
         first_row=tile.m_block * rows_of_tile(config),
         split=tile.split,
         splits=work.schedule.splits,
-        place=place,
     )
 
 

@@ -22,6 +22,7 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from ...common.channel import channel, channels_ready
+from ...common.heads import parts_of
 from ...common.operand import Operand, padded
 from ...common.roles import Role, warp_specialize
 from ...common.schedule import InSections
@@ -79,10 +80,8 @@ class ForwardKernel:
             keys = call.k.shape[0] // maximum(batches, 1)
         else:
             rows, batches, keys = call.q.shape[1], call.q.shape[0], call.k.shape[1]
-        heads = call.q.shape[-2]
-        if self.config.heads > 1:
-            group = cute.ceil_div(group, self.config.heads)
-            heads = call.k.shape[-2] * group
+        group = parts_of(self.config.heads, group)
+        heads = call.k.shape[-2] * group if self.config.heads > 1 else call.q.shape[-2]
         together = 1
         if self.config.longest_first:
             nbytes = self.dtype.width // 8 * (self.problem.head_dim + self.problem.head_dim_v)

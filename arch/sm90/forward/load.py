@@ -57,7 +57,7 @@ class Load:
 
     @cute.jit
     def blocks(self, job: Job, tiles: Tiles, ends: LoadEnds):
-        rules = Rules.of(self.problem, job.call, job.sequence, job.head)
+        rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         if visits.any():
             q, k, v = self.sources(job)
@@ -83,9 +83,9 @@ class Load:
 
     def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
         s, maps = job.sequence, job.maps
-        q = self.q.head_rows(maps.q, s.batch, job.place, s.q_start, s.q_start + s.q_rows)
+        q = self.q.head_rows(maps.q, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
         k, v = (
-            operand.head_rows(mapped, s.batch, job.kv_head, s.k_start, s.k_start + s.seqlen_k)
+            operand.head_rows(mapped, s.batch, job.heads.kv, s.k_start, s.k_start + s.seqlen_k)
             for operand, mapped in ((self.k, maps.k), (self.v, maps.v))
         )
         return q, k, v

@@ -1,14 +1,11 @@
-"""Which row of the sequence, and which query head, each row of a tile is.
-
-Row i of a tile is row i of its head or, with several heads in a tile (a power of two), row i // heads of head
-i % heads: the heads of one KV head, side by side, fill a tile that a few rows of one of them would not.
-"""
+"""Which rows and heads of a tile a thread has."""
 
 from __future__ import annotations
 
 import cutlass.cute as cute
 from cutlass import Int32
 
+from ...common import heads
 from ...common.fragment import rows_by_columns
 from ..mma import ROWS
 from ..tuning import Config
@@ -26,14 +23,12 @@ def coordinates(mma: cute.TiledMma, columns: int) -> cute.Tensor:
 
 def row_of(config: Config, job: Job, warpgroup: Int32, row: Int32) -> Int32:
     """In the sequence: row `row` of a warpgroup's."""
-    return job.first_row + ((warpgroup * ROWS + row) >> (config.heads.bit_length() - 1))
+    return heads.row_of(config.heads, job.first_row, warpgroup * ROWS + row)
 
 
 def heads_of_thread(config: Config, job: Job, warpgroup: Int32) -> list[Int32]:
-    """The heads of a thread's rows: one of both, or one of each. None exist from `job.end_head` on."""
-    if config.heads == 1:
-        return [job.head]
+    """The heads of a thread's rows: one of both, or one of each. None exist from `job.heads.end` on."""
     thread = cute.arch.thread_idx()[0] % 128
     first = warpgroup * ROWS + thread // 32 * 16 + thread % 32 // 4
     rows = [first] if config.heads <= ROW_STEP else [first, first + ROW_STEP]
-    return [job.head + (row & (config.heads - 1)) for row in rows]
+    return [job.heads.of_row(config.heads, row) for row in rows]

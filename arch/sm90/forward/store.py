@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import Boolean, Int32
 from cutlass.cute.nvgpu import warp
 
 from ...common.fragment import rows_by_columns, some_rows
 from ...common.operand import Operand, padded
-from ...common.output import OutputRows
-from ...elementwise import minimum
+from ...common.output import OutputRows, of_split, write_pairs
 from ...problem import Problem
 from ..tuning import Config
 from .job import Job, Tiles
@@ -39,7 +38,7 @@ class _Store:
             first = i * count
             writes_lse = lane == 0
             if self.config.heads > 1:
-                writes_lse = writes_lse & (share.head < job.end_head)
+                writes_lse = writes_lse & (share.head < job.heads.end)
             self.output_rows(job, lse, share.head).finish(
                 some_rows(o, first, count),
                 state.softmax.some_rows(first, count),
@@ -50,8 +49,7 @@ class _Store:
 
     def output_rows(self, job: Job, lse: cute.Tensor | None, head: Int32) -> OutputRows:
         problem, call, sequence = self.problem, job.call, job.sequence
-        if self.config.heads > 1:
-            head = minimum(head, job.end_head - 1)
+        head = job.heads.known(self.config.heads, head)
         return OutputRows(
             used=sequence.seqlen_q if problem.seqused_q else None,
             end=sequence.q_rows,
@@ -89,7 +87,7 @@ class Result(_Store):
     def begin_copy(self, job: Job, tile: cute.Tensor, first_row: Int32) -> None:
         """One warp copies a tile to the rows from `first_row`."""
         s = job.sequence
-        rows = self.out.head_rows(job.maps.out, s.batch, job.place, s.q_start, s.q_start + s.q_rows)
+        rows = self.out.head_rows(job.maps.out, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
         target, source = self.out.sides(rows, first_row, tile)
         cute.copy(rows.atom, source, target)
         cute.arch.cp_async_bulk_commit_group()
@@ -110,27 +108,14 @@ class Partial(_Store):
 
     @cute.jit
     def tile(self, job: Job, tiles: Tiles, state, warpgroup: Int32):
-        out, lse = (t[(job.split, *(None,) * (cute.rank(t) - 1))] for t in (job.call.out, job.call.lse))
+        out, lse = (of_split(tensor, job.split) for tensor in (job.call.out, job.call.lse))
         o, at = self.normalise(job, lse, state, warpgroup), coordinates(self.mma(), self.dim_v)
         count = cute.size(o, mode=[0]) // len(state.shares)
         for r in cutlass.range_constexpr(cute.size(o, mode=[0])):
             head, row = state.shares[r // count].head, row_of(self.config, job, warpgroup, at[r, 0][0])
-            if (row < job.sequence.q_rows) & (head < job.end_head):
+            if (row < job.sequence.q_rows) & (head < job.heads.end):
                 target = job.sequence.q_rows_of(out, head)[row, None]
-                self.row(some_rows(o, r, 1), target, at)
-
-    @cute.jit
-    def row(self, o: cute.Tensor, target: cute.Tensor, at: cute.Tensor):
-        """A thread's columns of one row, two neighbours at a time."""
-        for c in cutlass.range_constexpr(0, cute.size(o, mode=[1]), 2):
-            column = at[0, c][1]
-            inside = True
-            if cutlass.const_expr(self.dim_v != self.problem.head_dim_v):
-                inside = column < self.problem.head_dim_v
-            if inside:
-                pair = cute.make_rmem_tensor(2, Float32)
-                pair[0], pair[1] = o[0, c], o[0, c + 1]
-                cute.autovec_copy(pair, cute.local_tile(target, (2,), (column // 2,)))
+                write_pairs(some_rows(o, r, 1), target, lambda c: at[0, c][1], self.problem.head_dim_v)
 
     def finish(self) -> None:
         """Nothing is under way."""

@@ -1,0 +1,78 @@
+"""What becomes of a row block's O and log-sum-exp: rows of the result, or one split's part of it.
+
+    Result    O / row_sum in 16 bits, by way of Q's place in shared memory, so that whole lines leave
+    Partial   O / row_sum in fp32, straight from registers: 4 lanes write 32 neighbouring bytes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cutlass
+import cutlass.cute as cute
+from cutlass.cute.nvgpu import CopyUniversalOp
+
+from ..common.fragment import some_rows
+from ..common.output import OutputRows, of_split, write_pairs
+from ..problem import Problem
+from .copy import TileCopy
+from .job import RowBlock, Tiles, Walk
+from .mma import rounded
+
+
+class _Store:
+    def __init__(self, problem: Problem):
+        self.problem = problem
+
+    def output_rows(self, block: RowBlock, lse: cute.Tensor | None) -> OutputRows:
+        problem, call, sequence = self.problem, block.call, block.sequence
+        return OutputRows(
+            used=sequence.seqlen_q if problem.seqused_q else None,
+            end=sequence.q_rows,
+            lse=sequence.lse_of(lse, block.head) if problem.lse else None,
+            sink=call.sink[block.head] if problem.sink else None,
+            factor=call.keep_scale if problem.dropout else None,
+        )
+
+
+class Result(_Store):
+    """copy: how a tile of the output leaves shared memory."""
+
+    def __init__(self, problem: Problem, copy: TileCopy):
+        super().__init__(problem)
+        self.copy = copy
+
+    def tile(self, walk: Walk, tiles: Tiles, o: cute.Tensor, row_of: Callable, column_of: Callable) -> None:
+        """Store `o`, a thread's rows × columns of O; row_of: in the sequence."""
+        block, thread = walk.block, walk.block.thread
+        self.output_rows(block, block.call.lse).finish(o, walk.softmax, row_of, thread % 4 == 0)
+        pairs = cute.make_copy_atom(CopyUniversalOp(), self.copy.dtype, num_bits_per_copy=32)
+        to_shared = cute.make_tiled_copy_C(pairs, walk.mma).get_slice(thread)
+        out = to_shared.retile(rounded(walk.acc_o, self.copy.dtype))
+        cute.copy(to_shared, out, to_shared.partition_D(tiles.out[None, None, 0]))
+        cute.arch.barrier()
+        rows = cute.domain_offset((block.first_row, 0), block.sequence.q_rows_of(block.call.out, block.head))
+        chunks = self.copy.partition(tiles.out, thread)[None, None, None, 0]
+        self.copy.store(chunks, rows, thread, block.sequence.q_rows - block.first_row)
+
+
+class Partial(_Store):
+    """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits."""
+
+    @cute.jit
+    def tile(
+        self,
+        walk: Walk,
+        tiles: Tiles,
+        o: cute.Tensor,
+        row_of: cutlass.Constexpr,
+        column_of: cutlass.Constexpr,
+    ):
+        block, dim_v = walk.block, self.problem.head_dim_v
+        out, lse = (of_split(tensor, block.split) for tensor in (block.call.out, block.call.lse))
+        self.output_rows(block, lse).finish(o, walk.softmax, row_of, block.thread % 4 == 0)
+        rows = block.sequence.q_rows_of(out, block.head)
+        for r in cutlass.range_constexpr(cute.size(o, mode=[0])):
+            row = row_of(r)
+            if row < block.sequence.q_rows:
+                write_pairs(some_rows(o, r, 1), rows[row, None], column_of, dim_v)
