@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .problem import Problem, Sizes
 
@@ -33,9 +33,12 @@ def count_tiles(tile_m: int, heads: int, sizes: Sizes) -> int:
     return sizes.batch * groups * -(-sizes.seqlen_q * heads // tile_m)
 
 
-def telling_sizes(problem: Problem, few_rows: int, most: int) -> Iterator[Sizes]:
-    """Sizes among which every config is found that differs by heads of a tile, or below `few_rows` rows."""
+def telling_sizes(problem: Problem, q_rows: Iterable[int], most: int) -> Iterator[Sizes]:
+    """Sizes among which every config is found that depends on heads of a tile, or on how many rows there are.
+
+    q_rows: rows, of all heads of a group, from which on something changes.
+    """
     groups = [1 << n for n in range(most.bit_length())] if packs(problem) else [1]
     for group in groups:
-        for length in (1, few_rows // group + 1, 1024):
+        for length in (*(-(-rows // group) for rows in q_rows), 1024):
             yield Sizes(1, group, 1, length, 1)

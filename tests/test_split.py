@@ -127,12 +127,13 @@ def test_heads_with_masks_of_their_own_do_not_share_a_tile(mask, packs):
 @EVERY
 @given(
     batch=st.integers(1, 40), kv_heads=st.integers(1, 8), group=st.integers(1, 40),
-    lengths=st.tuples(st.integers(1, 5000), st.integers(0, 9000)),
+    lengths=st.tuples(st.integers(1, 5000) | st.integers(1, 600), st.integers(0, 9000)),
+    dim=st.sampled_from((64, 128, 256)),
 )  # fmt: skip
-def test_every_config_is_known_beforehand(batch, kv_heads, group, lengths):
+def test_every_config_is_known_beforehand(batch, kv_heads, group, lengths, dim):
     """So a bundle can hold every kernel that some call gets."""
     sizes = Sizes(batch, kv_heads * group, kv_heads, *lengths)
-    problem = replace(GROUPED, gqa=group > 1)
+    problem = replace(GROUPED, gqa=group > 1, head_dim=dim, head_dim_v=dim)
     for device, kernel in PACKING.items():
         place = dispatch.EMULATED[device]
         assert kernel.config(problem, place, sizes) in kernel.configs(problem, place)

@@ -65,27 +65,31 @@ class Config:
 
 def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None) -> Config | None:
     """The first row that serves, fits, suits the sizes and divides the blocks of a block mask, or None."""
-    fitting = fitting_configs(problem, device, sizes)
-    config = next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
-    if config is not None and device.capability not in SLOW_EX2:
-        config = replace(config, polynomial=0)
-    if config is None or sizes is None:
-        return config
-    config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
-    few = sizes.seqlen_q * config.heads <= TILE_M
-    return for_few_rows(config, problem, device) if few else config
+    rows = (row for row in ROWS if row.serves(problem, device))
+    for row in rows:
+        config = row.config
+        if not problem.takes_tiles(config.tile_m, config.tile_n):
+            continue
+        if device.capability not in SLOW_EX2:
+            config = replace(config, polynomial=0)
+        if sizes is None:
+            return config
+        config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
+        q_rows = sizes.seqlen_q * config.heads
+        if row.suits(q_rows):
+            return for_few_rows(config, problem, device) if q_rows <= TILE_M else config
+    return None
 
 
-def fitting_configs(problem: Problem, device: Device, sizes: Sizes | None = None) -> Iterator[Config]:
+def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
     """Rows that serve and fit, block mask aside."""
-    fitting = (row for row in ROWS if row.serves(problem, device))
-    return (row.config for row in fitting if sizes is None or row.suits(problem, sizes))
+    return (row.config for row in ROWS if row.serves(problem, device))
 
 
 def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
-    """Every config that `forward_config` gives for some sizes: few rows, some, and just enough for a pair."""
-    full = {c.tile_m - 1 for c in fitting_configs(problem, device) if c.ctas > 1}
-    found = [None, *(s for n in (TILE_M, *full) for s in telling_sizes(problem, n, MOST_HEADS))]
+    """Every config that `forward_config` gives for some sizes."""
+    tiles = {row.config.tile_m for row in ROWS}
+    found = (None, *telling_sizes(problem, (1, TILE_M + 1, *tiles), MOST_HEADS))
     return tuple(dict.fromkeys(forward_config(problem, device, sizes) for sizes in found))
 
 
@@ -110,8 +114,8 @@ def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
     config = forward_config(replace(problem, split_kv=True), device, sizes)
     if config is None or sees_few_blocks(problem):
         return 1
-    tiles, places = count_tiles(config.tile_m, config.heads, sizes), device.multiprocessors // config.ctas
-    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), places)
+    tiles = count_tiles(config.tile_m, config.heads, sizes)
+    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors // config.ctas)
 
 
 def crowded(problem: Problem, device: Device) -> bool:
@@ -156,16 +160,11 @@ class Row:
             and self.config.shared_memory(problem) <= device.shared_memory
         )
 
-    def suits(self, problem: Problem, sizes: Sizes) -> bool:
-        """Whether its pairs gain more than the CTAs cost that have no rows."""
+    def suits(self, q_rows: int) -> bool:
+        """Whether its pairs gain more than the CTAs cost that have no rows, where there are `q_rows`."""
         tile_m, ctas = self.config.tile_m, self.config.ctas
-        paired, alone = (tiles_of(problem, rows, sizes) for rows in (tile_m, tile_m // ctas))
-        return ctas * paired <= self.gain * alone
-
-
-def tiles_of(problem: Problem, tile_m: int, sizes: Sizes) -> int:
-    """Tiles of `tile_m` rows that a call's queries fill, heads together where that leaves fewer."""
-    return count_tiles(tile_m, heads_of_tile(problem, tile_m, MOST_HEADS, sizes), sizes)
+        paired, alone = ctas * -(-q_rows // tile_m), -(-q_rows * ctas // tile_m)
+        return paired <= self.gain * alone
 
 
 # Nothing here is timed: there is no such GPU at hand. What chose the numbers:

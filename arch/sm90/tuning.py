@@ -77,7 +77,7 @@ def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
 
 def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
     """Every config that `forward_config` gives for some sizes."""
-    found = (None, *telling_sizes(problem, FEW_ROWS, MOST_HEADS))
+    found = (None, *telling_sizes(problem, (1, FEW_ROWS + 1), MOST_HEADS))
     return tuple(dict.fromkeys(forward_config(problem, device, sizes) for sizes in found))
 
 
