@@ -165,8 +165,9 @@ def test_sharing_a_tile_changes_no_bit(name, device, unpacked):
 
 @pytest.fixture
 def two_multiprocessors(monkeypatch):
-    """An H100 with two of them, so that few tiles make CTAs persist."""
-    monkeypatch.setitem(dispatch.EMULATED, "sm90", replace(H100, multiprocessors=2))
+    """GPUs with two of them, so that few tiles make CTAs persist."""
+    for name, device in (("sm90", H100), ("sm100", B200)):
+        monkeypatch.setitem(dispatch.EMULATED, name, replace(device, multiprocessors=2))
 
 
 @pytest.mark.parametrize(
@@ -174,12 +175,23 @@ def two_multiprocessors(monkeypatch):
     [{}, {"asynchrony": "late", "races": True}, {"asynchrony": "random", "schedule": "random", "seed": 1}],
     ids=["eager", "late", "random"],
 )
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
-def test_ctas_that_persist(dims, options, two_multiprocessors):
-    case = Case("", ((300, 140),) * 2, heads=(2, 2), dims=dims)
-    answer = answer_for(case, "sm90")
-    assert answer.config.persistent == 2
-    Call.make(case).check("sm90", **options)
+@pytest.mark.parametrize(
+    "device, dims, seqlens, persistent",
+    [
+        ("sm90", (64, 64), (300, 140), 2),
+        ("sm90", (128, 128), (300, 140), 2),
+        ("sm100", (64, 64), (300, 140), 2),
+        ("sm100", (128, 128), (530, 300), 1),
+        ("sm100", (128, 128), (530, 0), 1),
+    ],
+    ids=lambda value: str(value).replace(", ", "_"),
+)
+def test_ctas_that_persist(device, dims, seqlens, persistent, options, two_multiprocessors):
+    """The same results from CTAs, or on Blackwell at head dim 128 one pair, that take several tiles."""
+    case = Case("", (seqlens,) * 2, heads=(2, 2), dims=dims)
+    answer = answer_for(case, device)
+    assert answer.config.persistent == persistent
+    Call.make(case).check(device, **options)
 
 
 STRICT = (

@@ -30,7 +30,11 @@ class OneTile(NamedTuple):
     batches: Int32
 
     def grid(self) -> tuple[Int32, int, int]:
-        return (self.m_blocks * self.heads * self.batches, 1, 1)
+        return (self.count, 1, 1)
+
+    @property
+    def count(self) -> Int32:
+        return self.m_blocks * self.heads * self.batches
 
     def tile(self, block: Int32) -> WorkTile:
         """The tile of CTA `block`."""

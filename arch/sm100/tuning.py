@@ -25,7 +25,8 @@ class Config:
     block, how many are computed on the FMA units. softmax_registers, correction_registers,
     other_registers: per thread. ctas: 1, or 2 for a pair that multiplies together: its tiles have 256 rows,
     half of them each CTA's, and each CTA brings half of K and V. heads: query heads of one KV head that
-    share a tile's rows, a power of two.
+    share a tile's rows, a power of two. persistent: CTAs, or pairs, that stay for the whole launch and take
+    every so many-th tile; 0: one for each tile.
     """
 
     tiles: int
@@ -39,6 +40,7 @@ class Config:
     other_registers: int
     ctas: int = 1
     heads: int = 1
+    persistent: int = 0
 
     @property
     def tile_m(self) -> int:
@@ -56,10 +58,11 @@ class Config:
         return min(65536 // self.threads, 255) // 8 * 8
 
     def shared_memory(self, problem: Problem) -> int:
-        """Bytes of a CTA's dynamic shared memory: Q (later O), K and V tiles, factors, barriers."""
+        """Bytes of a CTA's dynamic shared memory: Q, O in its place or beside it, K, V, factors, barriers."""
         dim, dim_v = (-(-d // 16) * 16 for d in (problem.head_dim, problem.head_dim_v))
         rows, v_part = TILE_M * self.tiles, -(-dim_v // (16 * self.ctas)) * 16
-        q, k = rows * max(dim, dim_v), self.tile_n // self.ctas * self.k_stages * dim
+        q_and_out = dim + dim_v if self.persistent else max(dim, dim_v)
+        q, k = rows * q_and_out, self.tile_n // self.ctas * self.k_stages * dim
         return 2 * (q + k + self.tile_n * self.v_stages * v_part) + 8 * rows + 1024
 
 
@@ -73,12 +76,26 @@ def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None)
         if device.capability not in SLOW_EX2:
             config = replace(config, polynomial=0)
         if sizes is None:
-            return config
+            return scheduled(config, problem, device)
         config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
         q_rows = sizes.seqlen_q * config.heads
         if row.suits(q_rows):
-            return for_few_rows(config, problem, device) if q_rows <= TILE_M else config
+            config = for_few_rows(config, problem, device) if q_rows <= TILE_M else config
+            return scheduled(config, problem, device)
     return None
+
+
+def scheduled(config: Config, problem: Problem, device: Device) -> Config:
+    """Whether CTAs persist.
+
+    Where tiles are equal there is nothing to balance, so they may: O leaves while the next tile's Q, K and V
+    arrive, if there is shared memory for Q and O at once. Tiles of different lengths go to whichever
+    multiprocessor is free: the hardware gives a CTA for each its place.
+    """
+    staying = replace(config, persistent=device.multiprocessors // config.ctas)
+    fits = staying.shared_memory(problem) <= device.shared_memory
+    equal = sees_evenly(problem) and not (problem.seqused_q or problem.split_kv)
+    return staying if fits and equal and device.multiprocessors > 1 else config
 
 
 def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
@@ -180,15 +197,16 @@ class Row:
 #     wait for each other is not in the counts.
 #   slots: two Q tiles keep the tensor cores busy in turn; where O leaves room for one tile only, two S's do.
 #   Blocks of 128 rows of a block mask take one Q tile, and a tile_n that divides their keys; only they get to
-#     the rows of one Q tile for (128, 128) and (192, 128). Stages: as shared memory allows.
+#     the rows of one Q tile for (128, 128) and (192, 128). Stages: as shared memory allows, where CTAs may
+#     persist beside a place for O.
 #   polynomial: for 128 x 128 of S a quarter of an SM needs 1024 clocks of ex2 and 256 of FMA; each of the 16
 #     moved takes 64 from ex2 and adds 56 to FMA and 36 to about 440 issue slots. The products take 512 clocks
 #     at head dim 64, which ex2 binds: 6 moved leave 640 to ex2, 592 to FMA, 656 to issue. At 128 the products
 #     take 1024: 4 moved put ex2 (768) behind them. Beyond 128 they take longer still, and none is moved.
 ROWS = (
     Row(64, 64, False, Config(2, 1, 128, 4, 4, 6, 192, 80, 48)),
-    Row(128, 128, False, Config(2, 1, 128, 4, 4, 4, 200, 64, 48, ctas=2), even=True, gain=2065 / 2048),
-    Row(128, 128, False, Config(2, 1, 128, 2, 2, 4, 200, 64, 48)),
+    Row(128, 128, False, Config(2, 1, 128, 3, 3, 4, 200, 64, 48, ctas=2), even=True, gain=2065 / 2048),
+    Row(128, 128, False, Config(2, 1, 128, 2, 2, 4, 192, 80, 48)),
     Row(128, 128, True, Config(2, 1, 32, 4, 4, 0, 200, 64, 48)),
     Row(192, 128, False, Config(2, 1, 128, 3, 3, 0, 192, 64, 64, ctas=2), even=True, gain=2706 / 2560),
     Row(192, 128, False, Config(2, 1, 128, 2, 1, 0, 192, 64, 64)),

@@ -30,7 +30,8 @@ class Correction:
         self.group, self.dim_v = Group(config.ctas), padded(problem.head_dim_v)
 
     @cute.jit
-    def run(self, work: Work, warp: Int32):
+    def run(self, work: Work, ends: tuple, warp: Int32):
+        """One tile; no ends, and how many blocks it was."""
         rules = Rules.of(self.problem, work.job.call, work.job.sequence, work.job.heads.first)
         turns = turns_of(visits_of(self.problem, self.config, work.job, rules))
         for turn in cutlass.range(turns, unroll=1):
@@ -38,19 +39,22 @@ class Correction:
                 self.rescale(work, t, turn)
         for t in cutlass.range_constexpr(self.config.tiles):
             self.finish(work, t, turns)
+        return ends, turns
+
+    def close(self, ends: tuple, warp: Int32) -> None:
         self.store.close(warp)
 
     @cute.jit
     def rescale(self, work: Work, tile: cutlass.Constexpr, turn: Int32):
         """O *= factor, unless no row of the warp has a new maximum, or there is no O yet."""
         thread = cute.arch.thread_idx()[0] % TILE_M
-        stats = work.edges.stats.of(tile)
-        stats.wait_full(turn)
+        stats, number = work.edges.stats.of(tile), work.past.turns + turn
+        stats.wait_full(number + work.past.tiles)
         factor = work.memory.stats[thread, FACTOR, tile]
         stats.warp_emptied()
         if turn > 0:
             # Even where nothing is to do: a wait that is two turns late would take one for the other.
-            work.edges.o.of(tile).wait_full(turn - 1)
+            work.edges.o.of(tile).wait_full(number - 1)
         if (turn > 0) & cute.arch.vote_any_sync(factor != 1.0):
             for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
                 o = self.o(work, tile, c)
@@ -62,22 +66,24 @@ class Correction:
                     )
                 store(values, o, thread)
             stored()
-        work.edges.s.of(self.plan.place(tile, turn)).warp_emptied(self.group)
+        work.edges.s.of(self.plan.place(tile, number)).warp_emptied(self.group)
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
         """O / row_sum and the log-sum-exp are stored."""
         job, thread = work.job, cute.arch.thread_idx()[0] % TILE_M
         stats = work.edges.stats.of(tile)
-        stats.wait_full(turns)
+        stats.wait_full(work.past.turns + work.past.tiles + turns)
         softmax = OnlineSoftmax.create(1, Float32(1.0), ())
         softmax.row_sum[0] = work.memory.stats[thread, ROW_SUM, tile]
         softmax.row_max[0] = work.memory.stats[thread, ROW_MAX, tile]
+        if cutlass.const_expr(self.config.persistent):
+            stats.warp_emptied()
         row, head = row_of_thread(self.config, job, tile)
         exists = Boolean(True) if self.config.heads == 1 else head < job.heads.end
         factor = self.output_rows(job, head).close(softmax, 0, row, exists)
         if turns > 0:
-            work.edges.o.of(tile).wait_full(turns - 1)
+            work.edges.o.of(tile).wait_full(work.past.turns + turns - 1)
         target = self.store.target(work, tile, thread)
         for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
             values = registers(CHUNK)

@@ -79,12 +79,20 @@ class Edges(NamedTuple):
     o: Edge
 
 
+class Past(NamedTuple):
+    """What a CTA that persists has done before: blocks of keys, counted once for all Q tiles, and tiles."""
+
+    turns: Int32 | int = 0
+    tiles: Int32 | int = 0
+
+
 class Work(NamedTuple):
     """All that a role is told."""
 
     job: Job
     memory: Memory
     edges: Edges
+    past: Past
 
 
 class LoadEnds(NamedTuple):

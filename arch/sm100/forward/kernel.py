@@ -13,7 +13,7 @@
 
 One CTA, or a pair of CTAs, takes `tile_m` rows of one query head, or of several that share a KV head, with
 all keys or one split of them (Dao et al. 2023, "Flash-Decoding"): then correction writes O in fp32, from
-registers.
+registers. It takes one tile, or persists and takes every n-th: then O leaves under the next tile's loads.
 
 In a pair each CTA runs all roles but mma, which only the leader's warp does for both:
 
@@ -22,7 +22,6 @@ In a pair each CTA runs all roles but mma, which only the leader's warp does for
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -35,8 +34,9 @@ from ...common.channel import mma_channel
 from ...common.heads import TileHeads, parts_of
 from ...common.operand import Operand, padded
 from ...common.roles import Role, specialize_warps
-from ...common.schedule import InSections, OneTile, WorkTile, tile_per_cta
+from ...common.schedule import InSections, OneTile, tile_per_cta
 from ...common.sequence import sequence_of
+from ...elementwise import minimum
 from ...problem import Operands, Problem
 from ..edge import Edge
 from ..group import Group
@@ -44,7 +44,7 @@ from ..mma import Products
 from ..tmem import Plan
 from ..tuning import TILE_M, Config
 from .correction import Correction
-from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Tiles, Work, rows_of_tile
+from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Past, Tiles, Work, rows_of_tile
 from .load import Load
 from .mma import Mma
 from .softmax import Softmax
@@ -55,13 +55,12 @@ WARPGROUP = 4  # warps
 
 
 class Launch(NamedTuple):
-    """What a CTA is launched with. group: query heads that share a KV head. splits: parts of the keys."""
+    """What a CTA is launched with. group: query heads that share a KV head."""
 
     call: Operands
     maps: Maps
-    tile: WorkTile
+    schedule: OneTile | InSections
     group: Int32
-    splits: Int32 | int
 
 
 class ForwardKernel:
@@ -72,7 +71,8 @@ class ForwardKernel:
         operand = partial(Operand.of, self.dtype)
         dim, dim_v = problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
-        pitch = TILE_M * max(padded(dim), padded(dim_v))  # a tile's O takes the place of its own Q
+        # A tile's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
+        pitch = 0 if config.persistent else TILE_M * max(padded(dim), padded(dim_v))
         self.q = operand(TILE_M, dim, config.tiles, problem.varlen, pitch).packed(config.heads)
         self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch).packed(config.heads)
         self.k = operand(config.tile_n // config.ctas, dim, config.k_stages, ragged_k)
@@ -101,32 +101,51 @@ class ForwardKernel:
         if cutlass.const_expr(self.config.heads > 1):
             heads = call.k.shape[-2] * parts_of(self.config.heads, group)
         schedule = tile_per_cta(cute.ceil_div(rows, rows_of_tile(self.config)), heads, batches, splits)
-        grid, threads = (schedule.grid()[0] * self.config.ctas, 1, 1), (self.config.threads, 1, 1)
-        self.kernel(call, maps, schedule, group).launch(
+        groups = schedule.count
+        if cutlass.const_expr(self.config.persistent):
+            groups = minimum(groups, self.config.persistent)
+        grid, threads = (groups * self.config.ctas, 1, 1), (self.config.threads, 1, 1)
+        self.kernel(Launch(call, maps, schedule, group)).launch(
             grid=grid, block=threads, cluster=self.group.cluster, stream=stream, min_blocks_per_mp=1
         )
 
     @cute.kernel
-    def kernel(self, call: Operands, maps: Maps, schedule: OneTile | InSections, group: Int32):
-        splits = schedule.splits if self.problem.split_kv else 1
-        launch = Launch(call, maps, schedule.tile(self.group.index()), group, splits)
-        job = self.job(launch)
-        if job.first_row < job.sequence.q_rows:
-            self.row_block(launch)
+    def kernel(self, launch: Launch):
+        if cutlass.const_expr(self.config.persistent):
+            self.work(launch)
+        else:
+            job = self.job(launch, self.group.index())
+            if job.first_row < job.sequence.q_rows:
+                self.work(launch)
 
-    def job(self, launch: Launch) -> Job:
-        """What this CTA has to do."""
-        call, maps, tile, group, splits = launch
+    def job(self, launch: Launch, index: Int32) -> Job:
+        """Tile `index` of a launch."""
+        call, maps, schedule, group = launch
+        tile, splits = schedule.tile(index), schedule.splits if self.problem.split_kv else 1
         heads = TileHeads.of(self.problem, self.config.heads, tile.head, group)
         first_row = tile.m_block * rows_of_tile(self.config)
         return Job(call, maps, sequence_of(call, tile.batch), heads, first_row, tile.split, splits)
 
-    def start(self, run: Callable, launch: Launch, memory: Memory, edges: Edges, *ends_and_warp) -> None:
-        """Begin a role, which looks up its sequence itself: kept from before, that would take registers."""
-        run(Work(self.job(launch), memory, edges), *ends_and_warp)
+    @cute.jit
+    def run(self, role: cutlass.Constexpr, launch: Launch, memory: Memory, edges: Edges, ends, warp: Int32):
+        """A role's part of all tiles that this CTA takes.
+
+        Each role looks up its sequence itself: kept from before, that would take registers.
+        """
+        first, run = self.group.index(), role.run
+        if cutlass.const_expr(self.config.persistent):
+            turns, tiles = Int32(0), Int32(0)
+            step = cute.arch.grid_dim()[0] // self.config.ctas
+            for index in cutlass.range(first, launch.schedule.count, step, unroll=1):
+                work = Work(self.job(launch, index), memory, edges, Past(turns, tiles))
+                ends, visited = run(work, ends, warp)
+                turns, tiles = turns + visited, tiles + 1
+        else:
+            ends, _ = run(Work(self.job(launch, first), memory, edges, Past()), ends, warp)
+        role.close(ends, warp)
 
     @cute.jit
-    def row_block(self, launch: Launch):
+    def work(self, launch: Launch):
         problem, config, plan, group = self.problem, self.config, self.plan, self.group
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tiles, stats, barriers, address = self.shared_memory()
@@ -143,15 +162,15 @@ class ForwardKernel:
         load = Load(problem, config, self.q, self.k, self.v)
         mma = Mma(problem, config, Products(self.dtype, plan, group))
         softmax = Softmax(problem, config, self.dtype, plan)
-        stores = Partial(problem, config) if problem.split_kv else Result(self.out)
+        stores = Partial(problem, config) if problem.split_kv else Result(config, self.out)
         correction = Correction(problem, config, plan, stores)
         read, fill = MmaEnds(q.read, k.read, v.read), LoadEnds(q.fill, k.fill, v.fill)
         told, few = (launch, memory, edges), config.other_registers
         roles = (
-            Role(partial(self.start, softmax.run, *told), WARPGROUP * config.tiles, config.softmax_registers),
-            Role(partial(self.start, correction.run, *told), WARPGROUP, config.correction_registers),
-            Role(partial(self.start, mma.run, *told, read), 1, few),
-            Role(partial(self.start, load.run, *told, fill), 1, few),
+            Role(partial(self.run, softmax, *told, ()), WARPGROUP * config.tiles, config.softmax_registers),
+            Role(partial(self.run, correction, *told, ()), WARPGROUP, config.correction_registers),
+            Role(partial(self.run, mma, *told, read), 1, few),
+            Role(partial(self.run, load, *told, fill), 1, few),
         )
         specialize_warps(roles, config.launch_registers, warp)
         group.sync()
@@ -187,6 +206,9 @@ class ForwardKernel:
             pointer = cute.recast_ptr(tile.iterator, operand.layout().inner, operand.dtype)
             return cute.make_tensor(pointer, operand.layout().outer)
 
+        if config.persistent:
+            tiles = Tiles(tensor(self.q), tensor(self.k), tensor(self.v), tensor(self.out))
+            return tiles, stats, barriers, address
         larger = tensor(max(self.q, self.out, key=lambda operand: operand.bytes))
         q, out = in_place(larger, self.q), in_place(larger, self.out)
         return Tiles(q, tensor(self.k), tensor(self.v), out), stats, barriers, address

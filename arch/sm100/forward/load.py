@@ -16,7 +16,7 @@ from ...common.rules import Rules
 from ...problem import Problem
 from ..group import Group
 from ..tuning import Config
-from .job import Job, LoadEnds, Work, first_row_of, visits_of
+from .job import Job, LoadEnds, Work, first_row_of, turns_of, visits_of
 
 
 class Load:
@@ -28,6 +28,7 @@ class Load:
 
     @cute.jit
     def run(self, work: Work, ends: LoadEnds, warp: Int32):
+        """One tile; the ends as they are then, and how many blocks it was."""
         job, tiles = work.job, work.memory.tiles
         rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
@@ -49,10 +50,16 @@ class Load:
                 self.copy(self.k, k, self.first_key(visits, visits.after(place, 1)), tiles.k, slot)
             slot = ends.v.acquire_and_advance()
             self.copy(self.v, v, self.first_key(visits, visits.end), tiles.v, slot)
-            if cutlass.const_expr(self.config.ctas > 1):
-                # The leader must not tell a CTA that has left that its tiles are free.
-                ends.k.tail()
-                ends.v.tail()
+        return ends, turns_of(visits)
+
+    @cute.jit
+    def close(self, ends: LoadEnds, warp: Int32):
+        if cutlass.const_expr(self.config.ctas > 1):
+            # The leader must not tell a CTA that has left that its tiles are free.
+            if cutlass.const_expr(self.config.persistent):
+                ends.q.tail()
+            ends.k.tail()
+            ends.v.tail()
 
     def first_key(self, visits: Range | Listed, place: Int32) -> Int32:
         return visits.block(place) * self.config.tile_n

@@ -13,11 +13,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
+from ...common.blocks import Listed, Range
 from ...common.rules import Rules
 from ...problem import Problem
 from ..mma import Products, begin, tile_of
 from ..tuning import Config
-from .job import MmaEnds, Work, visits_of
+from .job import MmaEnds, Work, turns_of, visits_of
 
 
 class Mma:
@@ -28,53 +29,62 @@ class Mma:
 
     @cute.jit
     def run(self, work: Work, ends: MmaEnds, warp: Int32):
-        if self.products.group.leads():
-            self.begin_all(work, ends)
-
-    @cute.jit
-    def begin_all(self, work: Work, ends: MmaEnds):
+        """One tile; the ends as they are then, and how many blocks it was."""
         job = work.job
         rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
-        if visits.any():
-            k_slot = ends.k.wait_and_advance()
-            for t in cutlass.range_constexpr(self.config.tiles):
-                ends.q.wait_and_advance()
-                self.begin_s(work, t, 0, k_slot.index)
+        if self.products.group.leads() & visits.any():
+            ends = self.begin_all(work, visits, ends)
+        return ends, turns_of(visits)
+
+    @cute.jit
+    def begin_all(self, work: Work, visits: Range | Listed, ends: MmaEnds):
+        k_slot, q_slots = ends.k.wait_and_advance(), []
+        for t in cutlass.range_constexpr(self.config.tiles):
+            q_slots.append(ends.q.wait_and_advance())
+            self.begin_s(work, t, 0, k_slot.index)
+        k_slot.release()
+        for turn in cutlass.range(visits.total - 1, unroll=1):
+            if cutlass.const_expr(self.config.slots == 1):
+                v_slot = ends.v.wait_and_advance()
+                k_slot = ends.k.wait_and_advance()
+                for t in cutlass.range_constexpr(self.config.tiles):
+                    self.begin_o(work, t, turn, v_slot.index)
+                    self.begin_s(work, t, turn + 1, k_slot.index)
+            else:
+                k_slot = ends.k.wait_and_advance()
+                for t in cutlass.range_constexpr(self.config.tiles):
+                    self.begin_s(work, t, turn + 1, k_slot.index)
+                v_slot = ends.v.wait_and_advance()
+                for t in cutlass.range_constexpr(self.config.tiles):
+                    self.begin_o(work, t, turn, v_slot.index)
             k_slot.release()
-            for turn in cutlass.range(visits.total - 1, unroll=1):
-                if cutlass.const_expr(self.config.slots == 1):
-                    v_slot = ends.v.wait_and_advance()
-                    k_slot = ends.k.wait_and_advance()
-                    for t in cutlass.range_constexpr(self.config.tiles):
-                        self.begin_o(work, t, turn, v_slot.index)
-                        self.begin_s(work, t, turn + 1, k_slot.index)
-                else:
-                    k_slot = ends.k.wait_and_advance()
-                    for t in cutlass.range_constexpr(self.config.tiles):
-                        self.begin_s(work, t, turn + 1, k_slot.index)
-                    v_slot = ends.v.wait_and_advance()
-                    for t in cutlass.range_constexpr(self.config.tiles):
-                        self.begin_o(work, t, turn, v_slot.index)
-                k_slot.release()
-                v_slot.release()
-            v_slot = ends.v.wait_and_advance()
-            for t in cutlass.range_constexpr(self.config.tiles):
-                self.begin_o(work, t, visits.total - 1, v_slot.index)
             v_slot.release()
+        if cutlass.const_expr(self.config.persistent):
+            for t in cutlass.range_constexpr(self.config.tiles):
+                q_slots[t].release()
+        v_slot = ends.v.wait_and_advance()
+        for t in cutlass.range_constexpr(self.config.tiles):
+            self.begin_o(work, t, visits.total - 1, v_slot.index)
+        v_slot.release()
+        return ends
+
+    def close(self, ends: MmaEnds, warp: Int32) -> None:
+        """Whoever waits for the products sees them through."""
 
     def begin_s(self, work: Work, tile: int, turn: Int32 | int, stage: Int32) -> None:
-        """Begin S of block number `turn`."""
-        memory, make = work.memory, self.products
+        """Begin S of the tile's block number `turn`."""
+        memory, make, turn = work.memory, self.products, work.past.turns + turn
         q, k = make.q(memory.tiles.q), make.k(memory.tiles.k)
         s = make.s(memory.tensor, tile, turn)
         begin(make.qk(), s, tile_of(q, tile, turn), tile_of(k, stage, turn), False)
         work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma(make.group)
 
     def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32) -> None:
-        """Begin O += P V of block number `turn`, when P is stored and O has been rescaled."""
+        """Begin O += P V of the tile's block number `turn`, when P is stored and O has been rescaled."""
         memory, make = work.memory, self.products
+        adds, turn = Boolean(turn > 0), work.past.turns + turn
         work.edges.s.of(make.plan.place(tile, turn)).wait_empty(turn // self.config.slots + 1)
         p, v, o = make.p(memory.tensor, tile, turn), make.v(memory.tiles.v), make.o(memory.tensor, tile)
-        begin(make.pv(), o, p, tile_of(v, stage, turn), Boolean(turn > 0))
+        begin(make.pv(), o, p, tile_of(v, stage, turn), adds)
         work.edges.o.of(tile).filled_by_mma(make.group)

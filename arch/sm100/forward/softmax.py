@@ -18,7 +18,7 @@ from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, after, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Edges, Job, Work, row_of_thread, turns_of, visits_of
+from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, row_of_thread, turns_of, visits_of
 from .rows import accumulate, exponentials, raise_max
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
@@ -48,23 +48,29 @@ class Softmax:
         self.group = Group(config.ctas)
 
     @cute.jit
-    def run(self, work: Work, warp: Int32):
+    def run(self, work: Work, ends: tuple, warp: Int32):
+        """One tile; no ends, and how many blocks it was."""
         row = self.row(work, warp // 4)
         visits = visits_of(self.problem, self.config, work.job, row.rules)
         phases = visits.phases
         for p in cutlass.range_constexpr(len(phases)):
             for i in cutlass.range(phases[p].visits, unroll=1):
                 place = visits.nth(phases[p], i)
-                self.block(row, work.edges, visits.block(place), visits.turn(place), phases[p].masked)
-        stats = work.edges.stats.of(row.tile)
-        stats.wait_empty(turns_of(visits))
+                self.block(row, work, visits.block(place), visits.turn(place), phases[p].masked)
+        stats, turns = work.edges.stats.of(row.tile), turns_of(visits)
+        stats.wait_empty(work.past.turns + work.past.tiles + turns)
         row.stats[ROW_SUM] = row.softmax.row_sum[0]
         row.stats[ROW_MAX] = row.softmax.row_max[0]
         stats.warp_filled()
+        return ends, turns
+
+    def close(self, ends: tuple, warp: Int32) -> None:
+        """The correction sees the rest through."""
 
     @cute.jit
-    def block(self, row: Row, edges: Edges, n: Int32, turn: Int32, masked: cutlass.Constexpr):
-        """Block n of the keys, the turn-th that is visited: S becomes P."""
+    def block(self, row: Row, work: Work, n: Int32, turn: Int32, masked: cutlass.Constexpr):
+        """Block n of the keys, the turn-th of the tile that is visited: S becomes P."""
+        edges, turn = work.edges, work.past.turns + turn
         s, stats = edges.s.of(self.plan.place(row.tile, turn)), edges.stats.of(row.tile)
         column = self.plan.s(row.tile, turn)
         scores = registers(self.config.tile_n)
@@ -74,7 +80,7 @@ class Softmax:
         number = after(scores[0], row.number)
         row.rules.apply(scores, lambda r: number, lambda c: first_key + c, masked)
         factor = raise_max(row.softmax, scores)
-        stats.wait_empty(turn)
+        stats.wait_empty(turn + work.past.tiles)
         row.stats[FACTOR] = factor
         stats.warp_filled()
         # What a mask hides must be exactly 0, which ex2 makes of -inf.

@@ -37,15 +37,18 @@ class Target(NamedTuple):
 class Result:
     """out: the operand that it fills."""
 
-    def __init__(self, out: Operand):
-        self.out = out
+    def __init__(self, config: Config, out: Operand):
+        self.config, self.out = config, out
 
     def lse(self, job: Job) -> cute.Tensor | None:
         """Where the log-sum-exp goes."""
         return job.call.lse
 
     def target(self, work: Work, tile: int, thread: Int32) -> Target:
-        """Where the row of the tile's `thread` goes."""
+        """Where the row of the tile's `thread` goes, when nothing there is under way any more."""
+        if self.config.persistent:
+            self.await_copies(self.config.tiles - 1, cute.arch.make_warp_uniform(thread // 32))
+            cute.arch.barrier(barrier_id=STORE, number_of_threads=TILE_M)
         return Target(work.memory.tiles.out[None, None, tile], thread, None)
 
     def columns(self, target: Target, first: int, o: cute.Tensor) -> None:
@@ -75,10 +78,14 @@ class Result:
         cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def close(self, warp: Int32):
-        """Shared memory must outlive the copies' reading of it."""
+    def await_copies(self, younger: cutlass.Constexpr, warp: Int32):
+        """Wait until all but the `younger` last copies have read shared memory; one warp begins them."""
         if warp == 0:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.cp_async_bulk_wait_group(younger, read=True)
+
+    def close(self, warp: Int32) -> None:
+        """Shared memory must outlive the copies' reading of it."""
+        self.await_copies(0, warp)
 
 
 class Partial:
