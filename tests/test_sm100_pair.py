@@ -8,6 +8,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cute_flash import dispatch, executable, ops
 from cute_flash.arch.problem import Problem, Sizes
@@ -29,6 +31,7 @@ FEATURES = (
     "mask_window", "mask_document_causal", "score_own_softcap", "heads_4_1", "layout_sliced", "varlen_causal",
     "used_qk", "dropout_0.5", "sink_without_keys", "split_causal", "split_used", "blocks_taller",
 )  # fmt: skip
+DIMS = {case.dims for case in PLAIN.values()}
 HEAD_DIMS = ((136, 160), (256, 8), (200, 200), (8, 256), (40, 104))
 
 
@@ -67,6 +70,15 @@ def test_features(name, pairs_only):
 @pytest.mark.parametrize("name", ["varlen_causal", "split_causal", "mask_own", "blocks_taller"])
 def test_features_with_two_tiles(name, pairs_only):
     check(replace(CASES[name], dims=(128, 128)))
+
+
+@pytest.mark.parametrize("splits", [None, 2])
+def test_heads_in_one_tile(splits, pairs_only):
+    """Heads share the pair's rows, which one head would not fill."""
+    case = Case("", ((25, 300),), heads=(10, 1), dims=(256, 256), mask="causal", splits=splits, sink=True)
+    problem = answer_for(case, "sm100").problem
+    assert Forward.config(problem, B200, Sizes(1, 10, 1, 25, 300)).heads == 8
+    check(case)
 
 
 @pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
@@ -146,6 +158,7 @@ def test_every_change_is_noticed(change, pairs_only, monkeypatch):
         (answer_for(CASES["mask_causal"], "sm100").problem, 512, 1),
         (Problem("bfloat16", 192, 128), 16000, 2),
         (Problem("bfloat16", 256, 256), 128, 1),
+        (Problem("bfloat16", 256, 256, block_size=(128, 128)), 600, 1),
         (Problem("bfloat16", 256, 256), 600, 2),
         (Problem("bfloat16", 256, 256, varlen=True, dropout=True), 600, 2),
     ],
@@ -153,6 +166,15 @@ def test_every_change_is_noticed(change, pairs_only, monkeypatch):
 def test_who_gets_a_pair(problem, rows, ctas):
     config = Forward.config(problem, B200, Sizes(1, 1, 1, rows, 4096))
     assert config.ctas == ctas
+    assert config in Forward.configs(problem, B200)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(dims=st.sampled_from(sorted(DIMS)), group=st.integers(1, 40), rows=st.integers(1, 5000))
+def test_every_config_is_known_beforehand(dims, group, rows):
+    """So a bundle can hold every kernel that some call gets."""
+    problem = Problem("bfloat16", *dims, gqa=group > 1)
+    config = Forward.config(problem, B200, Sizes(1, group, 1, rows, 999))
     assert config in Forward.configs(problem, B200)
 
 
