@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import tcgen05
 
-from ..sm90.mma import pin
+from ..common.order import pin
 
 COLUMNS = 512  # of one multiprocessor
 ROWS = 128
@@ -92,18 +91,6 @@ def store(row: cute.Tensor, target: cute.Tensor, thread: Int32) -> None:
 def stored() -> None:
     """Wait until what this thread stored is in tensor memory."""
     cute.arch.fence_view_async_tmem_store()
-
-
-def after(loaded: Float32, x: Int32) -> Int32:
-    """`x`, known only once `loaded` is.
-
-    What follows from x alone is then not computed ahead, while the load is awaited, at a register each. `x`
-    would change where `loaded` is one certain signalling NaN, which no product yields.
-    """
-    compare = "setp.eq.b32 p, $1, 0x7f8ace55; selp.b32 t, 1, 0, p; add.s32 $0, $2, t;"
-    compare = "{ .reg .pred p; .reg .b32 t; " + compare + " }"
-    operands = [loaded.ir_value(), x.ir_value()]
-    return Int32(llvm.inline_asm(Int32.mlir_type, operands, compare, "=r,f,r", has_side_effects=True))
 
 
 def _repetition(count: int) -> tcgen05.Repetition:

@@ -19,14 +19,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-try:
-    from cutlass.memory import SmemAllocator
-except ImportError:  # before 4.8
-    from cutlass.utils import SmemAllocator
-
 from ..common.blocks import Listed, Range
 from ..common.dropout import Dropout
 from ..common.fragment import as_operand_a, rows_by_columns
+from ..common.memory import SmemAllocator
 from ..common.rules import Rules
 from ..common.schedule import InSections, OneTile, tile_per_cta
 from ..common.sequence import sequence_of

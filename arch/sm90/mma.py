@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 from cutlass import Float32
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+from ..common.order import pin
 
 ROWS = 64
 
@@ -46,23 +47,3 @@ def wait(younger: int, acc: cute.Tensor) -> None:
     """Wait until at most `younger` products are unfinished; `acc` is the one then complete."""
     warpgroup.wait_group(younger)
     pin(acc)
-
-
-def pin(registers: cute.Tensor) -> None:
-    """Compute these registers here: neither before what precedes nor after what follows."""
-    words = cute.recast_tensor(registers, Float32)
-    for i in range(cute.size(words)):
-        word = words[i].ir_value()
-        words[i] = Float32(llvm.inline_asm(Float32.mlir_type, [word], "", "=f,0", has_side_effects=True))
-
-
-def hold(x: Float32, y: Float32) -> None:
-    """Compute `x` and `y`, which are never negative, before anything that follows, a wait above all.
-
-    ptxas moves a wait up to where the product's registers come in sight, past most of the work that is
-    meant to run beside the product. A barrier of the warp whose mask depends on their signs stands in its
-    way; a branch would do so too, but makes ptxas serialize the products.
-    """
-    mask = "or.b32 m, $0, $1; setp.ge.s32 p, m, 0; selp.b32 m, -1, 0, p;"
-    barrier = "{ .reg .pred p; .reg .b32 m; " + mask + " bar.warp.sync m; }"
-    llvm.inline_asm(None, [x.ir_value(), y.ir_value()], barrier, "f,f", has_side_effects=True)

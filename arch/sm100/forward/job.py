@@ -9,7 +9,7 @@ from cutlass import Int32, pipeline
 
 from ...common import blocks
 from ...common.heads import TileHeads, row_of
-from ...common.operand import Mapped
+from ...common.memory import Maps, Tiles
 from ...common.rules import Rules
 from ...common.sequence import Sequence
 from ...elementwise import maximum
@@ -20,24 +20,6 @@ from ..queue import Queue
 from ..tuning import TILE_M, Config
 
 FACTOR, ROW_SUM, ROW_MAX = 0, 0, 1  # places in `Memory.stats`; the factor's is free when the sum is due
-
-
-class Maps(NamedTuple):
-    """The tensors as TMA sees them; no `out` where it leaves from registers."""
-
-    q: Mapped
-    k: Mapped
-    v: Mapped
-    out: Mapped | None
-
-
-class Tiles(NamedTuple):
-    """Shared memory: (rows, dim, tiles) of q and, in its place, out; (rows, dim, stages) of k and v."""
-
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    out: cute.Tensor
 
 
 class Job(NamedTuple):

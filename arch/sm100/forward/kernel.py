@@ -32,6 +32,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from ...common.channel import mma_channel
 from ...common.heads import TileHeads, parts_of
+from ...common.memory import Maps, SmemAllocator, Tiles
 from ...common.operand import Operand, padded
 from ...common.roles import Role, specialize_warps
 from ...common.schedule import InSections, OneTile, tile_per_cta
@@ -45,7 +46,7 @@ from ..queue import SLOTS, Queue
 from ..tmem import Plan
 from ..tuning import TILE_M, Config
 from .correction import Correction
-from .job import Edges, Job, LoadEnds, Maps, Memory, MmaEnds, Past, Tiles, Work, rows_of_tile
+from .job import Edges, Job, LoadEnds, Memory, MmaEnds, Past, Work, rows_of_tile
 from .load import Load
 from .mma import Mma
 from .softmax import Softmax
@@ -214,24 +215,11 @@ class ForwardKernel:
     def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer, cute.Pointer]:
         """The tiles, the rows' statistics, the barriers, a word for tensor memory's address, and answers."""
         config = self.config
-        smem = cutlass.memory.SmemAllocator()
+        smem = SmemAllocator()
         count = 2 * (config.tiles * (3 + config.slots) + config.k_stages + config.v_stages + SLOTS)
         answers = smem.allocate_array(cutlass.Int128, SLOTS)
         barriers = smem.allocate_array(cutlass.Int64, count)
         address = smem.allocate_array(cutlass.Int32, 1)
         stats = smem.allocate_tensor(Float32, cute.make_layout((TILE_M, 2, config.tiles)), byte_alignment=16)
-
-        def tensor(operand: Operand) -> cute.Tensor:
-            shape, swizzle = operand.layout().outer, operand.layout().inner
-            return smem.allocate_tensor(operand.dtype, shape, byte_alignment=1024, swizzle=swizzle)
-
-        def in_place(tile: cute.Tensor, operand: Operand) -> cute.Tensor:
-            pointer = cute.recast_ptr(tile.iterator, operand.layout().inner, operand.dtype)
-            return cute.make_tensor(pointer, operand.layout().outer)
-
-        if config.stays:
-            tiles = Tiles(tensor(self.q), tensor(self.k), tensor(self.v), tensor(self.out))
-            return tiles, stats, barriers, address, answers
-        larger = tensor(max(self.q, self.out, key=lambda operand: operand.bytes))
-        q, out = in_place(larger, self.q), in_place(larger, self.out)
-        return Tiles(q, tensor(self.k), tensor(self.v), out), stats, barriers, address, answers
+        tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=config.stays)
+        return tiles, stats, barriers, address, answers

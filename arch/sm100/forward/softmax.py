@@ -12,11 +12,12 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ...common.dropout import Dropout
+from ...common.order import after
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...problem import Problem
 from ..group import Group
-from ..tmem import Plan, after, columns, load, registers, store, stored
+from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
 from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, row_of_thread, turns_of, visits_of
 from .rows import accumulate, exponentials, raise_max

@@ -19,14 +19,16 @@ from cutlass import Float32, Int32, pipeline
 
 from ...common.dropout import Dropout
 from ...common.fragment import rows_by_columns, some_rows
+from ...common.memory import Tiles
 from ...common.operand import Operand, padded, transposed
+from ...common.order import hold, pin
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...elementwise import where
 from ...problem import Problem
-from ..mma import accumulator, begin, hold, operand_a, pin, tiled_mma, wait
+from ..mma import accumulator, begin, operand_a, tiled_mma, wait
 from ..tuning import Config
-from .job import Job, Tiles, Work, job_of, visits_of
+from .job import Job, Work, job_of, visits_of
 from .rows import ROW_LANES, coordinates, heads_of_thread, row_of
 from .store import Partial, Result
 

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import cutlass.cute as cute
 from cutlass import Int32
 
 from ...common import blocks
 from ...common.heads import TileHeads
-from ...common.operand import Mapped
+from ...common.memory import Maps
 from ...common.rules import Rules
 from ...common.schedule import InSections
 from ...common.sequence import Sequence, sequence_of
 from ...problem import Operands, Problem
 from ..tuning import Config
-
-
-class Maps(NamedTuple):
-    """The tensors as TMA sees them; no `out` where it leaves from registers."""
-
-    q: Mapped
-    k: Mapped
-    v: Mapped
-    out: Mapped | None
-
-
-class Tiles(NamedTuple):
-    """Shared memory: (rows, dim, warpgroups) of q and, in its place, out; (rows, dim, stages) of k and v."""
-
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    out: cute.Tensor
 
 
 class Work(NamedTuple):

@@ -23,6 +23,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from ...common.channel import channel, channels_ready
 from ...common.heads import parts_of
+from ...common.memory import Maps, SmemAllocator, Tiles
 from ...common.operand import Operand, padded
 from ...common.roles import Role, warp_specialize
 from ...common.schedule import InSections
@@ -31,7 +32,7 @@ from ...problem import Operands, Problem
 from ..mma import ROWS
 from ..tuning import L2_FOR_SECTION, Config
 from .compute import Compute, ComputeEnds
-from .job import Maps, Tiles, Work, rows_of_tile
+from .job import Work, rows_of_tile
 from .load import Load, LoadEnds
 
 DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
@@ -117,19 +118,7 @@ class ForwardKernel:
 
     def shared_memory(self) -> tuple[Tiles, cute.Pointer]:
         """The tiles, and the barriers of all channels."""
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         barriers = smem.allocate_array(cutlass.Int64, 2 + 4 * self.config.stages)
-
-        def tensor(operand: Operand) -> cute.Tensor:
-            shape, swizzle = operand.layout().outer, operand.layout().inner
-            return smem.allocate_tensor(operand.dtype, shape, byte_alignment=1024, swizzle=swizzle)
-
-        def in_place(tile: cute.Tensor, operand: Operand) -> cute.Tensor:
-            pointer = cute.recast_ptr(tile.iterator, operand.layout().inner, operand.dtype)
-            return cute.make_tensor(pointer, operand.layout().outer)
-
-        if self.config.persistent:
-            return Tiles(tensor(self.q), tensor(self.k), tensor(self.v), tensor(self.out)), barriers
-        larger = tensor(max(self.q, self.out, key=lambda operand: operand.bytes))
-        q, out = in_place(larger, self.q), in_place(larger, self.out)
-        return Tiles(q, tensor(self.k), tensor(self.v), out), barriers
+        operands = self.q, self.k, self.v, self.out
+        return Tiles.allocate(smem, *operands, apart=bool(self.config.persistent)), barriers

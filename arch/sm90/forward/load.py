@@ -14,11 +14,12 @@ from cutlass import Int32, Int64, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from ...common.blocks import Listed, Range
+from ...common.memory import Tiles
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
 from ..tuning import Config
-from .job import Job, Tiles, Work, job_of, visits_of
+from .job import Job, Work, job_of, visits_of
 
 # Cache policies, as createpolicy.fractional would make them for all of the bytes.
 EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000

@@ -13,11 +13,12 @@ from cutlass import Boolean, Int32
 from cutlass.cute.nvgpu import warp
 
 from ...common.fragment import rows_by_columns, some_rows
+from ...common.memory import Tiles
 from ...common.operand import Operand, padded
 from ...common.output import OutputRows, of_split, write_pairs
 from ...problem import Problem
 from ..tuning import Config
-from .job import Job, Tiles
+from .job import Job
 from .rows import coordinates, row_of
 
 STORE = 4  # first of the named barriers, one per warpgroup
