@@ -61,12 +61,17 @@ class Row:
         forward = all_pairs // 2 if self.causal else all_pairs
         return forward * 5 // 2 if self.backward else forward
 
-    def tensors(self, device: str, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Random normal q, k, v: (batch, seqlen, heads, dim), bfloat16."""
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of q, k, v: (batch, seqlen, heads, dim)."""
         dims = (self.head_dim, self.head_dim, self.head_dim_v)
-        shape = (self.batch, self.seqlen, self.heads)
+        return tuple((self.batch, self.seqlen, self.heads, dim) for dim in dims)
+
+    def tensors(self, device: str, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Random normal q, k, v, bfloat16."""
         return tuple(
-            torch.randn(*shape, dim, generator=generator, device=device, dtype=torch.bfloat16) for dim in dims
+            torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+            for shape in self.shapes
         )
 
 

@@ -38,7 +38,7 @@ from unittest import mock
 
 from . import measure, peers
 from .record import write_whole
-from .stages import correctness, environment
+from .stages import correctness, environment, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_FILE = 60 << 20
@@ -199,13 +199,11 @@ def kernels(directory: Path, arch: str, quick: bool, processes: int) -> dict[str
     names: list[Any] = list(correctness.DRY_CASES if quick else CASES)
     if quick:
         names += ["lengths_65_63_causal"]
-    rows = [*measure.sweep(dry_run=True), measure.Row(128, 128, True, 64, 1, 1), *correctness.DRY_LARGE]
-    rows += [] if quick else [*measure.sweep(), *correctness.LARGE]
-    shapes = {(row.head_dim, row.head_dim_v, row.causal): row for row in rows}
-    calls = [*names, *(measure.Row(*shape, 16, 1, 1) for shape in shapes)]
+    rows = [*speed.called(True), measure.Row(128, 128, True, 64, 1, 1), *correctness.DRY_LARGE]
+    rows += [] if quick else [*speed.called(False), *correctness.LARGE]
     # First choices first; then the same calls for every other kernel that the report will measure.
     _, *others = kernels_of(EMULATED[arch])
-    todo = [(what, kernel) for kernel in (None, *others) for what in calls]
+    todo = [(what, k) for k in (None, *others) for what in (*names, *differing(rows, arch, k))]
     work = functools.partial(_compile_for, arch=arch, directory=str(directory))
     failed = {}
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -216,6 +214,18 @@ def kernels(directory: Path, arch: str, quick: bool, processes: int) -> dict[str
             if error:
                 failed[f"the kernel of {label}"] = error
     return failed
+
+
+def differing(rows: list[measure.Row], arch: str, kernel: str | None) -> list[measure.Row]:
+    """Of some rows as many as ask for different kernels: which one a row gets depends on all its sizes."""
+    found: dict[tuple, measure.Row] = {}
+    for row in rows:
+        try:
+            asked = tuple(asked_for(row, arch, kernel))
+        except NotImplementedError:  # told when it is to be compiled
+            asked = (row,)
+        found.setdefault(asked, row)
+    return list(found.values())
 
 
 def _compile_for(what: Any, kernel: str | None, arch: str, directory: str) -> str:
@@ -263,7 +273,8 @@ def asked_for(what: Any, arch: str, kernel: str | None = None) -> list[tuple]:
             Call.make(CASES[what]).run(arch)
         else:
             with emulated(arch):
-                flash_attn_func(*what.tensors("cpu", torch.Generator()), causal=what.causal)
+                inputs = (torch.empty(shape, dtype=torch.bfloat16) for shape in what.shapes)
+                flash_attn_func(*inputs, causal=what.causal)
     return found
 
 

@@ -36,6 +36,30 @@ def test_pack_compiles_what_a_call_asks_for(tmp_path):
     assert pack._compile_for(row, "no such kernel", "sm80", str(tmp_path)) == ""
 
 
+def test_pack_compiles_for_the_sizes_of_a_row():
+    """Which kernel a row gets depends on its lengths: few rows, and few tiles, have their own."""
+    rows = [measure.Row(128, 128, False, seqlen, 32, 16) for seqlen in (16, 512, 2048)]
+    configs = [pack.asked_for(row, "sm90")[0][2] for row in rows]
+    assert configs[0] != configs[1] == configs[2]
+    assert pack.differing(rows, "sm90", None) == rows[:2]
+
+
+def test_pack_compiles_all_that_the_report_calls(tmp_path, monkeypatch):
+    from profiling.stages import correctness, speed
+
+    called = []
+    monkeypatch.setattr(pack, "differing", lambda rows, arch, kernel: called.extend(rows) or [])
+    monkeypatch.setattr(correctness, "DRY_CASES", ())
+    monkeypatch.setattr(pack, "_compile_for", _nothing)
+    assert pack.kernels(tmp_path / "kernels", "sm90", quick=True, processes=1) == {}
+    assert {*speed.called(True), *correctness.DRY_LARGE} <= {*called}
+    assert speed.host_row(False) in speed.called(False) and measure.sweep()[0] in speed.called(False)
+
+
+def _nothing(what, kernel, arch, directory):
+    return ""
+
+
 def test_pack_keeps_one_kernel_for_rows_that_share_it(tmp_path, monkeypatch):
     """Lengths of which the shortest and the longest give the same kernel are not compiled one by one."""
     from profiling import flash_attn_4

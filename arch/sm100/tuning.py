@@ -26,7 +26,8 @@ class Config:
     other_registers: per thread. ctas: 1, or 2 for a pair that multiplies together: its tiles have 256 rows,
     half of them each CTA's, and each CTA brings half of K and V. heads: query heads of one KV head that
     share a tile's rows, a power of two. persistent: CTAs, or pairs, that stay for the whole launch and take
-    every so many-th tile; 0: one for each tile.
+    every so many-th tile; 0: one for each tile. dynamic: those that are done take the tiles of others that
+    have not begun.
     """
 
     tiles: int
@@ -41,6 +42,12 @@ class Config:
     ctas: int = 1
     heads: int = 1
     persistent: int = 0
+    dynamic: bool = False
+
+    @property
+    def stays(self) -> bool:
+        """Whether a CTA takes several tiles: then O has a place of its own."""
+        return self.dynamic or self.persistent > 0
 
     @property
     def tile_m(self) -> int:
@@ -61,7 +68,7 @@ class Config:
         """Bytes of a CTA's dynamic shared memory: Q, O in its place or beside it, K, V, factors, barriers."""
         dim, dim_v = (-(-d // 16) * 16 for d in (problem.head_dim, problem.head_dim_v))
         rows, v_part = TILE_M * self.tiles, -(-dim_v // (16 * self.ctas)) * 16
-        q_and_out = dim + dim_v if self.persistent else max(dim, dim_v)
+        q_and_out = dim + dim_v if self.stays else max(dim, dim_v)
         q, k = rows * q_and_out, self.tile_n // self.ctas * self.k_stages * dim
         return 2 * (q + k + self.tile_n * self.v_stages * v_part) + 8 * rows + 1024
 

@@ -61,7 +61,7 @@ class DataRace(EmulatorError):
 
 
 class RegisterInFlight(EmulatorError):
-    """A register of an asynchronous product touched before the wait, or used by one without a fence."""
+    """A register of an asynchronous product or load touched before the wait, or used without a fence."""
 
 
 class WarpgroupError(EmulatorError):

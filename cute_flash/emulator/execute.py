@@ -41,7 +41,8 @@ class Options:
     time). seed: of everything random. races: raise where accesses to shared memory conflict without an order.
     observers: objects with hooks, see observe.py. ctas_per_wave: how many CTAs are resident together; None
     lets their size decide. uninitialized: "error" raises where shared or local memory is read that nothing
-    has written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses.
+    has written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses. by_the_book:
+    with races, demand fences and waits that hardware is known to do without, see tensor_races.py.
     """
 
     asynchrony: str = "eager"
@@ -51,8 +52,11 @@ class Options:
     observers: tuple = ()
     ctas_per_wave: int | None = None
     uninitialized: str = "error"
+    by_the_book: bool = False
 
     def __post_init__(self) -> None:
+        if self.by_the_book and not self.races:
+            raise ValueError("by_the_book is True and races is False; the race detector looks things up")
         if self.asynchrony not in ASYNCHRONY:
             raise ValueError(f"asynchrony is {self.asynchrony!r}; allowed: {', '.join(ASYNCHRONY)}")
         if self.uninitialized not in UNINITIALIZED:

@@ -74,11 +74,14 @@ class MBarriers:
             raise BarrierError(f"no mbarrier was initialised at shared {address:#x} of CTA {cta}")
         return barrier
 
-    def arrive(self, barrier: Barrier, count: int, warp: tuple[int, int] | None) -> None:
-        """`count` arrivals; warp: (cta, warp) that arrives, None for a unit of the hardware."""
+    def arrive(self, barrier: Barrier, count: int, warp: tuple[int, int] | None, lanes: int = 0) -> None:
+        """`count` arrivals; warp: (cta, warp) that arrives, None for a unit of the hardware.
+
+        lanes: those of the warp that arrive at the barrier in this instruction, as bits.
+        """
         m = self.machine
         if m.watch is not None and warp is not None:
-            m.watch.mbarrier_arrive(m, warp, barrier)
+            m.watch.mbarrier_arrive(m, warp, barrier, lanes)
         if count < 1 or count > barrier.pending:
             raise BarrierError(f"{count} arrivals at {barrier!r}")
         barrier.pending -= count

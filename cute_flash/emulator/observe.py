@@ -102,6 +102,12 @@ class Observer:
     def tensor_stored(self, m: Machine, g: Threads) -> None:
         """Each warp has waited for its stores to tensor memory."""
 
+    def tensor_loaded(self, m: Machine, g: Threads) -> None:
+        """Each warp has waited for its loads from tensor memory."""
+
+    def tensor_fence(self, m: Machine, g: Threads, before: bool) -> None:
+        """Each warp executes tcgen05.fence, ::before_thread_sync or ::after_thread_sync."""
+
     def tensor_work(self, m: Machine, unit: Unit, columns: Columns, write: bool) -> None:
         """A unit begins to read tensor memory, or to write it."""
 
@@ -114,14 +120,17 @@ class Observer:
     def mbarrier_use(self, m: Machine, warp: tuple[int, int], barrier: Barrier, by_unit: bool) -> None:
         """(cta, warp) is about to use a barrier, or to let a copy or a product signal it (by_unit)."""
 
-    def mbarrier_arrive(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
-        """(cta, warp) arrives at a barrier."""
+    def mbarrier_arrive(self, m: Machine, warp: tuple[int, int], barrier: Barrier, lanes: int) -> None:
+        """Some lanes of (cta, warp), as bits, arrive at a barrier; called for each of them."""
 
     def mbarrier_complete(self, m: Machine, barrier: Barrier) -> None:
         """A barrier's phase is complete."""
 
     def mbarrier_wait(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         """(cta, warp) has seen that the phase before the barrier's current one is complete."""
+
+    def warp_meet(self, m: Machine, g: Threads) -> None:
+        """The lanes of each warp leave bar.warp.sync."""
 
     def cluster_arrive(self, m: Machine, g: Threads, release: bool) -> None:
         """Each warp arrives at its cluster's barrier."""

@@ -9,6 +9,7 @@ import numpy as np
 from . import ops
 from .analysis import Definedness, check_guard, is_branch, watch_registers
 from .errors import EmulatorError, UnmodelledInstruction
+from .load_flight import LoadFlight
 from .parse import EntryText, Instruction, Module, Variable, parse
 from .register_flight import RegisterFlight
 from .translate import CONTROL, CONVERGED, PLAIN, Layout, Operation, Step, Translation
@@ -163,6 +164,7 @@ def _steps(translation: Translation, instructions: list[Instruction]) -> list[St
         step.where, step.instructions = operation.instruction, (operation.instruction,)
         watch_registers(operation, step, flags, needs)
     RegisterFlight(operations, definedness.starts).instrument(steps, translation.layout)
+    LoadFlight(operations, definedness.starts).instrument(steps)
     return _link(translation, operations, steps, (set(definedness.starts), flags))
 
 

@@ -3,26 +3,29 @@
 The agents are the warps of a cluster, its mbarriers, and the units that copy and multiply on their own. Each
 works in epochs. clock[cluster, warp, agent] is the last epoch of an agent that a warp knows to be over. A
 barrier passes knowledge on: from who arrives to who leaves. An access races with an earlier one of another
-agent whose epoch the accessing warp does not know, unless both only read or both are atomic.
+agent whose epoch the accessing warp does not know, unless both only read or both are atomic. Of a warp some
+of whose lanes arrive, others learn what those lanes know (meetings.py).
 
     cp.async            a write of its thread's warp, under way until the thread waits for it
     bulk load           a write in an epoch of the mbarrier that it signals: its phase
     store, product      a read by a unit, in an epoch that ends with the wait for its group
 
 Generic and asynchronous accesses are different proxies. A generic write is ordered before an asynchronous
-access by a proxy fence of a warp that knows of the write; fenced[cluster, warp, writer] are the epochs that
-a warp knows to be so ordered.
+access by a proxy fence of a warp that knows of the write; fenced[cluster, warp, PROXY, writer] are the epochs
+that a warp knows to be so ordered, and fenced[..., TENSOR, writer] those in which the writer's accesses of
+tensor memory lie before its tcgen05.fence.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import DataRace
+from .meetings import EVERY_LANE, Meetings, lanes_of
 from .observe import Columns, Observer, Span, Unit
+from .race_state import NOBODY, PROXY, TENSOR, Access, Agents, History, Released, UnitAccess, Word, wider
 from .tensor_races import TensorRaces
 
 if TYPE_CHECKING:
@@ -30,105 +33,6 @@ if TYPE_CHECKING:
     from .mbarrier import Barrier
     from .state import Threads
     from .sync import Copy
-
-NOBODY = -1
-
-
-class Access(NamedTuple):
-    """One access of a set of threads: what it does in words, addresses per thread, and cell, cluster, warp
-    (of the cluster) per granule.
-    """
-
-    m: Machine
-    g: Threads
-    verb: str
-    address: np.ndarray
-    cell: np.ndarray
-    cluster: np.ndarray
-    warp: np.ndarray
-
-    def race(self, k: int, other: str, step: int) -> DataRace:
-        """The error for granule k."""
-        thread = k * len(self.address) // len(self.cell)
-        what = f"{self.verb} shared {int(self.address[thread]):#x}"
-        text = f"{what} without an order to {other} ({self.m.line(step)})"
-        return self.m.fault(DataRace, self.g, thread, text)
-
-
-class UnitAccess(NamedTuple):
-    """One access of a unit: cells in one cluster, and the warp that issued it."""
-
-    m: Machine
-    verb: str
-    base: int
-    cell: np.ndarray
-    cluster: np.ndarray
-    warp: np.ndarray
-    granule: int
-
-    def race(self, k: int, other: str, step: int) -> DataRace:
-        """The error for granule k."""
-        address = int(self.cell[k]) * self.granule - self.base
-        warps = self.m.warps
-        warp = int(self.warp[0])
-        cta = self.m.cta_name(int(self.cluster[0]) * self.m.cluster + warp // warps)
-        text = f"{self.verb} shared {address:#x} without an order to {other} ({self.m.line(step)})"
-        return DataRace(f"{text} (issued by CTA {cta}, warp {warp % warps})")
-
-
-@dataclass
-class Released:
-    """What leaving a barrier teaches: epochs by agent, and those fenced by writer."""
-
-    clock: np.ndarray
-    fenced: np.ndarray
-
-    def join(self, clock: np.ndarray, fenced: np.ndarray) -> None:
-        """Add somebody's knowledge."""
-        np.maximum(self.clock[: len(clock)], clock, out=self.clock[: len(clock)])
-        np.maximum(self.fenced, fenced, out=self.fenced)
-
-
-@dataclass
-class Word:
-    """What is known of an mbarrier: who made it and when, whether a fence followed, and its knowledge."""
-
-    warp: int
-    epoch: int
-    step: int
-    fenced: bool
-    arriving: Released
-    released: Released
-
-
-class History:
-    """The latest epoch and step in which one agent accessed each cell; 0 where it has not."""
-
-    def __init__(self, cells: int):
-        self.epoch = np.zeros(cells, np.int32)
-        self.step = np.zeros(cells, np.int32)
-
-    def record(self, cell: np.ndarray, epoch: np.ndarray | int, step: int) -> None:
-        """Note an access of each cell."""
-        self.epoch[cell] = epoch
-        self.step[cell] = step
-
-
-class Agents:
-    """Names of agents, numbered as they appear; the warps of a cluster come first."""
-
-    def __init__(self, warps: int):
-        self.warps = warps
-        self.names = [("warp", k) for k in range(warps)]
-        self.numbers: dict[tuple, int] = {}
-
-    def number(self, *name: object) -> int:
-        """The number of a unit or barrier."""
-        found = self.numbers.get(name)
-        if found is None:
-            found = self.numbers[name] = len(self.names)
-            self.names.append(name)
-        return found
 
 
 class RaceDetector(Observer):
@@ -149,7 +53,9 @@ class RaceDetector(Observer):
         self.agents = Agents(self.warps)
         self.clock = np.zeros((clusters, self.warps, 2 * self.warps), np.int32)
         self.clock[:, range(self.warps), range(self.warps)] = 1
-        self.fenced = np.zeros((clusters, self.warps, self.warps), np.int32)
+        self.fenced = np.zeros((clusters, self.warps, 2, self.warps), np.int32)
+        self.by_the_book = m.options.by_the_book
+        self.meetings = Meetings(clusters, self.warps)
         self.named: dict[tuple[int, int], Released] = {}
         self.leaving: dict[int, list[Released]] = {}
         self.words: dict[tuple[int, int], Word] = {}
@@ -241,13 +147,27 @@ class RaceDetector(Observer):
         known = self.clock[cluster, number].copy()
         known[number] -= 1
         known[agent] = unit.epoch
-        self.closed[unit] = Released(known, self.fenced[cluster, number].copy())
+        fenced = self.fenced[cluster, number].copy()
+        fenced[TENSOR, number] = known[number]
+        self.closed[unit] = Released(known, fenced)
 
     def tensor_access(self, m: Machine, warp: tuple[int, int], columns: Columns, write: bool) -> None:
         self.tensor.access(warp, columns, write)
 
     def tensor_stored(self, m: Machine, g: Threads) -> None:
         self.tensor.stored(g)
+
+    def tensor_loaded(self, m: Machine, g: Threads) -> None:
+        self.tensor.loaded(g)
+
+    def tensor_fence(self, m: Machine, g: Threads, before: bool) -> None:
+        for warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
+            cluster, number = self.one(warp)
+            if before:
+                self.fenced[cluster, number, TENSOR, number] = self.clock[cluster, number, number]
+                self.clock[cluster, number, number] += 1
+            else:
+                self.tensor.fence(cluster, number)
 
     def tensor_work(self, m: Machine, unit: Unit, columns: Columns, write: bool) -> None:
         self.tensor.work(unit, columns, write)
@@ -264,7 +184,7 @@ class RaceDetector(Observer):
         if barriers_only:
             return
         known = self.clock[cluster, warp][:, : self.warps]
-        self.fenced[cluster, warp] = np.maximum(self.fenced[cluster, warp], known)
+        self.fenced[cluster, warp, PROXY] = np.maximum(self.fenced[cluster, warp, PROXY], known)
         self.clock[cluster, warp, warp] += 1
 
     # Barriers.
@@ -281,8 +201,13 @@ class RaceDetector(Observer):
             free = complete[cta, number]
             for w, c, n in zip(warp[free].tolist(), cta[free].tolist(), number[free].tolist(), strict=True):
                 self._learn((c, w), self.named[c, n])
+                self.meetings.meet(self.clock, *self.one((c, w)))
         for cta, number in zip(*np.nonzero(complete), strict=True):
             self.named.pop((int(cta), int(number)), None)
+
+    def warp_meet(self, m: Machine, g: Threads) -> None:
+        for cta, warp, lanes in zip(g.cta_at.tolist(), g.warp_at.tolist(), lanes_of(g).tolist(), strict=True):
+            self.meetings.meet(self.clock, *self.one((cta, warp)), lanes)
 
     def cluster_arrive(self, m: Machine, g: Threads, release: bool) -> None:
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
@@ -299,6 +224,7 @@ class RaceDetector(Observer):
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
             due = int(m.cluster_barriers.due[warp, cta])
             self._learn((cta, warp), self.leaving[cta // m.cluster][due])
+            self.meetings.meet(self.clock, *self.one((cta, warp)))
 
     def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         cluster, number = self.one(warp)
@@ -316,12 +242,12 @@ class RaceDetector(Observer):
         if by_unit and not word.fenced:
             raise DataRace(f"lets a copy or product signal {barrier!r} without a fence after {made}")
 
-    def mbarrier_arrive(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
-        self._publish(warp, self.words[barrier.cta, barrier.address].arriving)
+    def mbarrier_arrive(self, m: Machine, warp: tuple[int, int], barrier: Barrier, lanes: int) -> None:
+        self._publish(warp, self.words[barrier.cta, barrier.address].arriving, lanes)
 
     def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
         into, closed = self.words[barrier.cta, barrier.address].arriving, self.closed[unit]
-        into.clock = _wider(into.clock, self.clock.shape[2])
+        into.clock = wider(into.clock, self.clock.shape[2])
         into.join(closed.clock, closed.fenced)
 
     def mbarrier_complete(self, m: Machine, barrier: Barrier) -> None:
@@ -337,13 +263,17 @@ class RaceDetector(Observer):
     # Knowledge.
 
     def _nothing(self) -> Released:
-        return Released(np.zeros(self.clock.shape[2], np.int32), np.zeros(self.warps, np.int32))
+        return Released(np.zeros(self.clock.shape[2], np.int32), np.zeros((2, self.warps), np.int32))
 
-    def _publish(self, warp: tuple[int, int], into: Released) -> None:
+    def _publish(self, warp: tuple[int, int], into: Released, lanes: int = EVERY_LANE) -> None:
         """A warp's knowledge joins a barrier's; its next epoch begins."""
         cluster, number = self.one(warp)
-        into.clock = _wider(into.clock, self.clock.shape[2])
-        into.join(self.clock[cluster, number], self.fenced[cluster, number])
+        into.clock = wider(into.clock, self.clock.shape[2])
+        known = self.clock[cluster, number]
+        if not self.meetings.speaks_for_all(cluster, number, lanes):
+            known = known.copy()
+            known[number] = self.meetings.met[cluster, number]
+        into.join(known, self.fenced[cluster, number])
         self.clock[cluster, number, number] += 1
 
     def _publish_barriers(self, warp: tuple[int, int]) -> None:
@@ -370,7 +300,7 @@ class RaceDetector(Observer):
     def _grown(self, agent: int) -> int:
         """The agent, after making room for it in every clock."""
         if agent >= self.clock.shape[2]:
-            self.clock = _wider(self.clock, 2 * agent)
+            self.clock = wider(self.clock, 2 * agent)
         return agent
 
     # Histories.
@@ -393,6 +323,7 @@ class RaceDetector(Observer):
     def _access(self, g: Threads, verb: str, address: np.ndarray, size: int) -> Access:
         owner, local = self.m.place(g, address, True)
         cell, n = self._cells(owner, local, size)
+        self.meetings.touched[self._who(g.cta_at, g.warp_at)] |= lanes_of(g)
         cluster, warp = self._who(g.cta, g.warp)
         if n > 1:
             cluster, warp = np.repeat(cluster, n), np.repeat(warp, n)
@@ -457,7 +388,7 @@ class RaceDetector(Observer):
         if not np.count_nonzero(generic):
             return
         k = np.flatnonzero(generic)
-        late = self.written[a.cell[k]] > self.fenced[a.cluster, a.warp, writer[k]]
+        late = self.written[a.cell[k]] > self.fenced[a.cluster, a.warp, PROXY, writer[k]]
         if np.count_nonzero(late):
             first = int(k[np.flatnonzero(late)[0]])
             other = f"{self._named(int(writer[first]), 'write')}: no fence.proxy.async between"
@@ -490,11 +421,3 @@ class RaceDetector(Observer):
             raise a.race(
                 k * len(a.cell) // len(a.address), f"the write of {who} in the same instruction", a.m.at
             )
-
-
-def _wider(clock: np.ndarray, agents: int) -> np.ndarray:
-    """A clock with room for more agents."""
-    missing = agents - clock.shape[-1]
-    if missing <= 0:
-        return clock
-    return np.concatenate([clock, np.zeros((*clock.shape[:-1], missing), clock.dtype)], axis=-1)

@@ -6,6 +6,12 @@ commit ends: a warp may touch what it touched when it knows that epoch to be ove
 commit arrived at. Work of one thread happens in order; work of another thread is ordered behind it once
 that thread knows of its issue.
 
+`Options(by_the_book=True)` asks for what PTX asks for beyond that: a load is under way until its warp's
+tcgen05.wait::ld; what a warp has done is known to others if tcgen05.fence::before_thread_sync came before its
+arrival (a commit implies it); what a warp has heard of is ordered before its own accesses by
+tcgen05.fence::after_thread_sync. flash-attn-4's forward kernels for sm_100, right on hardware, have none of
+the three, so a kernel without them is not known to be wrong.
+
 State is kept per cell: one column of 16 lanes.
 """
 
@@ -16,7 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .errors import DataRace
+from .meetings import EVERY_LANE
 from .observe import Columns, Unit
+from .race_state import NOBODY, TENSOR, UNDER_WAY
 from .tensor_memory import COLUMNS, LANES
 
 if TYPE_CHECKING:
@@ -25,7 +33,6 @@ if TYPE_CHECKING:
     from .state import Threads
 
 GROUP = 16  # lanes of a cell
-NOBODY = -1
 
 
 class Marks:
@@ -46,13 +53,15 @@ class Marks:
 
 
 class Who(NamedTuple):
-    """Who accesses tensor memory: agent and epoch; the warp that issues it, its cluster and epoch."""
+    """Who accesses tensor memory: agent and epoch; the warp that issues it, its epoch, and the epochs that it
+    knows to be over, by agent.
+    """
 
     agent: int
     epoch: int
-    cluster: int
     warp: int
     issue: int
+    known: np.ndarray
     text: str
 
     @property
@@ -69,17 +78,48 @@ class TensorRaces:
         self.writes, self.under_way = Marks(self.shape), Marks(self.shape)
         self.reads: dict[int, Marks] = {}  # by agent
         self.storing: dict[tuple[int, int], list[tuple]] = {}  # (cta, warp) -> cells of its stores
+        self.loading: dict[tuple[int, int], list[tuple]] = {}  # the same of loads
+        self.seen: dict[tuple[int, int], np.ndarray] = {}  # (cluster, warp) -> epochs before its last fence
 
     def access(self, warp: tuple[int, int], columns: Columns, write: bool) -> None:
         """A load or the issue of a store."""
-        who, where = self._warp(warp), _cells(columns)
+        who, where = self._warp(warp, self.detector.by_the_book), _cells(columns)
+        self.detector.meetings.touched[self.detector.one(warp)] = EVERY_LANE
         verb = "stores to" if write else "loads"
         self._check(who, where, f"{verb} {_named(columns)}", write)
         if write:
             self.under_way.note(where, who, self.m.at)
             self.storing.setdefault(warp, []).append(where)
-        else:
-            self._reads(who).note(where, who, self.m.at)
+            return
+        if self.detector.by_the_book:
+            self.loading.setdefault(warp, []).append(where)
+            who = who._replace(epoch=UNDER_WAY)
+        self._reads(who).note(where, who, self.m.at)
+
+    def loaded(self, g: Threads) -> None:
+        """Each warp's loads are done."""
+        for warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
+            who = self._warp(warp)
+            for where in self.loading.pop(warp, ()):
+                self._reads(who).epoch[where] = who.epoch
+
+    def fence(self, cluster: int, warp: int) -> None:
+        """What a warp knows now is ordered before its accesses from now on."""
+        known = self.detector.clock[cluster, warp].copy()
+        fenced = self.detector.fenced[cluster, warp, TENSOR]
+        known[: len(fenced)] = np.minimum(known[: len(fenced)], fenced)
+        self.seen[cluster, warp] = known
+
+    def _known(self, cluster: int, warp: int, by_the_book: bool) -> np.ndarray:
+        """The epochs that order accesses of tensor memory for a warp."""
+        clock = self.detector.clock[cluster, warp]
+        if not by_the_book:
+            return clock
+        known = np.zeros_like(clock)
+        seen = self.seen.get((cluster, warp), known)
+        known[: len(seen)] = seen
+        known[warp] = clock[warp]
+        return known
 
     def stored(self, g: Threads) -> None:
         """Each warp's stores are done."""
@@ -96,7 +136,8 @@ class TensorRaces:
         cluster, number = detector.one((unit.cta, unit.warp))
         issue = int(detector.clock[cluster, number, number])
         text = f"issued by CTA {self.m.cta_name(unit.cta)}, warp {unit.warp}"
-        who = Who(agent, unit.epoch, cluster, number, issue, text)
+        known = self._known(cluster, number, detector.by_the_book)
+        who = Who(agent, unit.epoch, number, issue, known, text)
         verb = "writes" if write else "reads"
         self._check(who, where, f"a product or copy {verb} {_named(columns)}", write)
         (self.writes if write else self._reads(who)).note(where, who, self.m.at)
@@ -108,11 +149,11 @@ class TensorRaces:
         for marks in (self.writes, self.under_way, *self.reads.values()):
             marks.agent[where] = NOBODY
 
-    def _warp(self, warp: tuple[int, int]) -> Who:
+    def _warp(self, warp: tuple[int, int], by_the_book: bool = False) -> Who:
         cluster, number = self.detector.one(warp)
         epoch = int(self.detector.clock[cluster, number, number])
         text = f"CTA {self.m.cta_name(warp[0])}, warp {warp[1]}"
-        return Who(number, epoch, cluster, number, epoch, text)
+        return Who(number, epoch, number, epoch, self._known(cluster, number, by_the_book), text)
 
     def _reads(self, who: Who) -> Marks:
         if who.agent not in self.reads:
@@ -134,7 +175,7 @@ class TensorRaces:
         agent = marks.agent[where]
         if agent.max() == NOBODY:
             return
-        known, epoch = self.detector.clock[who.cluster, who.warp], marks.epoch[where]
+        known, epoch = who.known, marks.epoch[where]
         late = (agent != NOBODY) & (agent != who.agent) & (epoch > known[agent])
         if who.is_unit and late.any():
             # Work of the tensor unit follows work that it is ordered behind, finished or not.

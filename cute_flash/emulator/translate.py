@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .errors import ParseError, UnmodelledInstruction
@@ -140,14 +141,8 @@ class Operation:
         self.copies: list[Register] = []  # sources that are only moved: they may be undefined
         self.effect: Effect | None = None  # on asynchronous products
         self.used: set[int] = set()
-        self.name, self.function, self.modifiers = self._find(instruction.opcode.split("."))
-
-    def _find(self, parts: list[str]) -> tuple[str, Callable, list[str]]:
-        for length in range(len(parts), 0, -1):
-            name = ".".join(parts[:length])
-            if name in OPERATIONS:
-                return name, OPERATIONS[name], parts[length:]
-        raise UnmodelledInstruction(f"the opcode {parts[0]} is not modelled")
+        self.name, self.function, modifiers = _found(instruction.opcode)
+        self.modifiers = list(modifiers)
 
     def unmodelled(self, what: str) -> UnmodelledInstruction:
         return UnmodelledInstruction(f"{self.name}: {what} is not modelled")
@@ -324,6 +319,17 @@ class Operation:
         if unused:
             raise self.unmodelled(f"operand {min(unused) + 1}")
         return step if isinstance(step, Step) else Step(step)
+
+
+@lru_cache(maxsize=4096)
+def _found(opcode: str) -> tuple[str, Callable, tuple[str, ...]]:
+    """The operation that models an opcode: its name, its function, and the modifiers that are left."""
+    parts = opcode.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name in OPERATIONS:
+            return name, OPERATIONS[name], tuple(parts[length:])
+    raise UnmodelledInstruction(f"the opcode {parts[0]} is not modelled")
 
 
 def immediate_bits(operand: Immediate, view: str) -> int:

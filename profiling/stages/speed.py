@@ -25,12 +25,33 @@ MEMORY_PEERS = ("cute_flash", "torch flash", "torch math")
 FIRST_CALL_ROW = "d128-causal-s1024"
 
 
+def called(dry_run: bool) -> list[measure.Row]:
+    """Every row that some job here calls: the sweep's, the host's and memory's."""
+    memory = [memory_row(seqlen, dry_run) for seqlen in memory_seqlens(dry_run)]
+    return [*measure.sweep(dry_run), host_row(dry_run), *memory]
+
+
+def host_row(dry_run: bool) -> measure.Row:
+    """A shape that takes the GPU less than a call takes the host."""
+    return measure.Row(64, 64, True, 64 if dry_run else HOST_SEQLEN, 1, 1)
+
+
+def memory_row(seqlen: int, dry_run: bool) -> measure.Row:
+    """16 heads of 128, one sequence, causal."""
+    dim, heads = (64, 1) if dry_run else (128, measure.HIDDEN // 128)
+    return measure.Row(dim, dim, True, seqlen, 1, heads)
+
+
+def memory_seqlens(dry_run: bool) -> tuple[int, ...]:
+    return (64, 96) if dry_run else MEMORY_SEQLENS
+
+
 def jobs(settings: Settings) -> list[Job]:
     """The sweep's rows, the ones that decide most first; then the host's time and memory."""
     rows = measure.sweep(settings.dry_run)
     if settings.backward:
         rows += [replace(row, backward=True) for row in rows]
-    memory = (64, 96) if settings.dry_run else MEMORY_SEQLENS
+    memory = memory_seqlens(settings.dry_run)
     return [
         *(Job(row.key, {"kind": "row", "row": row}, seconds=90.0) for row in rows),
         Job("host time per call", {"kind": "host"}),
@@ -148,11 +169,10 @@ def judged(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def host_time(settings: Settings, without: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
-    """Microseconds that the host spends in a call, on a shape that takes the GPU less."""
+    """Microseconds that the host spends in a call."""
     from tests.harness import where
 
-    dry = settings.dry_run
-    row = measure.Row(64, 64, True, 64 if dry else HOST_SEQLEN, 1, 1)
+    dry, row = settings.dry_run, host_row(settings.dry_run)
     inputs = measure.input_sets(row, settings.machine)[:2]
     with where(settings.machine):
         found, runs = candidates(row, settings, inputs, without, say)
@@ -196,15 +216,14 @@ def _fresh_process(settings: Settings, environment: dict[str, str], seconds: flo
 def memory(
     seqlen: int, settings: Settings, without: dict[str, str], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Bytes that a call allocates at its peak, inputs not counted: 16 heads of 128, one sequence, causal."""
+    """Bytes that a call allocates at its peak, inputs not counted."""
     import torch
 
     from tests.harness import where
 
     from .. import peers
 
-    dim, heads = (64, 1) if settings.dry_run else (128, measure.HIDDEN // 128)
-    row = measure.Row(dim, dim, True, seqlen, 1, heads)
+    row = memory_row(seqlen, settings.dry_run)
     device = measure.torch_device(settings.machine)
     inputs = [row.tensors(device, torch.Generator(device).manual_seed(0))]
     found: dict[str, dict[str, Any]] = {}

@@ -101,10 +101,9 @@ READ_TENSOR = _columns(
 
 
 def together(ctas: int) -> str:
-    """All threads of the CTA, or of both CTAs, meet."""
-    if ctas == 1:
-        return "bar.sync 0;"
-    return "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;"
+    """All threads of the CTA, or of both CTAs, meet; their accesses of tensor memory are ordered by it."""
+    meet = "bar.sync 0;" if ctas == 1 else "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;"
+    return f"tcgen05.fence::before_thread_sync;\n{meet}\ntcgen05.fence::after_thread_sync;"
 
 
 def commit(ctas: int = 1, barrier: str = "%bar", parity: int = 0, guard: str = "@%issuer") -> str:

@@ -25,6 +25,8 @@ from .store import CHUNK, Partial, Result
 class Correction:
     """store: what becomes of O and the log-sum-exp."""
 
+    asks = False
+
     def __init__(self, problem: Problem, config: Config, plan: Plan, store: Result | Partial):
         self.problem, self.config, self.plan, self.store = problem, config, plan, store
         self.group, self.dim_v = Group(config.ctas), padded(problem.head_dim_v)
@@ -77,7 +79,7 @@ class Correction:
         softmax = OnlineSoftmax.create(1, Float32(1.0), ())
         softmax.row_sum[0] = work.memory.stats[thread, ROW_SUM, tile]
         softmax.row_max[0] = work.memory.stats[thread, ROW_MAX, tile]
-        if cutlass.const_expr(self.config.persistent):
+        if cutlass.const_expr(self.config.stays):
             stats.warp_emptied()
         row, head = row_of_thread(self.config, job, tile)
         exists = Boolean(True) if self.config.heads == 1 else head < job.heads.end

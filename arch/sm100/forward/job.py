@@ -16,6 +16,7 @@ from ...elementwise import maximum
 from ...problem import Operands, Problem
 from ..edge import Edge
 from ..group import Group
+from ..queue import Queue
 from ..tuning import TILE_M, Config
 
 FACTOR, ROW_SUM, ROW_MAX = 0, 0, 1  # places in `Memory.stats`; the factor's is free when the sum is due
@@ -72,11 +73,13 @@ class Edges(NamedTuple):
     s: S filled by the mma warp; emptied when P is stored and O rescaled; one for every S of a tile.
     stats: filled by the softmax warps, emptied by the correction's.
     o: filled by the mma warp when a block's P V is complete; `s` tells it when to go on.
+    queue: the CTA's next tiles, where they are asked for.
     """
 
     s: Edge
     stats: Edge
     o: Edge
+    queue: Queue | None
 
 
 class Past(NamedTuple):

@@ -41,6 +41,7 @@ from ...problem import Operands, Problem
 from ..edge import Edge
 from ..group import Group
 from ..mma import Products
+from ..queue import SLOTS, Queue
 from ..tmem import Plan
 from ..tuning import TILE_M, Config
 from .correction import Correction
@@ -72,7 +73,7 @@ class ForwardKernel:
         dim, dim_v = problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
         # A tile's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
-        pitch = 0 if config.persistent else TILE_M * max(padded(dim), padded(dim_v))
+        pitch = 0 if config.stays else TILE_M * max(padded(dim), padded(dim_v))
         self.q = operand(TILE_M, dim, config.tiles, problem.varlen, pitch).packed(config.heads)
         self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch).packed(config.heads)
         self.k = operand(config.tile_n // config.ctas, dim, config.k_stages, ragged_k)
@@ -111,7 +112,7 @@ class ForwardKernel:
 
     @cute.kernel
     def kernel(self, launch: Launch):
-        if cutlass.const_expr(self.config.persistent):
+        if cutlass.const_expr(self.config.stays):
             self.work(launch)
         else:
             job = self.job(launch, self.group.index())
@@ -140,20 +141,37 @@ class ForwardKernel:
                 work = Work(self.job(launch, index), memory, edges, Past(turns, tiles))
                 ends, visited = run(work, ends, warp)
                 turns, tiles = turns + visited, tiles + 1
+        elif cutlass.const_expr(self.config.dynamic):
+            index, asked, past = first, Int32(0), Past(Int32(0), Int32(0))
+            while index >= 0:
+                if cutlass.const_expr(role.asks):
+                    edges.queue.ask(asked, self.group)
+                work = Work(self.job(launch, index), memory, edges, past)
+                ends, past = self.if_any(run, work, ends, warp)
+                index, asked = edges.queue.next(asked, self.group), asked + 1
         else:
             ends, _ = run(Work(self.job(launch, first), memory, edges, Past()), ends, warp)
         role.close(ends, warp)
 
     @cute.jit
+    def if_any(self, run: cutlass.Constexpr, work: Work, ends, warp: Int32):
+        """Run a role on a tile that may lie beyond its sequence: then ends and past stay as they are."""
+        turns, tiles = work.past
+        if work.job.first_row < work.job.sequence.q_rows:
+            ends, visited = run(work, ends, warp)
+            turns, tiles = turns + visited, tiles + 1
+        return ends, Past(turns, tiles)
+
+    @cute.jit
     def work(self, launch: Launch):
         problem, config, plan, group = self.problem, self.config, self.plan, self.group
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        tiles, stats, barriers, address = self.shared_memory()
+        tiles, stats, barriers, address, answers = self.shared_memory()
         stages, ctas = (config.tiles, config.k_stages, config.v_stages), config.ctas
         q = mma_channel(barriers, stages[0], self.q.bytes, ctas)
         k = mma_channel(barriers + 2 * stages[0], stages[1], self.k.bytes, ctas)
         v = mma_channel(barriers + 2 * sum(stages[:2]), stages[2], self.v.bytes, ctas)
-        edges = self.edges(barriers + 2 * sum(stages), warp)
+        edges = self.edges(barriers + 2 * sum(stages), answers, warp)
         if warp == 0:
             group.allocate(plan.allocated, address)
         group.ready()
@@ -178,22 +196,27 @@ class ForwardKernel:
             group.free(tensor, plan.allocated)
 
     @cute.jit
-    def edges(self, barriers: cute.Pointer, warp: Int32):
+    def edges(self, barriers: cute.Pointer, answers: cute.Pointer, warp: Int32):
         """The edges between roles of this CTA and its peer, made by one thread."""
         tiles, scores = self.config.tiles, self.config.tiles * self.config.slots
         stats, o = barriers + 2 * scores, barriers + 2 * (scores + tiles)
+        asked = barriers + 2 * (scores + 2 * tiles)
         if warp == 0:
             with cute.arch.elect_one():
                 Edge.make(barriers, scores, 1, 2 * WARPGROUP * self.config.ctas)
                 Edge.make(stats, tiles, WARPGROUP, WARPGROUP)
                 Edge.make(o, tiles, 1, 1)
-        return Edges(Edge.at(barriers, scores), Edge.at(stats, tiles), Edge.at(o, tiles))
+                if cutlass.const_expr(self.config.dynamic):
+                    Queue.make(asked, (WARPGROUP * (tiles + 1) + 2) * self.config.ctas)
+        queue = Queue(Edge.at(asked, SLOTS), answers) if self.config.dynamic else None
+        return Edges(Edge.at(barriers, scores), Edge.at(stats, tiles), Edge.at(o, tiles), queue)
 
-    def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer]:
-        """The tiles, the rows' statistics, the barriers, and a word for tensor memory's address."""
+    def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer, cute.Pointer]:
+        """The tiles, the rows' statistics, the barriers, a word for tensor memory's address, and answers."""
         config = self.config
         smem = cutlass.memory.SmemAllocator()
-        count = 2 * (config.tiles * (3 + config.slots) + config.k_stages + config.v_stages)
+        count = 2 * (config.tiles * (3 + config.slots) + config.k_stages + config.v_stages + SLOTS)
+        answers = smem.allocate_array(cutlass.Int128, SLOTS)
         barriers = smem.allocate_array(cutlass.Int64, count)
         address = smem.allocate_array(cutlass.Int32, 1)
         stats = smem.allocate_tensor(Float32, cute.make_layout((TILE_M, 2, config.tiles)), byte_alignment=16)
@@ -206,9 +229,9 @@ class ForwardKernel:
             pointer = cute.recast_ptr(tile.iterator, operand.layout().inner, operand.dtype)
             return cute.make_tensor(pointer, operand.layout().outer)
 
-        if config.persistent:
+        if config.stays:
             tiles = Tiles(tensor(self.q), tensor(self.k), tensor(self.v), tensor(self.out))
-            return tiles, stats, barriers, address
+            return tiles, stats, barriers, address, answers
         larger = tensor(max(self.q, self.out, key=lambda operand: operand.bytes))
         q, out = in_place(larger, self.q), in_place(larger, self.out)
-        return Tiles(q, tensor(self.k), tensor(self.v), out), stats, barriers, address
+        return Tiles(q, tensor(self.k), tensor(self.v), out), stats, barriers, address, answers

@@ -24,6 +24,8 @@ from .job import MmaEnds, Work, turns_of, visits_of
 class Mma:
     """products: the two tiled products, and where they write."""
 
+    asks = False
+
     def __init__(self, problem: Problem, config: Config, products: Products):
         self.problem, self.config, self.products = problem, config, products
 
@@ -60,7 +62,7 @@ class Mma:
                     self.begin_o(work, t, turn, v_slot.index)
             k_slot.release()
             v_slot.release()
-        if cutlass.const_expr(self.config.persistent):
+        if cutlass.const_expr(self.config.stays):
             for t in cutlass.range_constexpr(self.config.tiles):
                 q_slots[t].release()
         v_slot = ends.v.wait_and_advance()

@@ -43,6 +43,8 @@ class Row(NamedTuple):
 class Softmax:
     """plan: where S and P are."""
 
+    asks = False
+
     def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan):
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
         self.group = Group(config.ctas)

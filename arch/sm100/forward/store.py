@@ -46,7 +46,7 @@ class Result:
 
     def target(self, work: Work, tile: int, thread: Int32) -> Target:
         """Where the row of the tile's `thread` goes, when nothing there is under way any more."""
-        if self.config.persistent:
+        if self.config.stays:
             self.await_copies(self.config.tiles - 1, cute.arch.make_warp_uniform(thread // 32))
             cute.arch.barrier(barrier_id=STORE, number_of_threads=TILE_M)
         return Target(work.memory.tiles.out[None, None, tile], thread, None)

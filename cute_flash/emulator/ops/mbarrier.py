@@ -103,13 +103,17 @@ def arrive(x: Operation) -> Callable:
         barriers = word.barriers(m, g)
         _use(m, g, barriers)
         numbers = [1] * g.size if operand is None else operand(m, g)
-        warps = zip(g.cta.tolist(), g.warp.tolist(), strict=True)
+        warps = list(zip(g.cta.tolist(), g.warp.tolist(), strict=True))
+        lanes: dict[tuple, int] = {}
+        for barrier, warp, lane in zip(barriers, warps, g.lane.tolist(), strict=True):
+            lanes[barrier, warp] = lanes.get((barrier, warp), 0) | 1 << lane
         phases = []
         for barrier, n, warp in zip(barriers, numbers, warps, strict=True):
             phases.append(barrier.phase)
             if expecting:
                 m.mbarriers.expect(barrier, n)
-            m.mbarriers.arrive(barrier, 1 if expecting else n, None if relaxed else warp)
+            told = None if relaxed else warp
+            m.mbarriers.arrive(barrier, 1 if expecting else n, told, lanes[barrier, warp])
         m.rows["u64"][state][g.index] = np.array(phases, np.uint64).reshape(g.shape)
 
     return step

@@ -341,6 +341,8 @@ def wait(x: Operation) -> Step:
 
     def step(m: Machine, g: Threads) -> None:
         if not stores:
+            if m.watch is not None:
+                m.watch.tensor_loaded(m, g)
             return
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
             for pending in m.tensor.stores.pop((cta, warp), ()):
@@ -354,4 +356,10 @@ def wait(x: Operation) -> Step:
 @operation("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
 def fence(x: Operation) -> Callable:
     """Orders the thread's tcgen05 instructions around synchronisation; program order does that here."""
-    return lambda m, g: None
+    before = x.name.endswith("before_thread_sync")
+
+    def step(m: Machine, g: Threads) -> None:
+        if m.watch is not None:
+            m.watch.tensor_fence(m, g, before)
+
+    return step

@@ -227,4 +227,10 @@ def elect(x: Operation) -> Step:
 def warp_barrier(x: Operation) -> Step:
     """Wait for the member lanes of the warp."""
     row, named = members(x, 0)
-    return x.converged(lambda m, g: named(m, g) is None, row)
+
+    def step(m: Machine, g: Threads) -> None:
+        named(m, g)
+        if m.watch is not None:
+            m.watch.warp_meet(m, g)
+
+    return x.converged(step, row)

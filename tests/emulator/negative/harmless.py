@@ -1,0 +1,126 @@
+"""Changes that nothing notices because they do no harm, each with the reason why."""
+
+from __future__ import annotations
+
+Reasons = dict[tuple[str, tuple[int, ...]], str]
+
+FRESH = "the slot's first wait to be empty: a new barrier lets it pass"
+ONCE = "Q's slot is filled once, so nobody waits for it to be empty"
+BUDGET = "how many registers there are is ptxas's business: results do not depend on it"
+
+# sm90
+TURNS = "turns decide when products begin, not what they compute"
+FENCED = "the product before has a fence, and nothing touches the registers in between"
+COVERED = "the next block's wait covers it before O or V's slot is touched"
+IN_ORDER = "readers empty V's slot before that of the next K, for which the load has just waited"
+THREE_BLOCKS = (
+    "the load has just waited for a slot of V that readers emptied after this one of K; that is so for tiles "
+    "of 3 blocks and more: those of 2 need the wait"
+)
+
+# sm100
+PERMIT = "it lets other CTAs of the multiprocessor allocate, and a CTA has the multiprocessor to itself"
+UNUSED = "O is given back by way of S: nobody uses the other half of its edge"
+LAST = "the last block's: nobody fills V's slot again"
+ONE_S = (
+    "a wait that two S's a tile need: with one, S of this turn has been waited for, and was begun after O of "
+    "the turn before and after the correction had read that turn's factor"
+)
+TAIL = "the load waits for the last release, too, which comes after the others: products complete in order"
+NUMBERS = "the edge is for numbers in shared memory; who touches tensor memory waits for another edge, too"
+
+
+def harmless(tree: str, name: str, reasons: Reasons) -> dict[tuple[str, str, str], dict[int, str]]:
+    """Entries of HARMLESS for one kernel. reasons: (change, its sites) -> why."""
+    found: dict[tuple[str, str, str], dict[int, str]] = {}
+    for (mutation, sites), why in reasons.items():
+        found.setdefault((tree, name, mutation), {}).update(dict.fromkeys(sites, why))
+    return found
+
+
+# (architecture, kernel, change) -> site -> why nothing can notice it.
+HARMLESS = {
+    **harmless("sm80", "window", {
+        ("no commit", (0,)): "Q joins K's group; the first wait is for every group",
+        ("no commit", (1,)): "K joins V's group; the first wait is for every group",
+        ("no commit", (2,)): "V joins the next group; the wait for V is for every group",
+    }),
+    **harmless("sm80", "full", {
+        ("no commit", (0,)): "Q joins K's group; the wait for K is the first for either",
+    }),
+    **harmless("sm80", "split", {
+        ("no commit", (0,)): "Q joins K's group; the wait for K is the first for either",
+    }),
+    **harmless("sm90", "window", {
+        ("no wait for an mbarrier", (0, 1)): FRESH,
+        ("one arrival more expected", (1,)): ONCE,
+        ("half the arrivals expected", (1,)): ONCE,
+        ("no barrier", (1, 5)): TURNS,
+        ("no change of registers", (1,)): BUDGET,
+        ("no fence before a product", (2, 4, 6)): FENCED,
+    }),
+    **harmless("sm90", "in order", {
+        ("no wait for an mbarrier", (0, 1)): FRESH,
+        ("no wait for an mbarrier", (3,)): IN_ORDER,
+        ("one arrival more expected", (1,)): ONCE,
+        ("half the arrivals expected", (1,)): ONCE,
+        ("no barrier", (2, 4)): TURNS,
+        ("no change of registers", (1,)): BUDGET,
+        ("no fence before a product", (2,)): FENCED,
+        ("no commit of a product", (1,)): COVERED,
+        ("no wait for a product", (1,)): COVERED,
+        ("a wait for one product fewer", (1,)): COVERED,
+    }),
+    **harmless("sm90", "persistent", {
+        ("no wait for an mbarrier", (0,)): THREE_BLOCKS,
+        ("no barrier", (4,)): TURNS,
+        ("no change of registers", (1,)): BUDGET,
+        ("no fence before a product", (2,)): FENCED,
+    }),
+    **harmless("sm90", "packed", {
+        ("no wait for an mbarrier", (0, 1)): FRESH,
+        ("one arrival more expected", (1,)): ONCE,
+        ("half the arrivals expected", (1,)): ONCE,
+        ("no change of registers", (0, 1)): BUDGET,
+        ("no fence before a product", (2,)): FENCED,
+    }),
+    **harmless("sm90", "split", {
+        ("no wait for an mbarrier", (0, 1)): FRESH,
+        ("no barrier", (2,)): TURNS,
+    }),
+    **harmless("sm100", "window", {
+        ("no wait for an mbarrier", (1, 3, 5, 8, 10)): ONE_S,
+        ("no wait for an mbarrier", (25, 26, 27)): FRESH,
+        ("one arrival more expected", (2, 3)): ONCE,
+        ("one arrival more expected", (21, 23)): UNUSED,
+        ("no commit of a store", (0,)): "the other tile's store closes the group for both",
+        ("no change of registers", (0,)): BUDGET,
+        ("no permit given back", (0,)): PERMIT,
+        ("no commit of a product", (11,)): LAST,
+        ("no fence before synchronisation", (0, 2, 4, 6, 7, 9)): NUMBERS,
+        ("no fence after synchronisation", (1, 3, 5, 6, 7, 9, 11, 13)): NUMBERS,
+        ("no fence after synchronisation", (8, 10)): ONE_S,
+    }),
+    **harmless("sm100", "causal", {
+        ("no wait for an mbarrier", (16, 17)): FRESH,
+        ("one arrival more expected", (1,)): ONCE,
+        ("one arrival more expected", (17,)): UNUSED,
+        ("no change of registers", (0,)): BUDGET,
+        ("no permit given back", (0,)): PERMIT,
+        ("no commit of a product", (7,)): LAST,
+        ("all lanes elected", (9,)): LAST,
+        ("no fence before synchronisation", (0, 2, 4, 5)): NUMBERS,
+        ("no fence after synchronisation", (1, 3, 4, 5, 7)): NUMBERS,
+    }),
+    **harmless("sm100", "pair", {
+        ("no wait for an mbarrier", (16, 17)): FRESH,
+        ("no wait for an mbarrier", (21, 22, 23)): TAIL,
+        ("one arrival more expected", (1,)): ONCE,
+        ("one arrival more expected", (17,)): UNUSED,
+    }),
+    **harmless("sm100", "split", {
+        ("no wait for an mbarrier", (1, 3, 6, 8)): ONE_S,
+        ("no wait for an mbarrier", (23, 24, 25)): FRESH,
+        ("no commit of a product", (11,)): LAST,
+    }),
+}  # fmt: skip

@@ -1,0 +1,141 @@
+"""What is changed in a kernel's PTX, one line at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A change of one line of PTX. sites: which lines may be changed; change: what becomes of one."""
+
+    sites: Callable[[list[str]], list[int]]
+    change: Callable[[str], str]
+
+    def mutants(self, ptx: str) -> Iterator[tuple[int, str, str]]:
+        """(number of the site, its line, the whole changed text) for each site."""
+        lines = ptx.splitlines()
+        for number, i in enumerate(self.sites(lines)):
+            changed = "\n".join([*lines[:i], self.change(lines[i]), *lines[i + 1 :]])
+            yield number, f"{i + 1}: {lines[i].strip()}", changed
+
+
+def matching(opcode: str) -> Callable[[list[str]], list[int]]:
+    """Every line with this opcode, guarded or not."""
+    pattern = re.compile(rf"\s*(@!?%\w+\s+)?{opcode}\b")
+    return lambda lines: [i for i, line in enumerate(lines) if pattern.match(line)]
+
+
+def mask_comparisons(lines: list[str]) -> list[int]:
+    """Eight comparisons, spread evenly, of those that decide whether a score becomes -inf."""
+    hiding = r"selp\.[bf]32\s+%\w+, %\w+, (?:0fFF800000|-8388608), (%\w+);"
+    deciding = set(re.findall(hiding, "\n".join(lines)))
+    found = matching(r"setp\.(lt|le|gt|ge)\.s32")(lines)
+    return spread([i for i in found if re.search(r"%p\w*", lines[i])[0] in deciding], 8)
+
+
+def spread(found: list[int], count: int) -> list[int]:
+    """Some of many, evenly."""
+    return found[:: max(1, len(found) // count)]
+
+
+def removed(line: str) -> str:
+    return f"// {line}"
+
+
+def one_fewer_waited_for(line: str) -> str:
+    """`wait_group n` lets n groups be under way: n + 1."""
+    return re.sub(r"(wait_group\S*\s+)(\d+)", lambda found: f"{found[1]}{int(found[2]) + 1}", line)
+
+
+def negated(line: str) -> str:
+    opposite = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le"}
+    return re.sub(r"setp\.(\w\w)", lambda found: f"setp.{opposite[found[1]]}", line)
+
+
+def passed(line: str) -> str:
+    """A wait for an mbarrier that is never waited."""
+    return re.sub(r"mbarrier\.try_wait\S* (\w+),.*", r"setp.eq.u32 \1, 0, 0;", line)
+
+
+def kept(line: str) -> str:
+    """An exchange between lanes in which each keeps its own."""
+    return re.sub(r"shfl\.sync\.\S+\s+(%\w+)(\|%\w+)?, (%\w+),.*", r"mov.b32 \1, \3;", line)
+
+
+def everybody(line: str) -> str:
+    """An election that all lanes win."""
+    return re.sub(r"elect\.sync\s+(%\w+)\|(%\w+),.*", r"mov.b32 \1, 0; setp.eq.u32 \2, 0, 0;", line)
+
+
+def with_operand(operation: str) -> Callable[[str], str]:
+    """The last number of a line, register or literal, changed by a PTX operation."""
+
+    def change(line: str) -> str:
+        guard, opcode, rest, number, end = re.match(
+            r"\s*(@!?%?\w+\s+)?(\S+)\s+(.*?, )(%?\w+)((?:, \d+)?);", line
+        ).groups(default="")
+        changed = f"{opcode} {rest}changed{end};"
+        return f"{{ .reg .b32 changed; {operation.format(number)} {guard}{changed} }}"
+
+    return change
+
+
+COPIES = {
+    "no wait": Mutation(matching(r"cp\.async\.wait_group"), removed),
+    "a wait for one group fewer": Mutation(matching(r"cp\.async\.wait_group"), one_fewer_waited_for),
+    "no barrier": Mutation(matching(r"(bar|barrier)\.sync"), removed),
+    "no commit": Mutation(matching(r"cp\.async\.commit_group"), removed),
+}
+TMA = {
+    "no wait for an mbarrier": Mutation(matching(r"mbarrier\.try_wait"), passed),
+    "a wait for the other parity": Mutation(
+        matching(r"mbarrier\.try_wait"), with_operand("xor.b32 changed, {}, 1;")
+    ),
+    "no arrival": Mutation(matching(r"mbarrier\.arrive\.(?!expect)"), removed),
+    "half the bytes expected": Mutation(
+        matching(r"mbarrier\.arrive\.expect_tx"), with_operand("shr.u32 changed, {}, 1;")
+    ),
+    "twice the bytes expected": Mutation(
+        matching(r"mbarrier\.arrive\.expect_tx"), with_operand("shl.b32 changed, {}, 1;")
+    ),
+    "no bytes expected": Mutation(matching(r"mbarrier\.arrive\.expect_tx"), removed),
+    "one arrival more expected": Mutation(
+        matching(r"mbarrier\.init"), with_operand("add.u32 changed, {}, 1;")
+    ),
+    "half the arrivals expected": Mutation(
+        matching(r"mbarrier\.init"), with_operand("shr.u32 changed, {}, 1;")
+    ),
+    "no fence": Mutation(matching(r"fence\.(proxy|mbarrier_init)"), removed),
+    "no barrier": Mutation(matching(r"bar\.sync"), removed),
+    "no arrival at a barrier": Mutation(matching(r"bar\.arrive"), removed),
+    "no barrier of a warp": Mutation(matching(r"bar\.warp\.sync"), removed),
+    "no commit of a store": Mutation(matching(r"cp\.async\.bulk\.commit_group"), removed),
+    "no wait for a store": Mutation(matching(r"cp\.async\.bulk\.wait_group"), removed),
+    "no change of registers": Mutation(matching(r"setmaxnreg"), removed),
+    "all lanes elected": Mutation(lambda lines: spread(matching(r"elect\.sync")(lines), 12), everybody),
+}
+WGMMA = {
+    "no fence before a product": Mutation(matching(r"wgmma\.fence"), removed),
+    "no commit of a product": Mutation(matching(r"wgmma\.commit_group"), removed),
+    "no wait for a product": Mutation(matching(r"wgmma\.wait_group"), removed),
+    "a wait for one product fewer": Mutation(matching(r"wgmma\.wait_group"), one_fewer_waited_for),
+}
+CLUSTER = {
+    "no arrival at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.arrive"), removed),
+    "no wait at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.wait"), removed),
+}
+TCGEN05 = {
+    "no deallocation": Mutation(matching(r"tcgen05\.dealloc"), removed),
+    "no allocation": Mutation(matching(r"tcgen05\.alloc"), removed),
+    "no permit given back": Mutation(matching(r"tcgen05\.relinquish_alloc_permit"), removed),
+    "no commit of a product": Mutation(matching(r"tcgen05\.commit"), removed),
+    "no wait for a load": Mutation(matching(r"tcgen05\.wait::ld"), removed),
+    "no wait for a store to tensor memory": Mutation(matching(r"tcgen05\.wait::st"), removed),
+    "no fence before synchronisation": Mutation(matching(r"tcgen05\.fence::before_thread_sync"), removed),
+    "no fence after synchronisation": Mutation(matching(r"tcgen05\.fence::after_thread_sync"), removed),
+}
+MASKS = {"a comparison of the mask negated": Mutation(mask_comparisons, negated)}
+LANES = {"no exchange between lanes": Mutation(matching(r"shfl\.sync\.bfly"), kept)}

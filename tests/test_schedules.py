@@ -1,0 +1,89 @@
+"""Twenty random orders of events for each family of kernels, watched by the race detector, by the book.
+
+Copies and products happen at any time that waits allow, warps run in any order: the answers stay right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cute_flash import dispatch
+from cute_flash.arch.problem import Sizes
+from tests.cases import Case
+from tests.emulator.negative.subjects import SUBJECTS, objection, ptx_of
+from tests.harness import Call, answer_for
+
+SEEDS = range(20)
+# A few row blocks and KV blocks each, some cut by the mask and some not; heads that share keys.
+CAUSAL = Case("", ((70, 200),), heads=(2, 1), mask="causal")
+WHOLE = Case("", ((70, 140),), heads=(3, 3))
+SPLIT = Case("", ((20, 300),), heads=(2, 1), mask="causal", splits=2)
+FAMILIES = {
+    "sm80": ("sm80", CAUSAL),
+    "sm80_split": ("sm80", SPLIT),
+    "sm90": ("sm90", CAUSAL),
+    "sm90_persistent": ("sm90", WHOLE),
+    "sm90_split": ("sm90", SPLIT),
+    "sm100": ("sm100", replace(CAUSAL, seqlens=((150, 300),), heads=(1, 1))),
+    "sm100_packed": ("sm100", replace(CAUSAL, seqlens=((30, 200),), heads=(4, 1))),
+    "sm100_split": ("sm100", SPLIT),
+}
+
+
+def order(seed: int, **watched: bool) -> dict:
+    """The emulator's options for one random order."""
+    return {"asynchrony": "random", "schedule": "random", "seed": seed, **watched}
+
+
+@pytest.fixture
+def few_multiprocessors(monkeypatch):
+    """A Hopper GPU with two of them, so that some CTA takes several tiles."""
+    h100 = dispatch.EMULATED["sm90"]
+    monkeypatch.setitem(dispatch.EMULATED, "sm90", replace(h100, multiprocessors=2))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_answers_in_any_order(family, seed, few_multiprocessors):
+    device, case = FAMILIES[family]
+    Call.make(case).check(device, **order(seed, races=True, by_the_book=True))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_right_answers_of_a_pair_in_any_order(seed):
+    """Two CTAs that multiply together, whatever tuning thinks of it."""
+    orders = (order(seed, races=True, by_the_book=True),)
+    assert not objection(SUBJECTS["sm100", "pair"], "sm100", lambda ptx: ptx, orders)
+
+
+def test_families_are_what_their_names_say(few_multiprocessors):
+    answers = {family: answer_for(case, device) for family, (device, case) in FAMILIES.items()}
+    configs = {}
+    for family, answer in answers.items():
+        case = FAMILIES[family][1]
+        sizes = Sizes(1, *case.heads, *case.seqlens[0])
+        configs[family] = answer.kernel.config(answer.problem, answer.device, sizes)
+    persistent = {family for family, config in configs.items() if getattr(config, "persistent", 0)}
+    assert persistent == {"sm90_persistent"}
+    assert configs["sm100_packed"].heads > 1
+    split = {family for family, answer in answers.items() if answer.problem.split_kv}
+    assert split == {family for family in FAMILIES if family.endswith("_split")}
+
+
+# A wait of each architecture's kernel that values need: K's first arrival.
+WAITS = {
+    ("sm80", "full"): ("no wait", 0),
+    ("sm90", "window"): ("no wait for an mbarrier", 6),
+    ("sm100", "window"): ("no wait for an mbarrier", 0),
+}
+
+
+@pytest.mark.parametrize("key", WAITS)
+def test_a_missing_wait_shows_in_some_order(key):
+    """In the values alone: the detector does not look."""
+    subject, (name, site) = SUBJECTS[key], WAITS[key]
+    mutants = {number: text for number, _, text in subject.mutations[name].mutants(ptx_of(key))}
+    orders = tuple(order(seed) for seed in SEEDS)
+    assert objection(subject, key[0], lambda _: mutants[site], orders)

@@ -1,0 +1,101 @@
+"""Blackwell's CTAs that take the tiles of others that have not begun (`clusterlaunchcontrol`)."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cute_flash
+from cute_flash import dispatch, executable, ops
+from cute_flash.arch.sm100 import tuning
+from cute_flash.emulated_kernel import EmulatedKernel
+from cute_flash.emulator import EmulatorError
+from tests.cases import CASES, Case
+from tests.harness import Call, answer_for
+
+ALONE = replace(CASES["varlen_causal"], dims=(64, 64))
+PAIR = Case("pair", ((512, 300),) * 3, heads=(1, 1), dims=(128, 128))
+HALF_DIMS = Case("half", ((300, 140),) * 2, heads=(4, 2), dims=(64, 64), mask="causal")
+# Two CTAs are resident: all other tiles must be asked for.
+RESIDENT = {"ctas_per_wave": 2}
+ORDERS = (
+    {"asynchrony": "eager"},
+    {"asynchrony": "late", "races": True},
+    *({"asynchrony": "random", "schedule": "random", "seed": seed, "races": seed < 1} for seed in range(3)),
+)
+
+
+@pytest.fixture
+def queues_only(monkeypatch):
+    """Every config asks for tiles."""
+
+    def scheduled(config, problem, device):
+        return replace(config, dynamic=True, softmax_registers=184, other_registers=64)
+
+    monkeypatch.setattr(tuning, "scheduled", scheduled)
+    for cached in (dispatch.select, dispatch._planned):
+        cached.cache_clear()
+    yield
+    for cached in (dispatch.select, dispatch._planned):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("case", [ALONE, PAIR, HALF_DIMS], ids=str)
+def test_any_order_of_events(case, options, queues_only):
+    assert answer_for(case, "sm100").config.dynamic
+    Call.make(case).check("sm100", **RESIDENT, **options)
+
+
+FEATURES = ("used_qk", "mask_window", "sink_without_keys", "split_causal", "dropout_0.5")
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name, queues_only):
+    Call.make(CASES[name]).check("sm100", **RESIDENT)
+
+
+def test_ctas_take_what_has_not_begun(queues_only):
+    """One wave of two CTAs does it all."""
+    q, k, v = (torch.randn(2, 300, heads, 64, dtype=torch.float16) for heads in (4, 2, 2))
+    with cute_flash.emulated("sm100", **RESIDENT) as emulation:
+        cute_flash.flash_attn_func(q, k, v, causal=True)
+    assert [report.waves for report in emulation.reports] == [1]
+
+
+# What the queue adds, and what becomes of it: all of it must be missed. Not so the fence between reading an
+# answer and telling so: the emulator lets barriers alone order reads before the async proxy's writes.
+READ = r"(get_first_ctaid::x\.b32\.b128 .*\n\t}\n)"
+CHANGES = {
+    "no question": (r"clusterlaunchcontrol\.try_cancel.*", "// gone"),
+    "half an answer is expected": (r"(mov\.b32 \t%r\d+), 16;(\n\tmbarrier\.arrive\.expect_tx)", r"\1, 8;\2"),
+    "nobody tells that it has read": (READ + r"((?:.*\n)*?.*)mbarrier\.arrive\.shared.*;", r"\1\2// gone"),
+    "an answer is read before it is there": (r"(try_cancel\S+ \t\[%r\d+\], \[%r\d+)\];", r"\1 + 8];"),
+}
+
+
+@pytest.mark.parametrize("change", ["nothing", *CHANGES])
+def test_every_change_is_noticed(change, queues_only, monkeypatch):
+    pattern, instead = CHANGES.get(change, ("^", ""))
+
+    @functools.cache
+    def changed(kernel, problem, config, device, route):
+        built = executable.artifact(kernel, problem, config, device)
+        text, count = re.subn(pattern, instead, built.ptx.decode(), flags=re.MULTILINE)
+        if not count:
+            raise ValueError(f"nothing to change by {pattern}")
+        return EmulatedKernel(built._replace(ptx=text.encode()), device)
+
+    monkeypatch.setattr(ops, "executable", changed)
+    objections = []
+    for options in ORDERS[:3]:
+        try:
+            Call.make(HALF_DIMS).check("sm100", **RESIDENT, **options)
+        except (EmulatorError, AssertionError) as error:
+            objections.append(error)
+            break
+    assert bool(objections) == (change != "nothing")
