@@ -19,6 +19,7 @@ from cute_flash.emulated_kernel import EmulatedKernel
 from cute_flash.emulator import EmulatorError
 from tests.cases import CASES, RAGGED, Case
 from tests.harness import Call, answer_for
+from tests.test_resources import resources
 
 B200 = dispatch.EMULATED["sm100"]
 # The last pair has few rows, its second CTA none; the last block of keys is not whole.
@@ -176,6 +177,16 @@ def test_every_config_is_known_beforehand(dims, group, rows):
     problem = Problem("bfloat16", *dims, gqa=group > 1)
     config = Forward.config(problem, B200, Sizes(1, group, 1, rows, 999))
     assert config in Forward.configs(problem, B200)
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (136, 136)])
+def test_pairs_that_persist_stay_in_registers(dims, tmp_path):
+    """What B200 gets: tests/test_sm100_compile.py compiles for GPUs of one multiprocessor."""
+    problem = Problem("bfloat16", *dims)
+    config = Forward.config(problem, B200)
+    assert config.ctas == 2 and config.persistent == B200.multiprocessors // 2
+    used = resources(executable.artifact(Forward, problem, config, B200).cubin, tmp_path / "kernel.cubin")
+    assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
 
 
 def test_pairs_are_split_among_half_as_many():

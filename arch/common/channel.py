@@ -7,6 +7,7 @@ a frozen dataclass, silently stands still.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import cutlass.cute as cute
@@ -50,6 +51,9 @@ def mma_channel(barriers: cute.Pointer, stages: int, nbytes: int, ctas: int = 1)
         cta_layout_vmnk=cute.make_layout((ctas, 1, 1, 1)),
         defer_sync=True,
     )
+    if ctas == 2:
+        # A pair is alone in its cluster; worked out from ranks the mask would keep a register.
+        made = replace(made, consumer_mask=0b11)
     return Channel(*made.make_participants())
 
 

@@ -212,7 +212,7 @@ class Row:
 #     take 1024: 4 moved put ex2 (768) behind them. Beyond 128 they take longer still, and none is moved.
 ROWS = (
     Row(64, 64, False, Config(2, 1, 128, 4, 4, 6, 192, 80, 48)),
-    Row(128, 128, False, Config(2, 1, 128, 3, 3, 4, 200, 64, 48, ctas=2), even=True, gain=2065 / 2048),
+    Row(128, 128, False, Config(2, 1, 128, 3, 3, 4, 192, 80, 48, ctas=2), even=True, gain=2065 / 2048),
     Row(128, 128, False, Config(2, 1, 128, 2, 2, 4, 192, 80, 48)),
     Row(128, 128, True, Config(2, 1, 32, 4, 4, 0, 200, 64, 48)),
     Row(192, 128, False, Config(2, 1, 128, 3, 3, 0, 192, 64, 64, ctas=2), even=True, gain=2706 / 2560),
