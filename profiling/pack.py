@@ -66,6 +66,10 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 work=${CUTE_FLASH_WORK:-/tmp/cute_flash_report}
 python=${PYTHON:-python3}
+if [ -e "$work/unpacked" ] && ! cmp -s "$here/MANIFEST.json" "$work/unpacked"; then
+    echo "$work holds another pack: remove it, or name another place in CUTE_FLASH_WORK" >&2
+    exit 2
+fi
 if [ ! -e "$work/unpacked" ]; then
     mkdir -p "$work/site"
     for first in "$here"/*.part00; do
@@ -78,7 +82,7 @@ if [ ! -e "$work/unpacked" ]; then
         case "$wheel" in */numpy-*) "$python" -c 'import numpy' 2> /dev/null && continue ;; esac
         [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$work/site"
     done
-    touch "$work/unpacked"
+    cp "$here/MANIFEST.json" "$work/unpacked"
 fi
 export PYTHONPATH="$work/site" PYTHONUNBUFFERED=1
 export CUTE_FLASH_BUNDLE="$work/kernels" CUTE_FLASH_PEERS="$work/peers"

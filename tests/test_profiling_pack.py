@@ -105,6 +105,7 @@ def test_pack_is_unpacked_by_run_sh(tmp_path):
         pack.split(there / "base.tar.xz")
     assert len(list(there.glob("base.tar.xz.part*"))) >= 2 and not (there / "base.tar.xz").exists()
     (there / "run.sh").write_text(pack.RUN)
+    (there / "MANIFEST.json").write_text("{}")
     environment = os.environ | {"PYTHON": sys.executable, "CUTE_FLASH_WORK": str(work)}
     command = ["sh", str(there / "run.sh"), "--dry-run", "--stages", "environment"]
     answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -114,6 +115,9 @@ def test_pack_is_unpacked_by_run_sh(tmp_path):
     assert values["cute_flash"] == str(work / "site" / "cute_flash")
     assert values["kernel bundle"] == str(work / "kernels")
     assert (work / "kernels" / "a.kernel").read_text() == "kernel" and (work / "site" / "small.py").exists()
+    (there / "MANIFEST.json").write_text('{"another": "pack"}')
+    answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 2 and f"{work} holds another pack: remove it" in answer.stderr
 
 
 def test_all_stages_run_from_a_pack_without_a_compiler(tmp_path):
@@ -128,6 +132,7 @@ def test_all_stages_run_from_a_pack_without_a_compiler(tmp_path):
     with zipfile.ZipFile(there / "none-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("sitecustomize.py", "import sys; sys.modules['cutlass'] = None")
     (there / "run.sh").write_text(pack.RUN)
+    (there / "MANIFEST.json").write_text("{}")
     environment = os.environ | {
         "PYTHON": sys.executable, "CUTE_FLASH_WORK": str(work), "CUTE_FLASH_CACHE": "0",
     }  # fmt: skip
