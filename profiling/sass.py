@@ -288,16 +288,18 @@ def hot_loops(sass: str) -> tuple[Loop, ...]:
     Raises ValueError when no loop holds a matrix instruction.
     """
     found = loops(sass)
-    return tuple(dict.fromkeys(hottest(found, kind) for kind in ("mma", "mufu")))
+    return tuple(dict.fromkeys((hottest(found, "mma"), hottest(found, "mufu", least=0.25))))
 
 
-def hottest(found: list[Loop], kind: str) -> Loop:
+def hottest(found: list[Loop], kind: str, least: float = 1.0) -> Loop:
     """Of the innermost loops with instructions of a class, that with the most of them.
 
-    Of several equal ones the smallest, which has no masking.
+    Of several equal ones the smallest, which has no masking. least: as many as this part of the most count as
+    equal; where nothing is masked, a part of the exponentials may be computed by other instructions.
     """
     candidates = [loop for loop in found if loop.counts[kind]]
     if not candidates:
         raise ValueError(f"no loop of this kernel holds an instruction of the class {kind}")
     innermost = [loop for loop in candidates if not any(other.body < loop.body for other in candidates)]
-    return max(innermost, key=lambda loop: (loop.counts[kind], -loop.size))
+    most = max(loop.counts[kind] for loop in innermost)
+    return min((loop for loop in innermost if loop.counts[kind] >= least * most), key=lambda loop: loop.size)

@@ -103,6 +103,16 @@ def test_loops_are_natural_loops():
     assert inner.flops == 2 * 16 * 8 * 16
 
 
+def test_the_loop_that_does_not_mask_may_have_fewer_exponentials():
+    """What it computes by other instructions still leaves it the steady loop; a loop with a few is none."""
+    steady = sass.Loop(frozenset(range(6)), ("MUFU.EX2",) * 2 + ("FFMA2",) * 4)
+    masked = sass.Loop(frozenset(range(10, 20)), ("MUFU.EX2",) * 4 + ("SEL",) * 6)
+    last = sass.Loop(frozenset(range(30, 33)), ("MUFU.LG2", "FMUL", "STG"))
+    assert sass.hottest([last, masked, steady], "mufu") is masked
+    assert sass.hottest([last, masked, steady], "mufu", least=0.5) is steady
+    assert sass.hottest([last, masked, steady], "mufu", least=0.25) is last
+
+
 def test_without_a_matrix_instruction_there_is_no_hot_loop():
     with pytest.raises(ValueError, match="class mma"):
         sass.hottest(sass.loops(NEST.replace("HMMA.16816.F32.BF16", "FFMA")), "mma")
