@@ -40,7 +40,7 @@ from . import flash_attn_4, sass
 from .rates import GPUS, PARTITIONS, WARP, Gpu
 from .static import CASES, Case, in_words
 
-DEFAULT = ("d64", "d128", "d192_128", "d256")
+DEFAULT = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
 TILES = 8  # the emulator runs so many KV tiles, and twice as many
 
 # Kinds of PTX instructions that are counted per warp; the first match wins.

@@ -72,7 +72,8 @@ def _without_hardware(results: Path) -> list[str]:
     lines = [
         "What can be read without a GPU: registers, spills and hot loops of every kernel beside",
         "flash-attn-4's (`profiling/results/static.md`), and what each unit of a GPU allows per KV tile",
-        "(`profiling/results/cycles.md`). In the compiled code:",
+        "(`profiling/results/cycles.md`; `profiling/sm100.md` argues from it what a B200 should reach). In",
+        "the compiled code:",
         static_table.in_short(figures) + ".", "",
         "Ceilings in TFLOP/s: what the unit that binds would allow, were it always busy. **Bounds, not",
         "measurements**; in brackets the unit, and the bound where tensor cores and the rest take turns.", "",

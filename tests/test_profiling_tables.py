@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +123,15 @@ def test_readme_says_what_a_report_measured(tmp_path):
     assert text.startswith("new, 2026-01-02; all of it: `profiling/results/2026-01-02-x.md`")
     assert "| d64-causal-s512 | 200 (20.0%) | missing |" in text and "No speed was measured" not in text
     assert "Geometric mean of our speed over that of the best peer: 0.500, 1 rows" in text
+
+
+def test_the_argument_for_blackwell_has_the_tables_numbers():
+    """profiling/sm100.md argues from counts; they are those of the table."""
+    text = (Path(cycles.__file__).parent / "sm100.md").read_text()
+    told = re.findall(r"^\| (d128\w*) \| ([\w.-]+) \| ([\d |]+) \|$", text, re.MULTILINE)
+    assert len(told) == 4
+    for case, kernel, numbers in told:
+        rows = [r for r in COUNTED if (r.target, r.case) == ("sm_100a", case) and r.kernel.startswith(kernel)]
+        (row,) = rows
+        clocks = row.cost.cycles(GPUS["B200"]).values()
+        assert [int(n) for n in numbers.split(" | ")] == [round(n) for n in clocks], (case, kernel)
