@@ -161,7 +161,7 @@ def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 def flash_attn_combine(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Merging partial results of split keys: not available yet, NotImplementedError."""
-    raise NotImplementedError("flash_attn_combine does not exist yet: no kernel here splits the keys")
+    raise NotImplementedError("flash_attn_combine does not exist yet: num_splits merges by itself")
 
 
 def _results(call: Call, out: torch.Tensor | None, probabilities: bool) -> Any:

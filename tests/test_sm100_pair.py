@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_flash import dispatch, executable, ops
+from cute_flash import dispatch, executable
 from cute_flash.arch.problem import Problem, Sizes
 from cute_flash.arch.sm100 import tuning
 from cute_flash.arch.sm100.forward import Forward
-from cute_flash.emulated_kernel import EmulatedKernel
-from cute_flash.emulator import EmulatorError
 from tests.cases import CASES, RAGGED, Case
+from tests.emulator.negative.mutations import everywhere
+from tests.emulator.negative.subjects import Subject, objection
 from tests.harness import Call, answer_for
 from tests.test_resources import resources
 
@@ -128,26 +126,11 @@ ATTEMPTS = (
 
 
 @pytest.mark.parametrize("change", ["nothing", *CHANGES])
-def test_every_change_is_noticed(change, pairs_only, monkeypatch):
-    pattern, instead = CHANGES.get(change, ("^", ""))
-
-    @functools.cache
-    def changed(kernel, problem, config, device, route):
-        built = executable.artifact(kernel, problem, config, device)
-        text, count = re.subn(pattern, instead, built.ptx.decode(), flags=re.MULTILINE)
-        if not count:
-            raise ValueError(f"nothing to change by {pattern}")
-        return EmulatedKernel(built._replace(ptx=text.encode()), device)
-
-    monkeypatch.setattr(ops, "executable", changed)
-    objections = []
-    for options in ATTEMPTS:
-        try:
-            check(PLAIN["256"], **options)
-        except (EmulatorError, AssertionError) as error:
-            objections.append(error)
-            break
-    assert bool(objections) == (change != "nothing")
+def test_every_change_is_noticed(change, pairs_only):
+    assert answer_for(PLAIN["256"], "sm100").config.ctas == 2
+    changed = everywhere(*CHANGES.get(change, ("^", "")))
+    found = objection(Subject(PLAIN["256"], None, {}), "sm100", changed, ATTEMPTS)
+    assert bool(found) == (change != "nothing")
 
 
 @pytest.mark.parametrize(

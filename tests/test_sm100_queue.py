@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 import cute_flash
-from cute_flash import dispatch, executable, ops
+from cute_flash import dispatch
 from cute_flash.arch.sm100 import tuning
-from cute_flash.emulated_kernel import EmulatedKernel
-from cute_flash.emulator import EmulatorError
 from tests.cases import CASES, Case
+from tests.emulator.negative.mutations import everywhere
+from tests.emulator.negative.subjects import Subject, objection
 from tests.harness import Call, answer_for
 
 ALONE = replace(CASES["varlen_causal"], dims=(64, 64))
@@ -79,23 +77,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", ["nothing", *CHANGES])
-def test_every_change_is_noticed(change, queues_only, monkeypatch):
-    pattern, instead = CHANGES.get(change, ("^", ""))
-
-    @functools.cache
-    def changed(kernel, problem, config, device, route):
-        built = executable.artifact(kernel, problem, config, device)
-        text, count = re.subn(pattern, instead, built.ptx.decode(), flags=re.MULTILINE)
-        if not count:
-            raise ValueError(f"nothing to change by {pattern}")
-        return EmulatedKernel(built._replace(ptx=text.encode()), device)
-
-    monkeypatch.setattr(ops, "executable", changed)
-    objections = []
-    for options in ORDERS[:3]:
-        try:
-            Call.make(HALF_DIMS).check("sm100", **RESIDENT, **options)
-        except (EmulatorError, AssertionError) as error:
-            objections.append(error)
-            break
-    assert bool(objections) == (change != "nothing")
+def test_every_change_is_noticed(change, queues_only):
+    resident = tuple(RESIDENT | options for options in ORDERS[:3])
+    changed = everywhere(*CHANGES.get(change, ("^", "")))
+    found = objection(Subject(HALF_DIMS, None, {}), "sm100", changed, resident)
+    assert bool(found) == (change != "nothing")

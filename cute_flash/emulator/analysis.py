@@ -159,6 +159,12 @@ def _checking(run: Callable, checks: list[tuple[str, int]], control: bool) -> Ca
                 k = int(np.flatnonzero(~written.reshape(-1))[0])
                 raise m.fault(UndefinedRegister, g, k, f"{name} is read before anything is written to it")
 
+    return after_check(check, run, control)
+
+
+def after_check(check: Callable, run: Callable, control: bool) -> Callable:
+    """A step's `run` that `check(m, g)` comes before. control: it takes and returns places in the program."""
+
     def controlled(m: Machine, g: Threads, here: int) -> list:
         check(m, g)
         return run(m, g, here)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .analysis import successors
+from .analysis import after_check, successors
 from .errors import RegisterInFlight
 from .operands import Register
 from .translate import CONTROL, Operation, Step
@@ -102,12 +102,4 @@ def _objecting(run: Callable, name: str, control: bool) -> Callable:
             text = f"{name} is touched, which tcgen05.ld may still be bringing: no tcgen05.wait::ld since"
             raise m.warp_fault(RegisterInFlight, g, 0, text)
 
-    def controlled(m: Machine, g: Threads, here: int) -> list:
-        check(m, g)
-        return run(m, g, here)
-
-    def plain(m: Machine, g: Threads) -> None:
-        check(m, g)
-        run(m, g)
-
-    return controlled if control else plain
+    return after_check(check, run, control)

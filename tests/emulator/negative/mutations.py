@@ -83,6 +83,18 @@ def with_operand(operation: str) -> Callable[[str], str]:
     return change
 
 
+def everywhere(pattern: str, instead: str) -> Callable[[str], str]:
+    """Every match in a kernel's PTX replaced; ValueError where there is none."""
+
+    def change(ptx: str) -> str:
+        text, count = re.subn(pattern, instead, ptx, flags=re.MULTILINE)
+        if not count:
+            raise ValueError(f"nothing to change by {pattern}")
+        return text
+
+    return change
+
+
 COPIES = {
     "no wait": Mutation(matching(r"cp\.async\.wait_group"), removed),
     "a wait for one group fewer": Mutation(matching(r"cp\.async\.wait_group"), one_fewer_waited_for),

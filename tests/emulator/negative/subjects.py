@@ -39,7 +39,7 @@ ATTEMPTS = (
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A kernel to change. config: of its own, so that tuning does not move the sites.
+    """A kernel to change. config: of its own, so that tuning does not move the sites; None: tuning's.
 
     combine: not the forward kernel is changed but the one that combines its splits.
     """
@@ -149,7 +149,7 @@ def check(call: Call, *results: torch.Tensor) -> None:
 
 def compiled(subject: Subject, step: Step, device: Device) -> Artifact:
     """A kernel of a subject's call."""
-    config = step.config if step.kernel is Combine else subject.config
+    config = step.config if step.kernel is Combine or subject.config is None else subject.config
     return executable.artifact(step.kernel, step.problem, config, device)
 
 
