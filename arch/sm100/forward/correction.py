@@ -1,5 +1,5 @@
 """The correction role: one warpgroup multiplies O in tensor memory where a row's maximum was raised, off the
-softmax's path, and in the end normalises O, and stores it and the log-sum-exp.
+softmax's path, and in the end normalises O, hands it to the store role, and writes the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, first_row_of, row_of_thread, turns_of, visits_of
-from .store import CHUNK, Partial, Result
+from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, row_of_thread, turns_of, visits_of
+from .output import CHUNK, Partial, Result
 
 
 class Correction:
-    """store: what becomes of O and the log-sum-exp."""
+    """output: where O and the log-sum-exp go."""
 
     asks = False
 
-    def __init__(self, problem: Problem, config: Config, plan: Plan, store: Result | Partial):
-        self.problem, self.config, self.plan, self.store = problem, config, plan, store
+    def __init__(self, problem: Problem, config: Config, plan: Plan, output: Result | Partial):
+        self.problem, self.config, self.plan, self.output = problem, config, plan, output
         self.group, self.dim_v = Group(config.ctas), padded(problem.head_dim_v)
 
     @cute.jit
@@ -44,7 +44,7 @@ class Correction:
         return ends, turns
 
     def close(self, ends: tuple, warp: Int32) -> None:
-        self.store.close(warp)
+        """The store role sees the rest through."""
 
     @cute.jit
     def rescale(self, work: Work, tile: cutlass.Constexpr, turn: Int32):
@@ -72,7 +72,7 @@ class Correction:
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
-        """O / row_sum and the log-sum-exp are stored."""
+        """O / row_sum and the log-sum-exp leave."""
         job, thread = work.job, cute.arch.thread_idx()[0] % TILE_M
         stats = work.edges.stats.of(tile)
         stats.wait_full(work.past.turns + work.past.tiles + turns)
@@ -86,7 +86,7 @@ class Correction:
         factor = self.output_rows(job, head).close(softmax, 0, row, exists)
         if turns > 0:
             work.edges.o.of(tile).wait_full(work.past.turns + turns - 1)
-        target = self.store.target(work, tile, thread)
+        target = self.output.target(work, tile, thread)
         for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
             values = registers(CHUNK)
             values.fill(0.0)
@@ -94,8 +94,8 @@ class Correction:
                 load(self.o(work, tile, c), values, thread)
             for i in cutlass.range_constexpr(CHUNK):
                 values[i] = where(factor == 0.0, 0.0, values[i] * factor)
-            self.store.columns(target, c, values)
-        self.store.finish(work, tile, first_row_of(self.config, job, tile))
+            self.output.columns(target, c, values)
+        self.output.finish(work, tile)
 
     def o(self, work: Work, tile: int, first: int) -> cute.Tensor:
         """Some columns of O."""
@@ -107,7 +107,7 @@ class Correction:
         return OutputRows(
             used=sequence.seqlen_q if problem.seqused_q else None,
             end=sequence.q_rows,
-            lse=sequence.lse_of(self.store.lse(job), head) if problem.lse else None,
+            lse=sequence.lse_of(self.output.lse(job), head) if problem.lse else None,
             sink=call.sink[head] if problem.sink else None,
             factor=call.keep_scale if problem.dropout else None,
         )

@@ -55,12 +55,14 @@ class Edges(NamedTuple):
     s: S filled by the mma warp; emptied when P is stored and O rescaled; one for every S of a tile.
     stats: filled by the softmax warps, emptied by the correction's.
     o: filled by the mma warp when a block's P V is complete; `s` tells it when to go on.
+    out: filled by the correction warps with O in shared memory, emptied by the store warp.
     queue: the CTA's next tiles, where they are asked for.
     """
 
     s: Edge
     stats: Edge
     o: Edge
+    out: Edge
     queue: Queue | None
 
 

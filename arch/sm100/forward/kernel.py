@@ -1,19 +1,22 @@
 """FlashAttention-4 forward (Zadouri et al. 2026) for sm_100a, sm_103a and sm_110a.
 
     softmax      4 warps per Q tile   S -> P, one row per thread; S and P in tensor memory
-    correction   4 warps              O *= factor where a maximum was raised; in the end O / sum, by TMA
+    correction   4 warps              O *= factor where a maximum was raised; in the end O / sum
     mma          1 warp               S = Q K and O += P V with tcgen05, tile by tile
     load         1 warp               TMA: Q, then K[n] and V[n], latest first
+    store        1 warp               TMA: O, from shared memory
 
     load --q--> mma                        a stage for each Q tile
     load --k, v--> mma                     K and V apart, so that a product waits for its own tile only
     mma --s--> softmax, correction         `slots` for each Q tile; back when P is stored and O rescaled
     softmax --stats--> correction          one for each Q tile: factors, in the end sum and maximum
     mma --o--> correction                  one for each Q tile: O after each block
+    correction --out--> store              one for each Q tile: O in 16 bits, in Q's place or beside it
 
 One CTA, or a pair of CTAs, takes `tile_m` rows of one query head, or of several that share a KV head, with
 all keys or one split of them (Dao et al. 2023, "Flash-Decoding"): then correction writes O in fp32, from
-registers. It takes one tile, or persists and takes every n-th: then O leaves under the next tile's loads.
+registers, and there is no store role. It takes one tile, or persists and takes every n-th: then O leaves
+under the next tile's loads.
 
 In a pair each CTA runs all roles but mma, which only the leader's warp does for both:
 
@@ -49,8 +52,9 @@ from .correction import Correction
 from .job import Edges, Job, LoadEnds, Memory, MmaEnds, Past, Work, rows_of_tile
 from .load import Load
 from .mma import Mma
+from .output import Partial, Result
 from .softmax import Softmax
-from .store import Partial, Result
+from .store import Store
 
 DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 WARPGROUP = 4  # warps
@@ -81,6 +85,11 @@ class ForwardKernel:
         self.v = operand(config.tile_n, dim_v, config.v_stages, ragged_k).in_parts(config.ctas)
         self.plan = Plan(config.tiles, config.slots, config.tile_n, padded(dim_v, config.ctas))
         self.group = Group(config.ctas)
+
+    @property
+    def warps(self) -> int:
+        """How many have a role in a CTA."""
+        return WARPGROUP * (self.config.tiles + 1) + (2 if self.problem.split_kv else 3)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -181,8 +190,8 @@ class ForwardKernel:
         load = Load(problem, config, self.q, self.k, self.v)
         mma = Mma(problem, config, Products(self.dtype, plan, group))
         softmax = Softmax(problem, config, self.dtype, plan)
-        stores = Partial(problem, config) if problem.split_kv else Result(config, self.out)
-        correction = Correction(problem, config, plan, stores)
+        output = Partial(problem, config) if problem.split_kv else Result(config, self.dtype)
+        correction = Correction(problem, config, plan, output)
         read, fill = MmaEnds(q.read, k.read, v.read), LoadEnds(q.fill, k.fill, v.fill)
         told, few = (launch, memory, edges), config.other_registers
         roles = (
@@ -191,6 +200,8 @@ class ForwardKernel:
             Role(partial(self.run, mma, *told, read), 1, few),
             Role(partial(self.run, load, *told, fill), 1, few),
         )
+        if cutlass.const_expr(not problem.split_kv):
+            roles += (Role(partial(self.run, Store(config, self.out), *told, ()), 1, few),)
         specialize_warps(roles, config.launch_registers, warp)
         group.sync()
         if warp == 0:
@@ -201,22 +212,23 @@ class ForwardKernel:
         """The edges between roles of this CTA and its peer, made by one thread."""
         tiles, scores = self.config.tiles, self.config.tiles * self.config.slots
         stats, o = barriers + 2 * scores, barriers + 2 * (scores + tiles)
-        asked = barriers + 2 * (scores + 2 * tiles)
+        out, asked = barriers + 2 * (scores + 2 * tiles), barriers + 2 * (scores + 3 * tiles)
         if warp == 0:
             with cute.arch.elect_one():
                 Edge.make(barriers, scores, 1, 2 * WARPGROUP * self.config.ctas)
                 Edge.make(stats, tiles, WARPGROUP, WARPGROUP)
                 Edge.make(o, tiles, 1, 1)
+                Edge.make(out, tiles, WARPGROUP, 1)
                 if cutlass.const_expr(self.config.dynamic):
-                    Queue.make(asked, (WARPGROUP * (tiles + 1) + 2) * self.config.ctas)
+                    Queue.make(asked, self.warps * self.config.ctas)
         queue = Queue(Edge.at(asked, SLOTS), answers) if self.config.dynamic else None
-        return Edges(Edge.at(barriers, scores), Edge.at(stats, tiles), Edge.at(o, tiles), queue)
+        return Edges(Edge.at(barriers, scores), *(Edge.at(at, tiles) for at in (stats, o, out)), queue)
 
     def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer, cute.Pointer]:
         """The tiles, the rows' statistics, the barriers, a word for tensor memory's address, and answers."""
         config = self.config
         smem = SmemAllocator()
-        count = 2 * (config.tiles * (3 + config.slots) + config.k_stages + config.v_stages + SLOTS)
+        count = 2 * (config.tiles * (4 + config.slots) + config.k_stages + config.v_stages + SLOTS)
         answers = smem.allocate_array(cutlass.Int128, SLOTS)
         barriers = smem.allocate_array(cutlass.Int64, count)
         address = smem.allocate_array(cutlass.Int32, 1)
