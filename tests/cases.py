@@ -6,6 +6,7 @@ not per size, so sizes vary freely; the other fields are chosen to keep Problems
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -97,6 +98,11 @@ def halved_in_the_past(s, batch, head, q, k):
     return where(k < q, s * 0.5, s)
 
 
+def hides_rows(s, batch, head, q, k):
+    """A user's score that hides all keys from some queries, and some from others."""
+    return where(q % 3 == 0, -math.inf, where((q + k) % 5 == 0, -math.inf, s))
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What the makers of masks and scores are told: sizes, and a seeded generator."""
@@ -164,6 +170,7 @@ SCORES: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "softcap_alibi": lambda n: SCORES["softcap"](n) | SCORES["alibi"](n),
     "own": lambda n: {"score": RelativeBias(torch.randn(n.heads, 128, generator=n.generator))},
     "function": lambda _: {"score": halved_in_the_past},
+    "hides": lambda _: {"score": hides_rows},
     "own_softcap": lambda n: SCORES["softcap"](n) | SCORES["own"](n),
 }
 # Block masks, by rules and by maps.
@@ -212,6 +219,7 @@ def singles() -> Iterator[Case]:
         yield Case(f"mask_{mask}", mask=mask)
     for score in SCORES:
         yield Case(f"score_{score}", score=score)
+    yield Case("score_hides_whole_blocks", ((40, 400),), score="hides")
     for heads in ((6, 2), (4, 1), (3, 3), (1, 1)):
         yield Case(f"heads_{heads[0]}_{heads[1]}", heads=heads)
     for layout in ("heads_first", "sliced", "interleaved"):

@@ -21,7 +21,7 @@ class Config:
 
     tiles: Q tiles of 128 rows per CTA, a softmax warpgroup each. slots: S's of a tile in tensor memory: with
     two, the next block's S is computed before this block's P V. tile_n: rows of K and V at a time.
-    k_stages, v_stages: their tiles in shared memory. polynomial: of 16 exponentials of a wholly visible
+    k_stages, v_stages: their tiles in shared memory. polynomial: of 32 exponentials of a wholly visible
     block, how many are computed on the FMA units. softmax_registers, correction_registers,
     other_registers: per thread. ctas: 1, or 2 for a pair that multiplies together: its tiles have 256 rows,
     half of them each CTA's, and each CTA brings half of K and V. heads: query heads of one KV head that
@@ -206,21 +206,21 @@ class Row:
 #   Blocks of 128 rows of a block mask take one Q tile, and a tile_n that divides their keys; only they get to
 #     the rows of one Q tile for (128, 128) and (192, 128). Stages: as shared memory allows, where CTAs may
 #     persist beside a place for O.
-#   polynomial: for 128 x 128 of S a quarter of an SM needs 1024 clocks of ex2 and 256 of FMA; each of the 16
-#     moved takes 64 from ex2 and adds 56 to FMA and 36 to about 440 issue slots. The products take 512 clocks
-#     at head dim 64, which ex2 binds: 6 moved leave 640 to ex2, 592 to FMA, 656 to issue. At 128 the products
-#     take 1024: 4 moved put ex2 (768) behind them. Beyond 128 they take longer still, and none is moved.
+#   polynomial: for 128 x 128 of S a quarter of an SM needs 1024 clocks of ex2; each of the 32 moved to the
+#     FMA units takes 32 from that and adds 16 issue slots to about 450, as cubins show. At 64, which ex2
+#     binds, 12 moved leave 640 to ex2 and take about 640. Beyond, products take longer, 1024 clocks at 128;
+#     6 moved put ex2 (832) well behind them, as many as flash-attn-4's authors found best there.
 ROWS = (
-    Row(64, 64, False, Config(2, 1, 128, 4, 4, 6, 192, 80, 48)),
-    Row(128, 128, False, Config(2, 1, 128, 3, 3, 4, 192, 80, 48, ctas=2), even=True, gain=2065 / 2048),
-    Row(128, 128, False, Config(2, 1, 128, 2, 2, 4, 192, 80, 48)),
+    Row(64, 64, False, Config(2, 1, 128, 4, 4, 12, 192, 80, 48)),
+    Row(128, 128, False, Config(2, 1, 128, 3, 3, 6, 200, 64, 48, ctas=2), even=True, gain=2065 / 2048),
+    Row(128, 128, False, Config(2, 1, 128, 2, 2, 6, 192, 80, 48)),
     Row(128, 128, True, Config(2, 1, 32, 4, 4, 0, 200, 64, 48)),
-    Row(192, 128, False, Config(2, 1, 128, 3, 3, 0, 192, 64, 64, ctas=2), even=True, gain=2706 / 2560),
-    Row(192, 128, False, Config(2, 1, 128, 2, 1, 0, 192, 64, 64)),
+    Row(192, 128, False, Config(2, 1, 128, 3, 3, 6, 192, 64, 64, ctas=2), even=True, gain=2706 / 2560),
+    Row(192, 128, False, Config(2, 1, 128, 2, 1, 6, 192, 64, 64)),
     Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
-    Row(128, 128, False, Config(1, 2, 128, 3, 2, 4, 240, 152, 112)),
-    Row(192, 128, False, Config(1, 2, 128, 2, 2, 0, 240, 152, 112)),
-    Row(256, 256, False, Config(1, 2, 128, 3, 2, 0, 240, 152, 112, ctas=2), gain=3088 / 2048),
+    Row(128, 128, False, Config(1, 2, 128, 3, 2, 6, 240, 152, 112)),
+    Row(192, 128, False, Config(1, 2, 128, 2, 2, 6, 240, 152, 112)),
+    Row(256, 256, False, Config(1, 2, 128, 3, 2, 6, 240, 152, 112, ctas=2), gain=3088 / 2048),
     Row(256, 256, True, Config(1, 2, 64, 4, 4, 0, 240, 152, 112, ctas=2), gain=3088 / 2064),
     Row(256, 256, True, Config(1, 2, 64, 2, 2, 0, 240, 152, 112)),
 )

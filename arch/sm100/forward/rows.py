@@ -11,12 +11,12 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Float32
 
-from ...common.numeric import both, exp2_pair, packed
+from ...common.numeric import both, exp2_pair, in_span, packed
 from ...common.softmax import OnlineSoftmax, exp2, finite
 from ...elementwise import where
 
 THRESHOLD = 8.0
-PATTERN = 16  # elements after which the choice of exponential units repeats
+PATTERN = 32  # elements after which the choice of exponential units repeats
 
 
 def largest(s: cute.Tensor) -> Float32:
@@ -39,13 +39,13 @@ def raise_max(softmax: OnlineSoftmax, s: cute.Tensor) -> Float32:
 
 def exponentials(softmax: OnlineSoftmax, s: cute.Tensor, columns: range, polynomial: int) -> None:
     """S becomes P in place on some columns; of PATTERN elements `polynomial` are computed without ex2."""
-    ops, scale = packed(), both(softmax.scale_log2)
-    shift = both(-finite(softmax.row_max[0]))
+    ops, scale, shift = packed(), softmax.scale_log2, -finite(softmax.row_max[0])
     for c in columns[::2]:
-        x = ops.fma((s[0, c], s[0, c + 1]), scale, shift)
+        pair = s[0, c], s[0, c + 1]
         if _on_fma_units(c, polynomial):
-            s[0, c], s[0, c + 1] = exp2_pair(x, ops)
+            s[0, c], s[0, c + 1] = exp2_pair(pair, *in_span(scale, shift), ops)
         else:
+            x = ops.fma(pair, both(scale), both(shift))
             s[0, c], s[0, c + 1] = exp2(x[0]), exp2(x[1])
 
 

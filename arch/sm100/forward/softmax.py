@@ -56,6 +56,8 @@ class Softmax:
         row = self.row(work, warp // 4)
         visits = visits_of(self.problem, self.config, work.job, row.rules)
         phases = visits.phases
+        if cutlass.const_expr(self.config.slots == 1 and self.config.stays):
+            work.edges.stats.of(row.tile).wait_empty(work.past.turns + work.past.tiles)
         for p in cutlass.range_constexpr(len(phases)):
             for i in cutlass.range(phases[p].visits, unroll=1):
                 place = visits.nth(phases[p], i)
@@ -83,7 +85,9 @@ class Softmax:
         number = after(scores[0], row.number)
         row.rules.apply(scores, lambda r: number, lambda c: first_key + c, masked)
         factor = raise_max(row.softmax, scores)
-        stats.wait_empty(turn + work.past.tiles)
+        if cutlass.const_expr(self.config.slots > 1):
+            # With one, this S was begun after the correction had read the factor of the turn before.
+            stats.wait_empty(turn + work.past.tiles)
         row.stats[FACTOR] = factor
         stats.warp_filled()
         # What a mask hides must be exactly 0, which ex2 makes of -inf.
