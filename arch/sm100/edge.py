@@ -8,6 +8,7 @@ takes a fence on each side.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass.cute as cute
@@ -17,31 +18,41 @@ from cutlass._mlir.dialects import nvvm
 from .group import ALONE, Group
 
 
+@dataclass(frozen=True)
+class Slots:
+    """`count` neighbouring edges of one slot each: `fills` arrivals make it full, `empties` empty.
+
+    empties: 0 where other edges tell who fills that it may.
+    """
+
+    count: int
+    fills: int
+    empties: int
+
+    @property
+    def barriers(self) -> int:
+        """How many they take."""
+        return self.count * (2 if self.empties else 1)
+
+    def make(self, barriers: cute.Pointer) -> None:
+        """Make them in so many `barriers`; one thread of the CTA calls this, before `Group.ready`."""
+        for i in range(self.barriers):
+            cute.arch.mbarrier_init(barriers + i, self.fills if i < self.count else self.empties)
+
+    def at(self, barriers: cute.Pointer) -> Edge:
+        """The first of them."""
+        return Edge(barriers, barriers + self.count if self.empties else None)
+
+
 class Edge(NamedTuple):
-    """`full` and `empty`: 8-byte barriers in shared memory, of the first of several neighbouring edges."""
+    """`full` and `empty`: 8-byte barriers in shared memory; see `Slots`."""
 
     full: cute.Pointer
-    empty: cute.Pointer
-
-    @staticmethod
-    def make(barriers: cute.Pointer, edges: int, fills: int, empties: int) -> Edge:
-        """`edges` neighbours in 2 * edges barriers; `fills` arrivals make a slot full, `empties` empty.
-
-        One thread of the CTA calls this, before `Group.ready`.
-        """
-        for i in range(edges):
-            cute.arch.mbarrier_init(barriers + i, fills)
-            cute.arch.mbarrier_init(barriers + edges + i, empties)
-        return Edge.at(barriers, edges)
-
-    @staticmethod
-    def at(barriers: cute.Pointer, edges: int) -> Edge:
-        """Edges that `make` has made there."""
-        return Edge(barriers, barriers + edges)
+    empty: cute.Pointer | None
 
     def of(self, index: int | Int32) -> Edge:
         """One of the neighbouring edges."""
-        return Edge(self.full + index, self.empty + index)
+        return Edge(self.full + index, None if self.empty is None else self.empty + index)
 
     def wait_full(self, turn: int | Int32) -> None:
         """Wait for filling `turn`."""

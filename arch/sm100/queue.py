@@ -15,7 +15,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32
 
 from ..elementwise import where
-from .edge import Edge
+from .edge import Edge, Slots
 from .group import Group
 
 SLOTS = 2  # answers on their way or not yet read by all: so loads need not wait for the tile before
@@ -24,15 +24,15 @@ NOTHING = -1
 
 
 class Queue(NamedTuple):
-    """edge: the first of SLOTS. answers: as many times 16 bytes."""
+    """edge: the first of `Queue.slots`. answers: as many times 16 bytes."""
 
     edge: Edge
     answers: cute.Pointer
 
     @staticmethod
-    def make(barriers: cute.Pointer, warps: int) -> None:
-        """The edges, in 2 * SLOTS barriers; `warps`: how many read every answer, in all CTAs of the group."""
-        Edge.make(barriers, SLOTS, 1, warps)
+    def slots(warps: int) -> Slots:
+        """warps: how many read every answer, in all CTAs of the group."""
+        return Slots(SLOTS, 1, warps)
 
     @cute.jit
     def ask(self, n: Int32, group: Constexpr):

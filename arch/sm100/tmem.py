@@ -47,9 +47,13 @@ class Plan:
         """Columns to ask for: a power of two, at least 32."""
         return max(32, 1 << (self.used - 1).bit_length())
 
+    def slot(self, turn: int | Int32) -> int | Int32:
+        """Which S of a Q tile block number `turn` takes."""
+        return 0 if self.slots == 1 else turn % self.slots
+
     def place(self, tile: int | Int32, turn: int | Int32) -> int | Int32:
         """Which of all S's a Q tile's block number `turn` takes."""
-        return tile if self.slots == 1 else tile * self.slots + turn % self.slots
+        return tile * self.slots + self.slot(turn)
 
     def s(self, tile: int | Int32, turn: int | Int32) -> int | Int32:
         """First column of S and P of a Q tile's block number `turn`."""

@@ -70,7 +70,7 @@ class Config:
         rows, v_part = TILE_M * self.tiles, -(-dim_v // (16 * self.ctas)) * 16
         q_and_out = dim + dim_v if self.stays else max(dim, dim_v)
         q, k = rows * q_and_out, self.tile_n // self.ctas * self.k_stages * dim
-        return 2 * (q + k + self.tile_n * self.v_stages * v_part) + 8 * rows + 1024
+        return 2 * (q + k + self.tile_n * self.v_stages * v_part) + 4 * (self.slots + 1) * rows + 1024
 
 
 def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None) -> Config | None:
@@ -215,7 +215,7 @@ ROWS = (
     Row(128, 128, False, Config(2, 1, 128, 3, 3, 6, 200, 64, 48, ctas=2), even=True, gain=2065 / 2048),
     Row(128, 128, False, Config(2, 1, 128, 2, 2, 6, 192, 80, 48)),
     Row(128, 128, True, Config(2, 1, 32, 4, 4, 0, 200, 64, 48)),
-    Row(192, 128, False, Config(2, 1, 128, 3, 3, 6, 192, 64, 64, ctas=2), even=True, gain=2706 / 2560),
+    Row(192, 128, False, Config(2, 1, 128, 3, 3, 6, 200, 64, 48, ctas=2), even=True, gain=2706 / 2560),
     Row(192, 128, False, Config(2, 1, 128, 2, 1, 6, 192, 64, 64)),
     Row(256, 128, True, Config(2, 1, 64, 2, 2, 0, 192, 80, 48)),
     Row(128, 128, False, Config(1, 2, 128, 3, 2, 6, 240, 152, 112)),

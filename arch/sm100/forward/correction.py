@@ -1,29 +1,27 @@
 """The correction role: one warpgroup multiplies O in tensor memory where a row's maximum was raised, off the
-softmax's path, and in the end normalises O, hands it to the store role, and writes the log-sum-exp.
+softmax's path, and in the end normalises O and hands it to the store role.
 """
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import Int32
 
 from ...common.numeric import both
 from ...common.operand import padded
-from ...common.output import OutputRows
 from ...common.rules import Rules
-from ...common.softmax import OnlineSoftmax
 from ...elementwise import where
 from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, row_of_thread, turns_of, visits_of
+from .job import Work, turns_of, visits_of
 from .output import CHUNK, Partial, Result
 
 
 class Correction:
-    """output: where O and the log-sum-exp go."""
+    """output: where O goes."""
 
     asks = False
 
@@ -50,12 +48,13 @@ class Correction:
     def rescale(self, work: Work, tile: cutlass.Constexpr, turn: Int32):
         """O *= factor, unless no row of the warp has a new maximum, or there is no O yet."""
         thread = cute.arch.thread_idx()[0] % TILE_M
-        stats, number = work.edges.stats.of(tile), work.past.turns + turn
-        stats.wait_full(number + work.past.tiles)
-        factor = work.memory.stats[thread, FACTOR, tile]
-        stats.warp_emptied()
-        if turn > 0:
-            # Even where nothing is to do: a wait that is two turns late would take one for the other.
+        number = work.past.turns + turn
+        place = self.plan.place(tile, number)
+        work.edges.factors.of(place).wait_full(number // self.config.slots)
+        factor = work.memory.factors[thread, self.plan.slot(number), tile]
+        # One S of a tile was begun after O. With two, O is waited for even where nothing is to do: a wait
+        # that is two turns late would take one for the other.
+        if (turn > 0) & (self.config.slots > 1):
             work.edges.o.of(tile).wait_full(number - 1)
         if (turn > 0) & cute.arch.vote_any_sync(factor != 1.0):
             for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
@@ -68,24 +67,19 @@ class Correction:
                     )
                 store(values, o, thread)
             stored()
-        work.edges.s.of(self.plan.place(tile, number)).warp_emptied(self.group)
+        work.edges.s.of(place).warp_emptied(self.group)
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
-        """O / row_sum and the log-sum-exp leave."""
-        job, thread = work.job, cute.arch.thread_idx()[0] % TILE_M
-        stats = work.edges.stats.of(tile)
-        stats.wait_full(work.past.turns + work.past.tiles + turns)
-        softmax = OnlineSoftmax.create(1, Float32(1.0), ())
-        softmax.row_sum[0] = work.memory.stats[thread, ROW_SUM, tile]
-        softmax.row_max[0] = work.memory.stats[thread, ROW_MAX, tile]
+        """O is normalised and leaves."""
+        thread, last = cute.arch.thread_idx()[0] % TILE_M, work.edges.last.of(tile)
+        last.wait_full(work.past.tiles)
+        factor = work.memory.factors[thread, self.plan.slots, tile]
         if cutlass.const_expr(self.config.stays):
-            stats.warp_emptied()
-        row, head = row_of_thread(self.config, job, tile)
-        exists = Boolean(True) if self.config.heads == 1 else head < job.heads.end
-        factor = self.output_rows(job, head).close(softmax, 0, row, exists)
+            last.warp_emptied()
         if turns > 0:
-            work.edges.o.of(tile).wait_full(work.past.turns + turns - 1)
+            filling = work.past.turns + turns - 1 if self.config.slots > 1 else work.past.filled
+            work.edges.o.of(tile).wait_full(filling)
         target = self.output.target(work, tile, thread)
         for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
             values = registers(CHUNK)
@@ -100,14 +94,3 @@ class Correction:
     def o(self, work: Work, tile: int, first: int) -> cute.Tensor:
         """Some columns of O."""
         return columns(work.memory.tensor, self.plan.o(tile) + first, CHUNK)
-
-    def output_rows(self, job: Job, head: Int32) -> OutputRows:
-        problem, call, sequence = self.problem, job.call, job.sequence
-        head = job.heads.known(self.config.heads, head)
-        return OutputRows(
-            used=sequence.seqlen_q if problem.seqused_q else None,
-            end=sequence.q_rows,
-            lse=sequence.lse_of(self.output.lse(job), head) if problem.lse else None,
-            sink=call.sink[head] if problem.sink else None,
-            factor=call.keep_scale if problem.dropout else None,
-        )

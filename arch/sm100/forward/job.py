@@ -19,8 +19,6 @@ from ..group import Group
 from ..queue import Queue
 from ..tuning import TILE_M, Config
 
-FACTOR, ROW_SUM, ROW_MAX = 0, 0, 1  # places in `Memory.stats`; the factor's is free when the sum is due
-
 
 class Job(NamedTuple):
     """Rows `first_row` and on of some heads of one sequence, the same for both CTAs of a pair.
@@ -38,13 +36,14 @@ class Job(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """tiles: Q (later O), K and V. stats: (128, 2, Q tiles) fp32, from softmax to correction.
+    """tiles: Q (later O), K and V. factors: (128, slots + 1, Q tiles) fp32, what O is to be multiplied by: of
+    each S of a tile, and in the end.
 
     tensor: tensor memory, see `tmem.Plan`.
     """
 
     tiles: Tiles
-    stats: cute.Tensor
+    factors: cute.Tensor
     tensor: cute.Pointer
 
 
@@ -53,24 +52,31 @@ class Edges(NamedTuple):
     tell the leader.
 
     s: S filled by the mma warp; emptied when P is stored and O rescaled; one for every S of a tile.
-    stats: filled by the softmax warps, emptied by the correction's.
-    o: filled by the mma warp when a block's P V is complete; `s` tells it when to go on.
+    factors: a block's, filled by the softmax warps; one for every S of a tile, and free again when that S is
+        full, which was begun after the correction had read the factor before.
+    last: what normalises O, filled by the softmax warps, emptied by the correction's.
+    o: filled by the mma warp when a tile's last P V is complete, with two S's of a tile every P V: then an S
+        does not tell that the P V before is complete. `s` tells the mma warp when to go on.
     out: filled by the correction warps with O in shared memory, emptied by the store warp.
     queue: the CTA's next tiles, where they are asked for.
     """
 
     s: Edge
-    stats: Edge
+    factors: Edge
+    last: Edge
     o: Edge
     out: Edge
     queue: Queue | None
 
 
 class Past(NamedTuple):
-    """What a CTA that persists has done before: blocks of keys, counted once for all Q tiles, and tiles."""
+    """What a CTA that persists has done before: blocks of keys, counted once for all Q tiles, tiles, and how
+    many of these had blocks.
+    """
 
     turns: Int32 | int = 0
     tiles: Int32 | int = 0
+    filled: Int32 | int = 0
 
 
 class Work(NamedTuple):

@@ -9,8 +9,9 @@
     load --q--> mma                        a stage for each Q tile
     load --k, v--> mma                     K and V apart, so that a product waits for its own tile only
     mma --s--> softmax, correction         `slots` for each Q tile; back when P is stored and O rescaled
-    softmax --stats--> correction          one for each Q tile: factors, in the end sum and maximum
-    mma --o--> correction                  one for each Q tile: O after each block
+    softmax --factors--> correction        one for each S
+    softmax --last--> correction           one for each Q tile: what normalises O
+    mma --o--> correction                  one for each Q tile: O after its last block, or after each
     correction --out--> store              one for each Q tile: O in 16 bits, in Q's place or beside it
 
 One CTA, or a pair of CTAs, takes `tile_m` rows of one query head, or of several that share a KV head, with
@@ -42,7 +43,7 @@ from ...common.schedule import InSections, OneTile, tile_per_cta
 from ...common.sequence import sequence_of
 from ...elementwise import minimum
 from ...problem import Operands, Problem
-from ..edge import Edge
+from ..edge import Slots
 from ..group import Group
 from ..mma import Products
 from ..queue import SLOTS, Queue
@@ -148,11 +149,12 @@ class ForwardKernel:
             turns, tiles = Int32(0), Int32(0)
             step = cute.arch.grid_dim()[0] // self.config.ctas
             for index in cutlass.range(first, launch.schedule.count, step, unroll=1):
-                work = Work(self.job(launch, index), memory, edges, Past(turns, tiles))
+                # All tiles have as many blocks.
+                work = Work(self.job(launch, index), memory, edges, Past(turns, tiles, tiles))
                 ends, visited = run(work, ends, warp)
                 turns, tiles = turns + visited, tiles + 1
         elif cutlass.const_expr(self.config.dynamic):
-            index, asked, past = first, Int32(0), Past(Int32(0), Int32(0))
+            index, asked, past = first, Int32(0), Past(Int32(0), Int32(0), Int32(0))
             while index >= 0:
                 if cutlass.const_expr(role.asks):
                     edges.queue.ask(asked, self.group)
@@ -166,17 +168,17 @@ class ForwardKernel:
     @cute.jit
     def if_any(self, run: cutlass.Constexpr, work: Work, ends, warp: Int32):
         """Run a role on a tile that may lie beyond its sequence: then ends and past stay as they are."""
-        turns, tiles = work.past
+        turns, tiles, filled = work.past
         if work.job.first_row < work.job.sequence.q_rows:
             ends, visited = run(work, ends, warp)
-            turns, tiles = turns + visited, tiles + 1
-        return ends, Past(turns, tiles)
+            turns, tiles, filled = turns + visited, tiles + 1, filled + Int32(visited > 0)
+        return ends, Past(turns, tiles, filled)
 
     @cute.jit
     def work(self, launch: Launch):
         problem, config, plan, group = self.problem, self.config, self.plan, self.group
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        tiles, stats, barriers, address, answers = self.shared_memory()
+        tiles, factors, barriers, address, answers = self.shared_memory()
         stages, ctas = (config.tiles, config.k_stages, config.v_stages), config.ctas
         q = mma_channel(barriers, stages[0], self.q.bytes, ctas)
         k = mma_channel(barriers + 2 * stages[0], stages[1], self.k.bytes, ctas)
@@ -186,11 +188,11 @@ class ForwardKernel:
             group.allocate(plan.allocated, address)
         group.ready()
         tensor = cute.arch.retrieve_tmem_ptr(Float32, 16, address)
-        memory = Memory(tiles, stats, tensor)
+        memory = Memory(tiles, factors, tensor)
         load = Load(problem, config, self.q, self.k, self.v)
         mma = Mma(problem, config, Products(self.dtype, plan, group))
-        softmax = Softmax(problem, config, self.dtype, plan)
         output = Partial(problem, config) if problem.split_kv else Result(config, self.dtype)
+        softmax = Softmax(problem, config, self.dtype, plan, output)
         correction = Correction(problem, config, plan, output)
         read, fill = MmaEnds(q.read, k.read, v.read), LoadEnds(q.fill, k.fill, v.fill)
         told, few = (launch, memory, edges), config.other_registers
@@ -207,31 +209,46 @@ class ForwardKernel:
         if warp == 0:
             group.free(tensor, plan.allocated)
 
+    def links(self) -> Edges:
+        """How many edges of each kind there are, and who fills and empties them."""
+        config, ctas = self.config, self.config.ctas
+        tiles, scores, back = config.tiles, config.tiles * config.slots, int(config.stays)
+        return Edges(
+            s=Slots(scores, 1, 2 * WARPGROUP * ctas),
+            factors=Slots(scores, WARPGROUP, 0),
+            last=Slots(tiles, WARPGROUP, WARPGROUP * back),
+            o=Slots(tiles, 1, 0),
+            out=Slots(tiles, WARPGROUP, back),
+            queue=Queue.slots(self.warps * ctas) if config.dynamic else None,
+        )
+
     @cute.jit
     def edges(self, barriers: cute.Pointer, answers: cute.Pointer, warp: Int32):
         """The edges between roles of this CTA and its peer, made by one thread."""
-        tiles, scores = self.config.tiles, self.config.tiles * self.config.slots
-        stats, o = barriers + 2 * scores, barriers + 2 * (scores + tiles)
-        out, asked = barriers + 2 * (scores + 2 * tiles), barriers + 2 * (scores + 3 * tiles)
+        kinds, made = [slots for slots in self.links() if slots is not None], []
+        for slots in kinds:
+            made.append(slots.at(barriers))
+            barriers += slots.barriers
         if warp == 0:
             with cute.arch.elect_one():
-                Edge.make(barriers, scores, 1, 2 * WARPGROUP * self.config.ctas)
-                Edge.make(stats, tiles, WARPGROUP, WARPGROUP)
-                Edge.make(o, tiles, 1, 1)
-                Edge.make(out, tiles, WARPGROUP, 1)
-                if cutlass.const_expr(self.config.dynamic):
-                    Queue.make(asked, self.warps * self.config.ctas)
-        queue = Queue(Edge.at(asked, SLOTS), answers) if self.config.dynamic else None
-        return Edges(Edge.at(barriers, scores), *(Edge.at(at, tiles) for at in (stats, o, out)), queue)
+                for slots, edge in zip(kinds, made, strict=True):
+                    slots.make(edge.full)
+        if cutlass.const_expr(self.config.dynamic):
+            made[-1] = Queue(made[-1], answers)
+        else:
+            made.append(None)
+        return Edges(*made)
 
     def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer, cute.Pointer]:
-        """The tiles, the rows' statistics, the barriers, a word for tensor memory's address, and answers."""
+        """The tiles, the rows' factors, the barriers, a word for tensor memory's address, and answers."""
         config = self.config
         smem = SmemAllocator()
-        count = 2 * (config.tiles * (4 + config.slots) + config.k_stages + config.v_stages + SLOTS)
+        edges = sum(slots.barriers for slots in self.links() if slots is not None)
+        count = 2 * (config.tiles + config.k_stages + config.v_stages) + edges
         answers = smem.allocate_array(cutlass.Int128, SLOTS)
         barriers = smem.allocate_array(cutlass.Int64, count)
         address = smem.allocate_array(cutlass.Int32, 1)
-        stats = smem.allocate_tensor(Float32, cute.make_layout((TILE_M, 2, config.tiles)), byte_alignment=16)
+        shape = (TILE_M, config.slots + 1, config.tiles)
+        factors = smem.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=16)
         tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=config.stays)
-        return tiles, stats, barriers, address, answers
+        return tiles, factors, barriers, address, answers

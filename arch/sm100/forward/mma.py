@@ -51,7 +51,7 @@ class Mma:
                 v_slot = ends.v.wait_and_advance()
                 k_slot = ends.k.wait_and_advance()
                 for t in cutlass.range_constexpr(self.config.tiles):
-                    self.begin_o(work, t, turn, v_slot.index)
+                    self.begin_o(work, t, turn, v_slot.index, last=False)
                     self.begin_s(work, t, turn + 1, k_slot.index)
             else:
                 k_slot = ends.k.wait_and_advance()
@@ -59,7 +59,7 @@ class Mma:
                     self.begin_s(work, t, turn + 1, k_slot.index)
                 v_slot = ends.v.wait_and_advance()
                 for t in cutlass.range_constexpr(self.config.tiles):
-                    self.begin_o(work, t, turn, v_slot.index)
+                    self.begin_o(work, t, turn, v_slot.index, last=False)
             k_slot.release()
             v_slot.release()
         if cutlass.const_expr(self.config.stays):
@@ -67,7 +67,7 @@ class Mma:
                 q_slots[t].release()
         v_slot = ends.v.wait_and_advance()
         for t in cutlass.range_constexpr(self.config.tiles):
-            self.begin_o(work, t, visits.total - 1, v_slot.index)
+            self.begin_o(work, t, visits.total - 1, v_slot.index, last=True)
         v_slot.release()
         return ends
 
@@ -82,11 +82,12 @@ class Mma:
         begin(make.qk(), s, tile_of(q, tile, turn), tile_of(k, stage, turn), False)
         work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma(make.group)
 
-    def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32) -> None:
+    def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32, last: bool) -> None:
         """Begin O += P V of the tile's block number `turn`, when P is stored and O has been rescaled."""
         memory, make = work.memory, self.products
         adds, turn = Boolean(turn > 0), work.past.turns + turn
         work.edges.s.of(make.plan.place(tile, turn)).wait_empty(turn // self.config.slots + 1)
         p, v, o = make.p(memory.tensor, tile, turn), make.v(memory.tiles.v), make.o(memory.tensor, tile)
         begin(make.pv(), o, p, tile_of(v, stage, turn), adds)
-        work.edges.o.of(tile).filled_by_mma(make.group)
+        if last or self.config.slots > 1:
+            work.edges.o.of(tile).filled_by_mma(make.group)

@@ -1,6 +1,7 @@
 """The softmax role: a warpgroup for each Q tile, one row per thread.
 
     wait S   load S   rules   maximum -> factor to the correction   P = exp2(S - max) -> over S   sum P
+    in the end   log-sum-exp   1 / sum -> to the correction
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 from ...common.dropout import Dropout
 from ...common.order import after
+from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import FACTOR, ROW_MAX, ROW_SUM, Job, Work, row_of_thread, turns_of, visits_of
+from .job import Job, Work, row_of_thread, turns_of, visits_of
+from .output import Partial, Result
 from .rows import accumulate, exponentials, raise_max
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
@@ -28,7 +31,7 @@ CHUNK = 32  # columns whose exponentials are computed before they are stored
 class Row(NamedTuple):
     """One thread's row: its number in the sequence, its place among a tile's, its state.
 
-    tensor: tensor memory. stats: (2,) in shared memory.
+    tensor: tensor memory. factors: its part of `Memory.factors`.
     """
 
     number: Int32
@@ -38,17 +41,17 @@ class Row(NamedTuple):
     rules: Rules
     dropout: Dropout | None
     tensor: cute.Pointer
-    stats: cute.Tensor
+    factors: cute.Tensor
 
 
 class Softmax:
-    """plan: where S and P are."""
+    """plan: where S and P are. output: where the log-sum-exp goes."""
 
     asks = False
 
-    def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan):
+    def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan, output: Result | Partial):
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
-        self.group = Group(config.ctas)
+        self.group, self.output = Group(config.ctas), output
 
     @cute.jit
     def run(self, work: Work, ends: tuple, warp: Int32):
@@ -56,18 +59,12 @@ class Softmax:
         row = self.row(work, warp // 4)
         visits = visits_of(self.problem, self.config, work.job, row.rules)
         phases = visits.phases
-        if cutlass.const_expr(self.config.slots == 1 and self.config.stays):
-            work.edges.stats.of(row.tile).wait_empty(work.past.turns + work.past.tiles)
         for p in cutlass.range_constexpr(len(phases)):
             for i in cutlass.range(phases[p].visits, unroll=1):
                 place = visits.nth(phases[p], i)
                 self.block(row, work, visits.block(place), visits.turn(place), phases[p].masked)
-        stats, turns = work.edges.stats.of(row.tile), turns_of(visits)
-        stats.wait_empty(work.past.turns + work.past.tiles + turns)
-        row.stats[ROW_SUM] = row.softmax.row_sum[0]
-        row.stats[ROW_MAX] = row.softmax.row_max[0]
-        stats.warp_filled()
-        return ends, turns
+        self.finish(row, work)
+        return ends, turns_of(visits)
 
     def close(self, ends: tuple, warp: Int32) -> None:
         """The correction sees the rest through."""
@@ -75,9 +72,9 @@ class Softmax:
     @cute.jit
     def block(self, row: Row, work: Work, n: Int32, turn: Int32, masked: cutlass.Constexpr):
         """Block n of the keys, the turn-th of the tile that is visited: S becomes P."""
-        edges, turn = work.edges, work.past.turns + turn
-        s, stats = edges.s.of(self.plan.place(row.tile, turn)), edges.stats.of(row.tile)
-        column = self.plan.s(row.tile, turn)
+        turn = work.past.turns + turn
+        place, column = self.plan.place(row.tile, turn), self.plan.s(row.tile, turn)
+        s, factors = work.edges.s.of(place), work.edges.factors.of(place)
         scores = registers(self.config.tile_n)
         s.wait_full(turn // self.config.slots)
         load(columns(row.tensor, column, self.config.tile_n), scores, row.thread)
@@ -85,11 +82,8 @@ class Softmax:
         number = after(scores[0], row.number)
         row.rules.apply(scores, lambda r: number, lambda c: first_key + c, masked)
         factor = raise_max(row.softmax, scores)
-        if cutlass.const_expr(self.config.slots > 1):
-            # With one, this S was begun after the correction had read the factor of the turn before.
-            stats.wait_empty(turn + work.past.tiles)
-        row.stats[FACTOR] = factor
-        stats.warp_filled()
+        row.factors[self.plan.slot(turn)] = factor
+        factors.warp_filled()
         # What a mask hides must be exactly 0, which ex2 makes of -inf.
         polynomial = 0 if masked else self.config.polynomial
         for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
@@ -99,6 +93,29 @@ class Softmax:
         stored()
         s.warp_emptied(self.group)
         accumulate(row.softmax, scores, factor)
+
+    @cute.jit
+    def finish(self, row: Row, work: Work):
+        """The log-sum-exp is written, and the correction told what normalises O."""
+        _, head = row_of_thread(self.config, work.job, row.tile)
+        exists = Boolean(True) if self.config.heads == 1 else head < work.job.heads.end
+        factor = self.output_rows(work.job, head).close(row.softmax, 0, row.number, exists)
+        last = work.edges.last.of(row.tile)
+        if cutlass.const_expr(self.config.stays):
+            last.wait_empty(work.past.tiles)
+        row.factors[self.plan.slots] = factor
+        last.warp_filled()
+
+    def output_rows(self, job: Job, head: Int32) -> OutputRows:
+        problem, call, sequence = self.problem, job.call, job.sequence
+        head = job.heads.known(self.config.heads, head)
+        return OutputRows(
+            used=sequence.seqlen_q if problem.seqused_q else None,
+            end=sequence.q_rows,
+            lse=sequence.lse_of(self.output.lse(job), head) if problem.lse else None,
+            sink=call.sink[head] if problem.sink else None,
+            factor=call.keep_scale if problem.dropout else None,
+        )
 
     def rounded(self, row: Row, scores: cute.Tensor, first: int, first_key: Int32) -> cute.Tensor:
         """CHUNK columns of P, less what dropout takes, as 32-bit words of two elements."""
@@ -127,7 +144,7 @@ class Softmax:
             rules=Rules.of(self.problem, call, job.sequence, head),
             dropout=self.dropout(job, head),
             tensor=memory.tensor,
-            stats=memory.stats[thread, None, tile],
+            factors=memory.factors[thread, None, tile],
         )
 
     def dropout(self, job: Job, head: Int32) -> Dropout | None:
