@@ -40,6 +40,10 @@ class Rules(NamedTuple):
             sequence.batch, head, sequence.offset, sequence.seqlen_k, call.softmax_scale, mask, score
         )
 
+    def change(self, masked: bool) -> bool:
+        """Whether `apply` does anything to a block."""
+        return masked or self.score is not None
+
     def apply(self, s: cute.Tensor, row_of, key_of, masked: bool) -> None:
         """S (rows, columns) in place: the score rule, then -inf where hidden or beyond seqlen_k.
 

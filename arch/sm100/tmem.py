@@ -6,6 +6,7 @@ thread of a warpgroup holds one whole row: no shuffle is ever needed to reduce i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import cutlass.cute as cute
@@ -84,6 +85,23 @@ def load(source: cute.Tensor, row: cute.Tensor, thread: Int32) -> None:
     pin(row)  # the compiler knows of no wait: nothing may read the registers before it
 
 
+def load_with_max(source: cute.Tensor, row: cute.Tensor, thread: Int32) -> Float32:
+    """`load`, and the row's maximum: what is NaN does not count, unless all of it is (`.max` as `fmax`).
+
+    On sm_103a and sm_110a only (PTX ISA, tcgen05.ld.red).
+    """
+    count = cute.size(row)
+    atom = cute.make_copy_atom(tcgen05.copy.LdRed32x32bOp(_repetition(count)), Float32)
+    copy = tcgen05.make_tmem_copy(atom, source).get_slice(thread)
+    maxima = registers(count // _each(count))
+    reduced = cute.make_tensor(maxima.iterator, cute.make_layout(((1, 1), 1, cute.size(maxima))))
+    cute.copy(copy, copy.partition_S(source), (_as_copied(row), reduced))
+    cute.arch.fence_view_async_tmem_load()
+    pin(row)
+    pin(maxima)
+    return functools.reduce(cute.arch.fmax, [maxima[0, i] for i in range(cute.size(maxima))])
+
+
 def store(row: cute.Tensor, target: cute.Tensor, thread: Int32) -> None:
     """Write (1, n) registers to the thread's row of (128, n) columns; `stored` waits for it."""
     count = cute.size(row)
@@ -97,13 +115,17 @@ def stored() -> None:
     cute.arch.fence_view_async_tmem_store()
 
 
-def _repetition(count: int) -> tcgen05.Repetition:
+def _each(count: int) -> int:
     """Columns that one instruction moves: the largest power of two up to 32 that divides `count`."""
-    return tcgen05.Repetition(min(count & -count, 32))
+    return min(count & -count, 32)
+
+
+def _repetition(count: int) -> tcgen05.Repetition:
+    return tcgen05.Repetition(_each(count))
 
 
 def _as_copied(row: cute.Tensor) -> cute.Tensor:
     """A row in the order of the copy's own partition: ((n, 1), 1, times)."""
     count = cute.size(row)
-    each = min(count & -count, 32)
+    each = _each(count)
     return cute.make_tensor(row.iterator, cute.make_layout(((each, 1), 1, count // each)))

@@ -13,6 +13,10 @@ TILE_M = 128
 # Where FMA must help out with exponentials. GB300 computes twice as many a clock (NVIDIA, "Inside NVIDIA
 # Blackwell Ultra", 2025); of 11.0 nothing is published.
 SLOW_EX2 = ((10, 0),)
+# Where loads from tensor memory find the maximum on the way (PTX ISA, tcgen05.ld.red, target notes). Up to
+# head dim 32 flash-attn-4 lost by them on 10.3 (its pull request 2696); beyond, it gained 1 to 6 % (2449).
+REDUCING_LOADS = ((10, 3), (11, 0))
+REDUCED_FROM = 40
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Config:
     half of them each CTA's, and each CTA brings half of K and V. heads: query heads of one KV head that
     share a tile's rows, a power of two. persistent: CTAs, or pairs, that stay for the whole launch and take
     every so many-th tile; 0: one for each tile. dynamic: those that are done take the tiles of others that
-    have not begun.
+    have not begun. reducing_loads: the device's loads of S bring the maximum with them.
     """
 
     tiles: int
@@ -43,6 +47,7 @@ class Config:
     heads: int = 1
     persistent: int = 0
     dynamic: bool = False
+    reducing_loads: bool = False
 
     @property
     def stays(self) -> bool:
@@ -82,6 +87,8 @@ def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None)
             continue
         if device.capability not in SLOW_EX2:
             config = replace(config, polynomial=0)
+        reduce = device.capability in REDUCING_LOADS and problem.head_dim >= REDUCED_FROM
+        config = replace(config, reducing_loads=reduce)
         if sizes is None:
             return scheduled(config, problem, device)
         config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
@@ -128,6 +135,7 @@ def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
     if few is None or not problem.takes_tiles(few.tile_m, few.tile_n):
         return config
     few = replace(few, heads=config.heads, polynomial=min(few.polynomial, config.polynomial))
+    few = replace(few, reducing_loads=config.reducing_loads)
     stages = range(STAGES_FOR_FEW_ROWS, few.k_stages, -1)
     deep = (replace(few, k_stages=n, v_stages=n) for n in stages)
     return next((c for c in deep if c.shared_memory(problem) <= device.shared_memory), few)

@@ -13,6 +13,7 @@ from .test_tensor_races import CASE, DONE2, MEET, STORE, STORED, execute
 
 BOOK = {"by_the_book": True}
 LOAD = f"tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%u0}}, [%mine+{D_AT + 5}];"
+REDUCE = f"tcgen05.ld.red.sync.aligned.32x32b.x2.max.f32 {{%u2, %u3}}, %u0, [%mine+{D_AT + 5}];"
 LOADED = "tcgen05.wait::ld.sync.aligned;"
 USE = "add.u32 %u1, %u0, 1;"
 PASS_ON = "mov.b32 %u2, %u0;"
@@ -29,6 +30,9 @@ NEEDED = [
     ([LOAD, LOADED, BEFORE, MEET, AFTER, "MMA"], LOADED, DataRace, "a product .* the read of warp 0"),
     ([LOAD, LOADED, USE], LOADED, RegisterInFlight, "%u0 is touched, .*: no tcgen05.wait::ld since"),
     ([LOAD, PASS_ON, LOADED, USE_COPY], LOADED, RegisterInFlight, "%u2 is touched, .*: no tcgen05.wait::ld"),
+    ([REDUCE, LOADED, USE], LOADED, RegisterInFlight, "%u0 is touched, .*: no tcgen05.wait::ld since"),
+    ([REDUCE, LOADED, USE_COPY], LOADED, RegisterInFlight, "%u2 is touched, .*: no tcgen05.wait::ld since"),
+    (["MMA", "DONE", AFTER, REDUCE, LOADED], AFTER, DataRace, "loads columns 69 to 70.*the write of work"),
     ([LOAD, LOADED, LOAD], LOADED, RegisterInFlight, "%u0 is touched, .*: no tcgen05.wait::ld since"),
 ]  # fmt: skip
 

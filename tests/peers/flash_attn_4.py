@@ -100,6 +100,8 @@ BLACKWELL = (
     Case("sm100_d128_varlen_causal", (65, 1, 130), (97, 64, 130), dim=128, causal=True, arch="sm_100a"),
     Case("sm100_d192_dv128", (256,), (256,), dim=192, dim_v=128, causal=True, arch="sm_100a"),
     Case("sm100_d256", (256,), (256,), heads=1, heads_kv=1, dim=256, arch="sm_100a"),
+    Case("sm103_d64_causal", (192,), (192,), causal=True, arch="sm_103a"),
+    Case("sm103_d128", (256,), (256,), dim=128, arch="sm_103a"),
 )
 HOPPER = (
     Case("sm90_d64", (256,), (256,), arch="sm_90a"),

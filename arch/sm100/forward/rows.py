@@ -27,10 +27,10 @@ def largest(s: cute.Tensor) -> Float32:
     return cute.arch.fmax(cute.arch.fmax(chains[0], chains[1]), cute.arch.fmax(chains[2], chains[3]))
 
 
-def raise_max(softmax: OnlineSoftmax, s: cute.Tensor) -> Float32:
-    """Take S (1, n) into the maximum; the factor for all that was accumulated before, mostly exactly 1."""
+def raise_max(softmax: OnlineSoftmax, most: Float32) -> Float32:
+    """Take a block's maximum into the row's; the factor for what was accumulated before, mostly exactly 1."""
     before = softmax.row_max[0]
-    now = cute.arch.fmax(before, largest(s) * softmax.scale_log2)
+    now = cute.arch.fmax(before, most * softmax.scale_log2)
     # Without a key so far `now - before` is infinite or NaN: raised.
     stays = now - before <= THRESHOLD
     softmax.row_max[0] = where(stays, before, now)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Float32, Int32
 
 from ...common.dropout import Dropout
 from ...common.order import after
@@ -19,11 +19,11 @@ from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
 from ...problem import Problem
 from ..group import Group
-from ..tmem import Plan, columns, load, registers, store, stored
+from ..tmem import Plan, columns, load, load_with_max, registers, store, stored
 from ..tuning import TILE_M, Config
 from .job import Job, Work, row_of_thread, turns_of, visits_of
 from .output import Partial, Result
-from .rows import accumulate, exponentials, raise_max
+from .rows import accumulate, exponentials, largest, raise_max
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
 
@@ -77,11 +77,9 @@ class Softmax:
         s, factors = work.edges.s.of(place), work.edges.factors.of(place)
         scores = registers(self.config.tile_n)
         s.wait_full(turn // self.config.slots)
-        load(columns(row.tensor, column, self.config.tile_n), scores, row.thread)
+        most = self.fetch(row, columns(row.tensor, column, self.config.tile_n), scores, n, masked)
         first_key = n * self.config.tile_n
-        number = after(scores[0], row.number)
-        row.rules.apply(scores, lambda r: number, lambda c: first_key + c, masked)
-        factor = raise_max(row.softmax, scores)
+        factor = raise_max(row.softmax, most)
         row.factors[self.plan.slot(turn)] = factor
         factors.warp_filled()
         # What a mask hides must be exactly 0, which ex2 makes of -inf.
@@ -93,6 +91,16 @@ class Softmax:
         stored()
         s.warp_emptied(self.group)
         accumulate(row.softmax, scores, factor)
+
+    def fetch(self, row: Row, source: cute.Tensor, scores: cute.Tensor, n: Int32, masked: bool) -> Float32:
+        """S of block n, by the rules; its maximum."""
+        if self.config.reducing_loads and not row.rules.change(masked):
+            return load_with_max(source, scores, row.thread)
+        load(source, scores, row.thread)
+        first_key = n * self.config.tile_n
+        number = after(scores[0], row.number)
+        row.rules.apply(scores, lambda r: number, lambda c: first_key + c, masked)
+        return largest(scores)
 
     @cute.jit
     def finish(self, row: Row, work: Work):

@@ -166,12 +166,16 @@ def reach(shape: str, times: int, split: int, packed: bool) -> Reach:
 
 
 def _form(x: Operation, half: str, split: int | None) -> Reach:
-    """Consume the modifiers of ld or st; split: the operand that holds the second half's offset."""
+    """Consume the modifiers of ld or st.
+
+    half: the one that packs or unpacks, empty where none may. split: the operand that holds the second half's
+    offset.
+    """
     x.one_of("sync")
     x.one_of("aligned")
     shape = x.one_of(*SHAPES)
     times = int(x.one_of(*(f"x{1 << k}" for k in range(8)))[1:])
-    packed = x.flag(half)
+    packed = bool(half) and x.flag(half)
     x.type("b32")
     if SHAPES[shape][0] * times > 128:
         raise x.unmodelled(f".{shape}.x{times}")
@@ -240,14 +244,16 @@ def load(x: Operation) -> Step:
 
 @operation("tcgen05.ld.red")
 def load_reduced(x: Operation) -> Step:
-    """A load, and the smallest or largest of the words that each thread gets (sm_103a)."""
+    """A load, and the smallest or largest of the words that each thread gets (sm_103a, sm_110a)."""
     name = x.one_of("min", "max")
     magnitude, nan = x.flag("abs"), x.flag("NaN")
     kind = next((m for m in x.modifiers if m in ("f32", "u32", "s32")), "b32")
     x.modifiers = ["b32" if m == kind else m for m in x.modifiers]
     if "32x32b" not in x.modifiers or kind == "b32" or (kind != "f32" and (magnitude or nan)):
         raise x.unmodelled("this reduction")
-    form = _form(x, "pack::16b", 3)
+    form = _form(x, "", 3)
+    if len(form.lane) < 2:
+        raise x.unmodelled("a reduction of x1")
     dests = np.array([x.dest_of(item, "u32") for item in _registers(x, 0, form)])
     d, target = x.dest(1, kind), _Target(x, 2, form, False)
     view = {"f32": np.float32, "u32": np.uint32, "s32": np.int32}[kind]
