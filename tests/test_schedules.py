@@ -27,6 +27,7 @@ FAMILIES = {
     "sm90_persistent": ("sm90", WHOLE),
     "sm90_split": ("sm90", SPLIT),
     "sm100": ("sm100", replace(CAUSAL, seqlens=((150, 300),), heads=(1, 1))),
+    "sm100_persistent": ("sm100", WHOLE),
     "sm100_packed": ("sm100", replace(CAUSAL, seqlens=((30, 200),), heads=(4, 1))),
     "sm100_split": ("sm100", SPLIT),
 }
@@ -39,9 +40,10 @@ def order(seed: int, **watched: bool) -> dict:
 
 @pytest.fixture
 def few_multiprocessors(monkeypatch):
-    """A Hopper GPU with two of them, so that some CTA takes several tiles."""
-    h100 = dispatch.EMULATED["sm90"]
-    monkeypatch.setitem(dispatch.EMULATED, "sm90", replace(h100, multiprocessors=2))
+    """GPUs with two of them, so that some CTA takes several tiles."""
+    for name in ("sm90", "sm100"):
+        device = replace(dispatch.EMULATED[name], multiprocessors=2)
+        monkeypatch.setitem(dispatch.EMULATED, name, device)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -52,10 +54,11 @@ def test_right_answers_in_any_order(family, seed, few_multiprocessors):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_right_answers_of_a_pair_in_any_order(seed):
-    """Two CTAs that multiply together, whatever tuning thinks of it."""
+@pytest.mark.parametrize("name", ["pair", "queue"])
+def test_right_answers_whatever_tuning_thinks_of_it(name, seed):
+    """Two CTAs that multiply together; one that asks for tiles."""
     orders = (order(seed, races=True, by_the_book=True),)
-    assert not objection(SUBJECTS["sm100", "pair"], "sm100", lambda ptx: ptx, orders)
+    assert not objection(SUBJECTS["sm100", name], "sm100", lambda ptx: ptx, orders)
 
 
 def test_families_are_what_their_names_say(few_multiprocessors):
@@ -66,7 +69,7 @@ def test_families_are_what_their_names_say(few_multiprocessors):
         sizes = Sizes(1, *case.heads, *case.seqlens[0])
         configs[family] = answer.kernel.config(answer.problem, answer.device, sizes)
     persistent = {family for family, config in configs.items() if getattr(config, "persistent", 0)}
-    assert persistent == {"sm90_persistent"}
+    assert persistent == {family for family in FAMILIES if family.endswith("_persistent")}
     assert configs["sm100_packed"].heads > 1
     split = {family for family, answer in answers.items() if answer.problem.split_kv}
     assert split == {family for family in FAMILIES if family.endswith("_split")}

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ..state import Threads
 
 NBYTES = 16
-POISON = np.uint32(0xFFFFFFFF)
+# Read as signed it is no small negative number, which a kernel might take for "no tile" by chance.
+POISON = np.uint32(0x7A7A7A7A)
 
 
 @dataclass(eq=False)

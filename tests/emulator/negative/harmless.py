@@ -20,13 +20,25 @@ THREE_BLOCKS = (
 
 # sm100
 PERMIT = "it lets other CTAs of the multiprocessor allocate, and a CTA has the multiprocessor to itself"
-UNUSED = "O is given back by way of S: nobody uses the other half of its edge"
 LAST = "the last block's: nobody fills V's slot again"
-ONE_S = (
-    "a wait that two S's a tile need: with one, S of this turn has been waited for, and was begun after O of "
-    "the turn before and after the correction had read that turn's factor"
-)
 TAIL = "the load waits for the last release, too, which comes after the others: products complete in order"
+TOGETHER = "both Q tiles are given back after the same products, and the load has just waited for the first"
+STORED = (
+    "each lane has waited until its own copies were read, and all meet at elect.sync; nobody's writes are to "
+    "be seen"
+)
+READ = (
+    "a read is over before its warp arrives, and the next answer is written after that: no proxy can undo "
+    "it; the slots of TMA's copies are given back without this fence, too"
+)
+ASKER = (
+    "the warp that asks: its lanes have branched on the answer that they read, and meet at elect.sync, "
+    "before one of them asks for another"
+)
+ONLY_S = (
+    "this warp has only touched S and P, which the correction does not; that O is complete the commit of S "
+    "has told both"
+)
 NUMBERS = "the edge is for numbers in shared memory; who touches tensor memory waits for another edge, too"
 
 
@@ -89,38 +101,49 @@ HARMLESS = {
         ("no barrier", (2,)): TURNS,
     }),
     **harmless("sm100", "window", {
-        ("no wait for an mbarrier", (1, 3, 5, 8, 10)): ONE_S,
-        ("no wait for an mbarrier", (25, 26, 27)): FRESH,
+        ("no wait for an mbarrier", (19, 20, 21)): FRESH,
         ("one arrival more expected", (2, 3)): ONCE,
-        ("one arrival more expected", (21, 23)): UNUSED,
         ("no commit of a store", (0,)): "the other tile's store closes the group for both",
+        ("no wait for a store", (0,)): "the wait for the other tile's store is for both",
         ("no change of registers", (0,)): BUDGET,
         ("no permit given back", (0,)): PERMIT,
-        ("no commit of a product", (11,)): LAST,
-        ("no fence before synchronisation", (0, 2, 4, 6, 7, 9)): NUMBERS,
-        ("no fence after synchronisation", (1, 3, 5, 6, 7, 9, 11, 13)): NUMBERS,
-        ("no fence after synchronisation", (8, 10)): ONE_S,
+        ("no commit of a product", (9,)): LAST,
+        ("no fence before synchronisation", (0, 2, 4)): ONLY_S,
+        ("no fence before synchronisation", (6, 9, 10)): NUMBERS,
+        ("no fence after synchronisation", (5, 7, 13, 14)): NUMBERS,
     }),
     **harmless("sm100", "causal", {
-        ("no wait for an mbarrier", (16, 17)): FRESH,
+        ("no wait for an mbarrier", (13, 14)): FRESH,
         ("one arrival more expected", (1,)): ONCE,
-        ("one arrival more expected", (17,)): UNUSED,
         ("no change of registers", (0,)): BUDGET,
+        ("all lanes elected", (9,)): LAST,
         ("no permit given back", (0,)): PERMIT,
         ("no commit of a product", (7,)): LAST,
-        ("all lanes elected", (9,)): LAST,
-        ("no fence before synchronisation", (0, 2, 4, 5)): NUMBERS,
-        ("no fence after synchronisation", (1, 3, 4, 5, 7)): NUMBERS,
+        ("no fence before synchronisation", (0, 2, 4, 6)): NUMBERS,
+        ("no fence after synchronisation", (2, 4, 8)): NUMBERS,
     }),
     **harmless("sm100", "pair", {
-        ("no wait for an mbarrier", (16, 17)): FRESH,
-        ("no wait for an mbarrier", (21, 22, 23)): TAIL,
+        ("no wait for an mbarrier", (13, 14)): FRESH,
+        ("no wait for an mbarrier", (18, 19, 20)): TAIL,
         ("one arrival more expected", (1,)): ONCE,
-        ("one arrival more expected", (17,)): UNUSED,
     }),
     **harmless("sm100", "split", {
-        ("no wait for an mbarrier", (1, 3, 6, 8)): ONE_S,
-        ("no wait for an mbarrier", (23, 24, 25)): FRESH,
-        ("no commit of a product", (11,)): LAST,
+        ("no wait for an mbarrier", (18, 19, 20)): FRESH,
+        ("no commit of a product", (9,)): LAST,
+    }),
+    **harmless("sm100", "persistent", {
+        ("no wait for an mbarrier", (24,)): TOGETHER,
+        ("no barrier of a warp", (11, 12)): STORED,
+    }),
+    **harmless("sm100", "queue", {
+        ("no fence", (1, 3, 4, 5, 6)): READ,
+        ("no barrier of a warp", (11,)): ASKER,
+        ("no barrier of a warp", (12,)): STORED,
+    }),
+    **harmless("sm100", "queue pair", {
+        ("no wait for an mbarrier", (25, 26, 27, 28)): TAIL,
+    }),
+    **harmless("sm100", "packed", {
+        ("no wait for an mbarrier", (13, 14, 15)): FRESH,
     }),
 }  # fmt: skip

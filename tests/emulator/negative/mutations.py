@@ -83,6 +83,23 @@ def with_operand(operation: str) -> Callable[[str], str]:
     return change
 
 
+def at_another(number: int, operation: str) -> Callable[[str], str]:
+    """One of a line's addresses, counted from 0, changed by a PTX operation on {}."""
+
+    def change(line: str) -> str:
+        found = list(re.finditer(r"\[([^]+]+)(?:\+(\d+))?\]", line))[number]
+        changed = f"{line[: found.start()].strip()} [changed]{line[found.end() :]}"
+        added = f"add.u32 changed, {found[1]}, {found[2] or 0};"
+        return f"{{ .reg .b32 changed; {added} {operation.format('changed, changed')} {changed} }}"
+
+    return change
+
+
+def said(anything: int) -> Callable[[str], str]:
+    """What becomes of a question whether an answer names a tile."""
+    return lambda line: re.sub(r"\S+ (%p\d+), .*", rf"setp.eq.u32 \1, {1 - anything}, 0;", line.strip())
+
+
 def everywhere(pattern: str, instead: str) -> Callable[[str], str]:
     """Every match in a kernel's PTX replaced; ValueError where there is none."""
 
@@ -138,6 +155,28 @@ WGMMA = {
 CLUSTER = {
     "no arrival at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.arrive"), removed),
     "no wait at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.wait"), removed),
+}
+ANSWERED = r"clusterlaunchcontrol\.query_cancel\.is_canceled"
+# The other slot of two is 16 bytes away.
+QUEUE = {
+    "no question": Mutation(matching(r"clusterlaunchcontrol\.try_cancel"), removed),
+    "an answer to the other slot": Mutation(
+        matching(r"clusterlaunchcontrol\.try_cancel"), at_another(0, "xor.b32 {}, 16;")
+    ),
+    "an answer that another barrier counts": Mutation(
+        matching(r"clusterlaunchcontrol\.try_cancel"), at_another(1, "add.u32 {}, 8;")
+    ),
+    "an answer read from the other slot": Mutation(
+        matching(r"ld\.shared\.v2\.b64"), at_another(0, "xor.b32 {}, 16;")
+    ),
+    "no tile taken for one": Mutation(matching(ANSWERED), said(1)),
+    "a tile taken for none": Mutation(matching(ANSWERED), said(0)),
+}
+MULTICAST = {
+    "an answer to the leader alone": Mutation(
+        matching(r"clusterlaunchcontrol\.try_cancel"),
+        lambda line: line.replace(".multicast::cluster::all", ""),
+    ),
 }
 TCGEN05 = {
     "no deallocation": Mutation(matching(r"tcgen05\.dealloc"), removed),

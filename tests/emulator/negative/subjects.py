@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,7 @@ from tests.accuracy import assert_accurate
 from tests.cases import Case
 from tests.harness import Call
 
-from .mutations import CLUSTER, COPIES, LANES, MASKS, TCGEN05, TMA, WGMMA, Mutation
+from .mutations import CLUSTER, COPIES, LANES, MASKS, MULTICAST, QUEUE, TCGEN05, TMA, WGMMA, Mutation
 
 # Copies and products as late as waits allow, at once, and at random, the warps then in random order too.
 WATCHED = {"races": True, "by_the_book": True}
@@ -41,13 +42,16 @@ ATTEMPTS = (
 class Subject:
     """A kernel to change. config: of its own, so that tuning does not move the sites; None: tuning's.
 
-    combine: not the forward kernel is changed but the one that combines its splits.
+    combine: not the forward kernel is changed but the one that combines its splits. options: of the
+    emulator, besides an attempt's. also: more calls of the same kernel.
     """
 
     case: Case
     config: Any
     mutations: dict[str, Mutation]
     combine: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    also: tuple[Case, ...] = ()
 
 
 # One row block that walks two key blocks or more in each of its loops: those that the mask cuts on the right,
@@ -60,6 +64,7 @@ MANY_SPLITS = replace(FULL, seqlens=((2, 1200),), splits=19)
 # Where keys are split the roles wait for each other as they do otherwise; only how O leaves is another.
 LEAVING = {name: TMA[name] for name in ("no wait for an mbarrier", "no arrival", "no barrier")}
 LEAVING_TENSOR_MEMORY = {name: TCGEN05[name] for name in ("no commit of a product", "no wait for a load")}
+COPYING_OUT = {name: TMA[name] for name in ("no fence", "no commit of a store", "no wait for a store")}
 # What the CTAs of a pair tell each other; inside each, roles work as they do alone.
 BETWEEN = CLUSTER | {
     name: (TMA | TCGEN05)[name]
@@ -68,6 +73,26 @@ BETWEEN = CLUSTER | {
         "no fence", "no commit of a product", "no allocation", "no deallocation",
     )
 }  # fmt: skip
+# Where CTAs take several tiles roles wait for each other across tiles, too; what one warp does with tensor
+# memory and with its registers, and what fences it needs, is as in one tile.
+IN_ONE_TILE = (
+    "no wait for a load", "no wait for a store to tensor memory", "no fence before synchronisation",
+    "no fence after synchronisation", "no change of registers", "no allocation", "no permit given back",
+    "no arrival at a barrier",
+)  # fmt: skip
+STAYING = {name: change for name, change in (TMA | TCGEN05).items() if name not in IN_ONE_TILE}
+PERSISTING = Case("", ((150, 90),), heads=(3, 3), softmax_scale=4.0)
+# A pair's CTAs tell each other who has read an answer.
+ASKED_BETWEEN = {
+    name: TMA[name]
+    for name in (
+        "no wait for an mbarrier", "no arrival", "half the bytes expected", "one arrival more expected",
+    )
+}  # fmt: skip
+# Tiles of 3, 2, 3, 0 and 1 blocks that one CTA takes one after the other; one has no keys, and one no rows.
+TILES = replace(
+    FULL, seqlens=((100, 180), (3, 100), (70, 140), (5, 0), (0, 9), (9, 60)), varlen=True, mask="causal"
+)
 SUBJECTS = {
     ("sm80", "window"): Subject(WINDOW, sm80.Config(128, 64, 4, stages=1), COPIES | MASKS),
     ("sm80", "full"): Subject(FULL, sm80.Config(128, 64, 4, stages=2), COPIES | MASKS),
@@ -107,6 +132,32 @@ SUBJECTS = {
         sm100.Config(2, 1, 64, 2, 2, 6, 192, 80, 48),
         LEAVING | LEAVING_TENSOR_MEMORY,
     ),
+    # Three tiles of one CTA; all have 3 blocks, or 2 or none: each wait is needed with some number of blocks.
+    # Scores are large, so that O must be rescaled.
+    ("sm100", "persistent"): Subject(
+        PERSISTING,
+        sm100.Config(2, 1, 32, 2, 2, 6, 192, 80, 48, persistent=1),
+        STAYING,
+        also=tuple(replace(PERSISTING, seqlens=((150, keys),)) for keys in (60, 0)),
+    ),
+    ("sm100", "queue"): Subject(
+        TILES,
+        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, dynamic=True),
+        STAYING | QUEUE,
+        options={"ctas_per_wave": 1},
+    ),
+    ("sm100", "queue pair"): Subject(
+        replace(TILES, seqlens=((200, 180), (30, 100), (130, 140), (5, 0), (0, 9), (9, 60))),
+        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, ctas=2, dynamic=True),
+        ASKED_BETWEEN | QUEUE | MULTICAST,
+        options={"ctas_per_wave": 2},
+    ),
+    # Tiles of two heads, of which the third is alone in one.
+    ("sm100", "packed"): Subject(
+        Case("", ((66, 192),), heads=(3, 1), mask="causal"),
+        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, heads=2),
+        LEAVING | COPYING_OUT | MASKS,
+    ),
 }
 
 
@@ -126,11 +177,11 @@ def objection(
         ptx = change(artifact.ptx.decode())
         return EmulatedKernel(artifact._replace(ptx=ptx.encode()), device)
 
-    call = Call.make(subject.case)
+    calls = [Call.make(case) for case in (subject.case, *subject.also)]
     with mock.patch.object(ops, "executable", changed):
-        for options in attempts:
+        for options, call in product(attempts, calls):
             try:
-                check(call, *call.run(device, **options))
+                check(call, *call.run(device, **options, **subject.options))
             except (EmulatorError, AssertionError) as error:
                 return f"{type(error).__name__}: {error}"
     return ""
