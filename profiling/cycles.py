@@ -41,7 +41,9 @@ from .rates import GPUS, PARTITIONS, WARP, Gpu
 from .static import CASES, Case, in_words
 
 DEFAULT = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
-TILES = 8  # the emulator runs so many KV tiles, and twice as many
+# The emulator runs so many KV tiles, and twice as many. Few: after many turns it lets other warps go first,
+# and lanes of a warp that then run apart count twice.
+TILES = 4
 
 # Kinds of PTX instructions that are counted per warp; the first match wins.
 KINDS = {

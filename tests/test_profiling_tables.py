@@ -128,10 +128,26 @@ def test_readme_says_what_a_report_measured(tmp_path):
 def test_the_argument_for_blackwell_has_the_tables_numbers():
     """profiling/sm100.md argues from counts; they are those of the table."""
     text = (Path(cycles.__file__).parent / "sm100.md").read_text()
-    told = re.findall(r"^\| (d128\w*) \| ([\w.-]+) \| ([\d |]+) \|$", text, re.MULTILINE)
-    assert len(told) == 4
+    told = re.findall(r"^\| (d\w+) \| ([\w.-]+) \| ([\d |]+) \|$", text, re.MULTILINE)
+    assert len(told) == 6
     for case, kernel, numbers in told:
         rows = [r for r in COUNTED if (r.target, r.case) == ("sm_100a", case) and r.kernel.startswith(kernel)]
         (row,) = rows
         clocks = row.cost.cycles(GPUS["B200"]).values()
         assert [int(n) for n in numbers.split(" | ")] == [round(n) for n in clocks], (case, kernel)
+
+
+@pytest.mark.parametrize("case", cycles.DEFAULT)
+@pytest.mark.parametrize("name", ["B200", "GB300"])
+def test_blackwell_asks_no_more_of_an_sm_than_the_peer(name, case):
+    """No more exponentials, products and shared memory; no more instructions, unless for fewer exponentials;
+    and no lower a bound."""
+    gpu = GPUS[name]
+    rows = [row for row in COUNTED if (row.target, row.case) == (gpu.device.target, case)]
+    (own,) = [row.cost for row in rows if row.kernel == "sm100.forward"]
+    (peer,) = [row.cost for row in rows if row.kernel.startswith(flash_attn_4.NAME)]
+    ours, theirs = own.cycles(gpu), peer.cycles(gpu)
+    for kind in ("matrix", "mufu", "shared"):
+        assert ours[kind] <= theirs[kind] * 1.001, kind
+    assert ours["issue"] <= theirs["issue"] or ours["mufu"] < theirs["mufu"]
+    assert own.ceilings(gpu)[1] >= 0.999 * peer.ceilings(gpu)[1]

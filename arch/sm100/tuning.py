@@ -75,7 +75,8 @@ class Config:
         rows, v_part = TILE_M * self.tiles, -(-dim_v // (16 * self.ctas)) * 16
         q_and_out = dim + dim_v if self.stays else max(dim, dim_v)
         q, k = rows * q_and_out, self.tile_n // self.ctas * self.k_stages * dim
-        return 2 * (q + k + self.tile_n * self.v_stages * v_part) + 4 * (self.slots + 1) * rows + 1024
+        small = 4 * (self.slots + 1) * rows + 512
+        return 2 * (q + k + self.tile_n * self.v_stages * v_part) + -(-small // 1024) * 1024
 
 
 def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None) -> Config | None:

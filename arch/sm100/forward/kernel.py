@@ -209,41 +209,34 @@ class ForwardKernel:
         if warp == 0:
             group.free(tensor, plan.allocated)
 
-    def links(self) -> Edges:
-        """How many edges of each kind there are, and who fills and empties them."""
+    def slots(self) -> tuple[Slots, ...]:
+        """Who fills and empties the edges of each kind, in the order of `Edges`."""
         config, ctas = self.config, self.config.ctas
-        tiles, scores, back = config.tiles, config.tiles * config.slots, int(config.stays)
-        return Edges(
-            s=Slots(scores, 1, 2 * WARPGROUP * ctas),
-            factors=Slots(scores, WARPGROUP, 0),
-            last=Slots(tiles, WARPGROUP, WARPGROUP * back),
-            o=Slots(tiles, 1, 0),
-            out=Slots(tiles, WARPGROUP, back),
-            queue=Queue.slots(self.warps * ctas) if config.dynamic else None,
-        )
+        tiles, scores, reused = config.tiles, config.tiles * config.slots, int(config.stays)
+        s, factors = Slots(scores, 1, 2 * WARPGROUP * ctas), Slots(scores, WARPGROUP, 0)
+        last, o = Slots(tiles, WARPGROUP, WARPGROUP * reused), Slots(tiles, 1, 0)
+        out = Slots(tiles, WARPGROUP, reused)
+        return s, factors, last, o, out, *((Queue.slots(self.warps * ctas),) if config.dynamic else ())
 
     @cute.jit
     def edges(self, barriers: cute.Pointer, answers: cute.Pointer, warp: Int32):
         """The edges between roles of this CTA and its peer, made by one thread."""
-        kinds, made = [slots for slots in self.links() if slots is not None], []
-        for slots in kinds:
+        made = []
+        for slots in self.slots():
             made.append(slots.at(barriers))
             barriers += slots.barriers
         if warp == 0:
             with cute.arch.elect_one():
-                for slots, edge in zip(kinds, made, strict=True):
+                for slots, edge in zip(self.slots(), made, strict=True):
                     slots.make(edge.full)
-        if cutlass.const_expr(self.config.dynamic):
-            made[-1] = Queue(made[-1], answers)
-        else:
-            made.append(None)
-        return Edges(*made)
+        queue = Queue(made.pop(), answers) if self.config.dynamic else None
+        return Edges(*made, queue)
 
     def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer, cute.Pointer]:
         """The tiles, the rows' factors, the barriers, a word for tensor memory's address, and answers."""
         config = self.config
         smem = SmemAllocator()
-        edges = sum(slots.barriers for slots in self.links() if slots is not None)
+        edges = sum(slots.barriers for slots in self.slots())
         count = 2 * (config.tiles + config.k_stages + config.v_stages) + edges
         answers = smem.allocate_array(cutlass.Int128, SLOTS)
         barriers = smem.allocate_array(cutlass.Int64, count)
