@@ -36,7 +36,7 @@ class Rule:
         super().__init_subclass__(**kwargs)
         # A compile key holds the text of every file here, so a rule that ships needs no fingerprint;
         # without one its key is the same under every version of Python.
-        ships = cls.__module__.startswith(f"{__package__}.")
+        ships = _ships(cls)
         name = re.sub(r"\W", "_", cls.__name__)
         cls.rule_id = name if ships else f"{name}-{_fingerprint(cls)}"
         _CLASSES[cls.rule_id] = cls
@@ -44,6 +44,10 @@ class Rule:
     def at(self, batch, head, seqlen_q, seqlen_k):
         """The rule as it stands for one sequence and query head; override it to pick table rows."""
         return self
+
+
+def _ships(cls: type) -> bool:
+    return cls.__module__.startswith(f"{__package__}.")
 
 
 def _fingerprint(cls: type) -> str:
@@ -143,11 +147,19 @@ class RuleType:
                 found.append(kind)
         return tuple(found)
 
+    def nested(self) -> tuple[RuleType, ...]:
+        """The rules in its fields."""
+        found = [n for kind in self.kinds for n in (kind if isinstance(kind, tuple) else (kind,))]
+        return tuple(n for n in found if isinstance(n, RuleType))
+
     def ignores_head(self) -> bool:
         """Whether this rule and all inside it stand the same for every head of a sequence."""
         own = self.cls.at is Rule.at or self.cls.ignores_head
-        nested = [n for kind in self.kinds for n in (kind if isinstance(kind, tuple) else (kind,))]
-        return own and all(n.ignores_head() for n in nested if isinstance(n, RuleType))
+        return own and all(n.ignores_head() for n in self.nested())
+
+    def ships(self) -> bool:
+        """Whether this rule and all inside it come with cute_flash, none from a user."""
+        return _ships(self.cls) and all(n.ships() for n in self.nested())
 
     def build(self, values: tuple[Any, ...]) -> Rule:
         """A rule of this type around `values`, which may be host numbers, tensors or device values."""

@@ -57,7 +57,8 @@ def assert_in_registers(problem, device: Device, path) -> None:
     names = {device.target, "sm_101a"} if device.target == "sm_110a" else {device.target}  # one GPU, renamed
     (target,) = re.findall(r"^\.target (\w+)", built.ptx.decode(), re.MULTILINE)
     assert b"tcgen05.mma" in built.ptx and target in names
-    assert config.reducing_loads == (device != B200)
+    reduces = device.capability != B200.capability and problem.head_dim >= tuning.REDUCED_FROM
+    assert config.reducing_loads == reduces
     assert config.reducing_loads or b"tcgen05.ld.red" not in built.ptx
     taken = {int(n) for n in re.findall(rb"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", built.ptx)}
     assert taken == {config.softmax_registers, config.correction_registers, config.other_registers}
@@ -68,6 +69,14 @@ def assert_in_registers(problem, device: Device, path) -> None:
 def test_rows_compile_without_spills(target, extreme, dims, tmp_path):
     assert DEVICES[target].target == target
     assert_in_registers(problem_of(extreme, dims), DEVICES[target], tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (128, 128), (160, 160), (192, 192)], ids=str)
+@pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
+def test_ctas_that_persist_compile_without_spills(target, dims, tmp_path):
+    device, problem = replace(DEVICES[target], multiprocessors=148), problem_of("even", dims)
+    assert Forward.config(problem, device).persistent
+    assert_in_registers(problem, device, tmp_path / "kernel.cubin")
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)], ids=str)

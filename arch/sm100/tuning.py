@@ -105,8 +105,11 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
 
     Where tiles are equal there is nothing to balance, so they may: O leaves while the next tile's Q, K and V
     arrive, if there is shared memory for Q and O at once. Tiles of different lengths go to whichever
-    multiprocessor is free: the hardware gives a CTA for each its place.
+    multiprocessor is free: the hardware gives a CTA for each its place. On 11.0 there is no register left to
+    tell tiles by.
     """
+    if device.capability == (11, 0):
+        return config
     staying = replace(config, persistent=device.multiprocessors // config.ctas)
     fits = staying.shared_memory(problem) <= device.shared_memory
     equal = sees_evenly(problem) and not (problem.seqused_q or problem.split_kv)
@@ -135,7 +138,8 @@ def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
     few = next((row.config for row in alone if row.serves(problem, device)), None)
     if few is None or not problem.takes_tiles(few.tile_m, few.tile_n):
         return config
-    few = replace(few, heads=config.heads, polynomial=min(few.polynomial, config.polynomial))
+    # As many by polynomial: a row's numbers should not depend on how many rows there are.
+    few = replace(few, heads=config.heads, polynomial=config.polynomial)
     few = replace(few, reducing_loads=config.reducing_loads)
     stages = range(STAGES_FOR_FEW_ROWS, few.k_stages, -1)
     deep = (replace(few, k_stages=n, v_stages=n) for n in stages)
@@ -154,13 +158,14 @@ def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
 def crowded(problem: Problem, device: Device) -> bool:
     """Whether a problem needs many registers besides scores.
 
-    With dropout, with rules that read tables, with a mask of more than two comparisons; on 11.0, which has no
-    arithmetic on pairs, with any rule.
+    With dropout, with rules that read tables, with a mask of more than two comparisons, with a user's score,
+    which may be anything; on 11.0, which has no arithmetic on pairs, with any rule.
     """
     rules = [rule for rule in (problem.mask, problem.score) if rule]
     tables = any(leaf.startswith("tensor") for rule in rules for leaf in rule.leaves())
     long = problem.mask is not None and problem.mask.rule_id not in ("Causal", "SlidingWindow")
-    return problem.dropout or tables or long or bool(rules and device.capability == (11, 0))
+    own = problem.score is not None and not problem.score.ships()
+    return problem.dropout or tables or long or own or bool(rules and device.capability == (11, 0))
 
 
 def sees_evenly(problem: Problem) -> bool:
