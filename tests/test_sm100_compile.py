@@ -79,6 +79,14 @@ def test_ctas_that_persist_compile_without_spills(target, dims, tmp_path):
     assert_in_registers(problem, device, tmp_path / "kernel.cubin")
 
 
+@pytest.mark.parametrize("extreme, splits", [("light", 0), ("even", 2)])
+def test_ctas_do_not_persist_where_tiles_differ(extreme, splits):
+    problem = answer_for(replace(ASKED[extreme], dims=(64, 64), splits=splits), "sm100").problem
+    config = replace(Forward.config(problem, B200), persistent=1)
+    with pytest.raises(ValueError, match="CTAs persist where all tiles have as many blocks"):
+        Forward(problem, config).launcher()
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)], ids=str)
 def test_splits_compile_without_spills(dims, tmp_path):
     problem = answer_for(replace(EXTREMES["heavy"], dims=dims, splits=2), "sm100").problem

@@ -112,8 +112,7 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
         return config
     staying = replace(config, persistent=device.multiprocessors // config.ctas)
     fits = staying.shared_memory(problem) <= device.shared_memory
-    equal = sees_evenly(problem) and not (problem.seqused_q or problem.split_kv)
-    return staying if fits and equal and device.multiprocessors > 1 else config
+    return staying if fits and equal_tiles(problem) and device.multiprocessors > 1 else config
 
 
 def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
@@ -171,6 +170,11 @@ def crowded(problem: Problem, device: Device) -> bool:
 def sees_evenly(problem: Problem) -> bool:
     """Whether all rows see the same keys: then it costs nothing that more of them visit the same blocks."""
     return not (problem.mask or problem.block_size or problem.varlen or problem.seqused_k)
+
+
+def equal_tiles(problem: Problem) -> bool:
+    """Whether all tiles of a call have as many blocks of keys, which CTAs that persist rely on."""
+    return sees_evenly(problem) and not (problem.seqused_q or problem.split_kv)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from ..group import Group
 from ..mma import Products
 from ..queue import SLOTS, Queue
 from ..tmem import Plan
-from ..tuning import TILE_M, Config
+from ..tuning import TILE_M, Config, equal_tiles
 from .correction import Correction
 from .job import Edges, Job, LoadEnds, Memory, MmaEnds, Past, Work, rows_of_tile
 from .load import Load
@@ -74,6 +74,8 @@ class ForwardKernel:
     """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
 
     def __init__(self, problem: Problem, config: Config):
+        if config.persistent and not equal_tiles(problem):
+            raise ValueError(f"CTAs persist where all tiles have as many blocks: no {config} for {problem}")
         self.problem, self.config, self.dtype = problem, config, DTYPES[problem.dtype]
         operand = partial(Operand.of, self.dtype)
         dim, dim_v = problem.head_dim, problem.head_dim_v
