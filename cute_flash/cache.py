@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 import zipfile
@@ -30,6 +31,8 @@ SUFFIX = ".kernel"
 _OFF = "0"
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _SUMS = "SHA256SUMS"
+# `from ..module import names`: the module and the names
+_RELATIVE = re.compile(r"^\s*from \.+([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
 
 
 class Artifact(NamedTuple):
@@ -64,14 +67,36 @@ def key_of(kernel: str, sources: str, *parts: Any) -> str:
 
 
 @functools.cache
-def sources_digest(*files: Path) -> str:
-    """Digest of everything that a compiled kernel comes from: the trees, and `files` besides."""
-    trees = Path(arch.__file__).parent
-    named = [(str(path.relative_to(trees)), path) for path in sorted(trees.rglob("*.py"))]
+def sources_digest(*files: Path, tree: str | None = None) -> str:
+    """Digest of everything that a compiled kernel comes from: `files`, and of the kernels' sources those
+    that a kernel of `tree` can import, or all.
+    """
+    root = Path(arch.__file__).parent
+    named = [(str(path.relative_to(root)), path) for path in sources(root, tree)]
     digest = hashlib.sha256()
     for name, path in (*named, *((path.name, path) for path in files)):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def sources(root: Path, tree: str | None = None) -> list[Path]:
+    """The files below `root` that a kernel of `tree` can import: what all trees share, its own, and those of
+    the trees that its own import from. "common" has the kernels that are in no tree; None stands for all.
+
+    A tree's `__init__` also lists kernels of other trees, each of which is compiled under its own name.
+    """
+    if tree is None:
+        return sorted(root.rglob("*.py"))
+    found = {*root.glob("*.py"), *(root / "common").rglob("*.py")}
+    trees = [tree]
+    for name in trees:  # which grows
+        files = set((root / name).rglob("*.py"))
+        for path in files - {root / name / "__init__.py"}:
+            modules = _RELATIVE.findall(path.read_text())
+            named = {word for match in modules for word in re.findall(r"\w+", " ".join(match))}
+            trees += [other for other in sorted(named) if other not in trees and (root / other).is_dir()]
+        found |= files
+    return sorted(found)
 
 
 def get(key: str, build: Callable[[], Artifact]) -> Artifact:

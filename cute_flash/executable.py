@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import cache
+from . import arch, cache
 from .arch.problem import Device, Spec
 from .cache import Artifact
 
@@ -53,11 +53,21 @@ def artifact(kernel: Any, problem: Any, config: Any, device: Device) -> Artifact
 
 def key_of(kernel: Any, problem: Any, config: Any, device: Device) -> str:
     """The name of the kernel's file."""
-    files = [Path(__file__)]
-    own = Path(inspect.getfile(kernel))
-    if not kernel.__module__.startswith(f"{__package__}.arch."):
-        files.append(own)
-    return cache.key_of(kernel.name, cache.sources_digest(*files), problem, config, device.target)
+    return cache.key_of(kernel.name, sources_of(kernel), problem, config, device.target)
+
+
+def sources_of(kernel: Any) -> str:
+    """Digest of the sources that the kernel is compiled from.
+
+    A kernel from elsewhere may import any of ours; its own files are those that its module's name begins.
+    """
+    trees = f"{__package__}.arch."
+    if not kernel.__module__.startswith(trees):
+        own = Path(inspect.getfile(kernel))
+        return cache.sources_digest(Path(__file__), *sorted(own.parent.glob(f"{own.stem}*.py")))
+    name = kernel.__module__.removeprefix(trees).partition(".")[0]
+    is_tree = (Path(arch.__file__).parent / name).is_dir()
+    return cache.sources_digest(Path(__file__), tree=name if is_tree else "common")
 
 
 def build(kernel: Any, problem: Any, config: Any, device: Device) -> Artifact:

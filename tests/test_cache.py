@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cute_flash import cache, dispatch, executable
+from cute_flash import arch, cache, dispatch, executable
 from cute_flash.arch.problem import Problem
 from cute_flash.cache import Artifact, CorruptArtifact
 from tests.tiny import Tiny
@@ -132,6 +133,68 @@ def test_the_key_holds_every_source(tmp_path):
              cache.key_of("k", "sources", "other"), cache.key_of("j", "sources", "part")]  # fmt: skip
     assert len(set(names)) == 4 and names[0].startswith("k-")
     cache.sources_digest.cache_clear()
+
+
+SHARED, LOWER, UPPER = "__init__.py", "lower/__init__.py", "upper/__init__.py"
+
+
+@pytest.mark.parametrize(
+    "changed, stale",
+    {
+        SHARED: {"lower", "upper", "outer", "common"},
+        "common/mask.py": {"lower", "upper", "outer", "common"},
+        "lower/forward/mma.py": {"lower", "outer"},  # outer/mma.py imports from it
+        LOWER: {"lower", "outer"},
+        "upper/kernel.py": {"upper"},
+        UPPER: {"upper"},
+        "outer/mma.py": {"outer"},
+    }.items(),
+)
+def test_a_change_concerns_the_kernels_that_can_import_it(tmp_path, monkeypatch, changed, stale):
+    """Kernels that others list as a fallback are not theirs."""
+    sources = {
+        SHARED: "",
+        "common/mask.py": "from ..rule import Rule",
+        LOWER: "from . import tuning",
+        "lower/forward/mma.py": "from ...common.mask import Mask",
+        UPPER: "from ..lower import Forward as LowerForward",
+        "upper/kernel.py": "from ..common import mask",
+        "outer/__init__.py": "",
+        "outer/mma.py": "from .. import (\n    common,\n    lower,\n)",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cache.arch, "__file__", str(tmp_path / SHARED))
+
+    def digests():
+        cache.sources_digest.cache_clear()
+        return {tree: cache.sources_digest(tree=tree) for tree in ("lower", "upper", "outer", "common", None)}
+
+    before = digests()
+    (tmp_path / changed).write_text(sources[changed] + "\n")
+    after = digests()
+    cache.sources_digest.cache_clear()
+    assert {tree for tree in before if before[tree] != after[tree]} == stale | {None}
+
+
+@pytest.mark.parametrize("tree", ["sm80", "sm90", "sm100"])
+def test_what_a_kernel_is_compiled_from_is_in_its_key(tree):
+    """Where it is launched from, and every file of its tree; none of the others."""
+    device = dispatch.EMULATED[tree]
+    kernel = arch.load(device)[0]
+    problem = Problem("bfloat16", 64, 64)
+    launcher = type(kernel(problem, kernel.config(problem, device)).launcher())
+    root = Path(arch.__file__).parent
+    found = set(cache.sources(root, tree))
+    assert Path(inspect.getfile(launcher)) in found and set((root / tree).rglob("*.py")) <= found
+    others = {"sm80", "sm90", "sm100"} - {tree}
+    assert not found & {path for other in others for path in (root / other).rglob("*.py")}
+    digest = executable.sources_of(kernel)
+    assert digest == cache.sources_digest(Path(executable.__file__), tree=tree)
+    assert executable.sources_of(kernel.combine) == cache.sources_digest(
+        Path(executable.__file__), tree="common"
+    )
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
