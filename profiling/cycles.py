@@ -32,8 +32,8 @@ import cute_flash
 from cute_flash import emulator, executable
 from cute_flash.arch.problem import Operands
 from cute_flash.dispatch import Answer
-from cute_flash.emulator.launch import Driver
-from cute_flash.emulator.observe import BankConflicts
+from cute_flash.emulator.core.observe import BankConflicts
+from cute_flash.emulator.machine.launch import Driver
 from cute_flash.objectfile import ObjectFileError
 
 from . import flash_attn_4, sass

@@ -129,9 +129,9 @@ def test_imports(path):
         ("arch/sm80/forward.py", "def f():\n    import torch"),
         ("arch/sm80/forward.py", "from ...cute_flash import api"),
         ("arch/common/mask.py", "import cute_flash.request"),
-        ("cute_flash/emulator/parse.py", "import torch"),
+        ("cute_flash/emulator/ptx/parse.py", "import torch"),
         ("cute_flash/emulator/ops/memory.py", "from ... import executable"),
-        ("cute_flash/emulator/run.py", "from ..request import read"),
+        ("cute_flash/emulator/machine/launch.py", "from ...request import read"),
         ("cute_flash/api.py", "import cutlass"),
     ],
 )

@@ -4,7 +4,7 @@ program = Program(ptx_text) memory = GlobalMemory(); memory.add(address, nbytes,
 Launch(entry, grid, block, shared_memory=n, params=block_bytes), memory, Options(races=True))
 """
 
-from .errors import (
+from .base.errors import (
     BarrierError,
     DataRace,
     Deadlock,
@@ -19,9 +19,9 @@ from .errors import (
     UnmodelledInstruction,
     WarpgroupError,
 )
-from .execute import Launch, Options, Report, run
-from .memory import GlobalMemory
-from .program import Entry, Program
+from .core.memory import GlobalMemory
+from .machine.execute import Launch, Options, Report, run
+from .machine.program import Entry, Program
 
 __all__ = [
     "BarrierError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cute_flash.emulator import blas
+from cute_flash.emulator.base import blas
 
 
 @pytest.mark.skipif(

@@ -17,7 +17,7 @@ from cute_flash.emulator import (
     UninitializedRead,
     UnmodelledInstruction,
 )
-from cute_flash.emulator.tensor_map import decode
+from cute_flash.emulator.units.tensor_map import decode
 
 from .evaluate import aligned, launch, module
 from .test_mbarrier import ORDERS, READY, wait

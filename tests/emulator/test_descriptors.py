@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cute_flash.emulator import OutOfBounds, UninitializedRead, UnmodelledInstruction
-from cute_flash.emulator.descriptors import TCGEN05, WGMMA, Tile, locate, read, start_address
-from cute_flash.emulator.memory import OwnedMemory
+from cute_flash.emulator.core.memory import OwnedMemory
+from cute_flash.emulator.units.descriptors import TCGEN05, WGMMA, Tile, locate, read, start_address
 
 from .tiles import canonical, descriptor, swizzled
 

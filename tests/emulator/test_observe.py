@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cute_flash.emulator import EmulatorError, GlobalMemory, Launch, Options, Program, run
-from cute_flash.emulator.observe import BankConflicts, Observer, Trace
+from cute_flash.emulator.core.observe import BankConflicts, Observer, Trace
 
 from .evaluate import launch, module
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cute_flash.emulator import EmulatorError, ParseError, Program, UnmodelledInstruction
-from cute_flash.emulator.operands import (
+from cute_flash.emulator.ptx.operands import (
     Address,
     Immediate,
     Not,
@@ -16,7 +16,7 @@ from cute_flash.emulator.operands import (
     Symbol,
     Vector,
 )
-from cute_flash.emulator.parse import parse
+from cute_flash.emulator.ptx.parse import parse
 
 from .evaluate import module
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cute_flash.emulator.formats import matrix_bits, matrix_values
+from cute_flash.emulator.base.formats import matrix_bits, matrix_values
 
 from .evaluate import aligned, launch, module
 from .tiles import BASE, Tile, descriptor, place

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..translate import Operation
+from ..translate.translation import Operation
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 # PTX type -> the view its values are held under. bf16 is held as its bit pattern.
 INTEGER_VIEWS = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..translate import OPERATIONS, Operation, operation
+from ..translate.translation import OPERATIONS, Operation, operation
 from .apply import elementwise
 
 SIZED = ("u16", "s16", "u32", "s32", "u64", "s64")

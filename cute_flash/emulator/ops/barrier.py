@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import BarrierError
-from ..sync import Arrival
-from ..translate import Operation, Step, operation
+from ..base.errors import BarrierError
+from ..translate.translation import Operation, Step, operation
+from ..units.sync import Arrival
 from .warp import by_warp, from_warps, present
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 
 def _uniform(m: Machine, g: Threads, row: int) -> np.ndarray:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import bulk, tensor_map
-from ..memory import WINDOW_SHIFT, WINDOWS
-from ..operands import Address, Register, Vector
-from ..translate import Operation, operation
+from ..core.memory import WINDOW_SHIFT, WINDOWS
+from ..ptx.operands import Address, Register, Vector
+from ..translate.translation import Operation, operation
+from ..units import bulk, tensor_map
 from .mbarrier import Word
 from .memory import Access
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 RANKS = tuple(f"{n}d" for n in range(1, 6))
 SHARED = ("shared::cta", "shared::cluster")

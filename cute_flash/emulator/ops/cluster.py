@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..memory import RANK_SHIFT
-from ..translate import Operation, Step, operation
+from ..core.memory import RANK_SHIFT
+from ..translate.translation import Operation, Step, operation
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 
 @operation("mapa.shared::cluster")

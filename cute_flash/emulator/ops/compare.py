@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..formats import bf16_to_f32, flush
-from ..translate import Operation, operation
+from ..base.formats import bf16_to_f32, flush
+from ..translate.translation import Operation, operation
 from .apply import INTEGER_VIEWS, elementwise
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 ORDERED: dict[str, Callable] = {
     "eq": np.equal,

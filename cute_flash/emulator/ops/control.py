@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import EmulatorError
-from ..parse import Instruction
-from ..translate import Operation, Step, Translation, operation
+from ..base.errors import EmulatorError
+from ..ptx.parse import Instruction
+from ..translate.translation import Operation, Step, Translation, operation
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 
 def guarded(run: Callable, row: int, negated: bool) -> Callable:

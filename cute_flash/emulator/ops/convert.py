@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..formats import (
+from ..base.formats import (
     CANONICAL_NAN,
     bf16_to_f32,
     f32_to_bf16,
@@ -17,12 +17,12 @@ from ..formats import (
     sticky_sum,
     to_odd_f32,
 )
-from ..translate import Operation, operation
+from ..translate.translation import Operation, operation
 from .convert_narrow import NARROW, from_narrow, to_narrow
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 INTEGERS = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
 FLOATS = {"f16": "f16", "bf16": "u16", "f32": "f32", "f64": "f64"}

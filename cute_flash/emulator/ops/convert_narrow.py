@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..formats import CANONICAL_NAN, bf16_to_f32, f32_to_bf16
-from ..narrow_floats import E2M1, FORMATS, UE8M0, to_ue8m0
-from ..translate import Operation
+from ..base.formats import CANONICAL_NAN, bf16_to_f32, f32_to_bf16
+from ..base.narrow_floats import E2M1, FORMATS, UE8M0, to_ue8m0
+from ..translate.translation import Operation
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 PAIRS = tuple(f"{name}x2" for name in FORMATS)
 SCALES = "ue8m0x2"

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..sync import Copy
-from ..translate import Operation, operation
+from ..translate.translation import Operation, operation
+from ..units.sync import Copy
 from .memory import Access
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 
 @operation("cp.async.ca.shared.global", "cp.async.cg.shared.global",

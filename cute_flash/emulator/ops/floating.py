@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from ..formats import (
+from ..base.formats import (
     CANONICAL_NAN,
     bf16_to_f32,
     f32_to_bf16,
@@ -22,7 +22,7 @@ from ..formats import (
     sticky_sum,
     to_odd_f32,
 )
-from ..translate import Operation, operation
+from ..translate.translation import Operation, operation
 from .apply import elementwise
 
 VIEW = {

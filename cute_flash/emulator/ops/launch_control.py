@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import bulk
-from ..errors import EmulatorError
-from ..operands import Sink, Vector
-from ..translate import Operation, operation
+from ..base.errors import EmulatorError
+from ..ptx.operands import Sink, Vector
+from ..translate.translation import Operation, operation
+from ..units import bulk
 from .mbarrier import Word
 from .memory import Access
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 NBYTES = 16
 # Read as signed it is no small negative number, which a kernel might take for "no tile" by chance.

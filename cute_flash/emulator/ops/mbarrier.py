@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..mbarrier import Barrier
-from ..translate import Operation, Step, operation
+from ..translate.translation import Operation, Step, operation
+from ..units.mbarrier import Barrier
 from .memory import Access
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 SPURIOUS = 0.05  # chance that a bounded wait gives up at once, when asynchrony is random
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import EmulatorError, OutOfBounds
-from ..formats import flush
-from ..memory import UNSIGNED, WINDOW_SHIFT, WINDOWS
-from ..operands import Symbol
-from ..translate import Operation, operation
+from ..base.errors import EmulatorError, OutOfBounds
+from ..base.formats import flush
+from ..core.memory import UNSIGNED, WINDOW_SHIFT, WINDOWS
+from ..ptx.operands import Symbol
+from ..translate.translation import Operation, operation
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "param::entry", "const")
 CACHE_HINTS = (

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import fragments
-from ..translate import Operation, Step, operation
+from ..base import fragments
+from ..translate.translation import Operation, Step, operation
 from .memory import Access, read, write
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 # shape -> registers of A and of B
 SHAPES = {"m16n8k16": (4, 2), "m16n8k8": (2, 1)}

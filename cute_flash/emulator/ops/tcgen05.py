@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..engine import Operation as Pending
-from ..errors import TensorMemoryError
-from ..formats import CANONICAL_NAN
-from ..observe import Columns
-from ..state import LANES
-from ..tensor_memory import COLUMNS, POISON
-from ..translate import Operation, Step, operation
+from ..base.errors import TensorMemoryError
+from ..base.formats import CANONICAL_NAN
+from ..core.engine import Operation as Pending
+from ..core.observe import Columns
+from ..core.state import LANES
+from ..translate.translation import Operation, Step, operation
+from ..units.tensor_memory import COLUMNS, POISON
 from .floating import extreme
 from .memory import Access, write
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..parse import Instruction
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
+    from ..ptx.parse import Instruction
 
 
 def cta_group(x: Operation) -> int:

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import descriptors
-from ..bulk import issuers
-from ..errors import EmulatorError, TensorMemoryError
-from ..operands import Address, Vector
-from ..tensor_formats import KINDS, form
-from ..tensor_memory import split
-from ..tensor_products import COPIES, Commit, Product, SharedToTensor, group
-from ..translate import Operation, operation
+from ..base.errors import EmulatorError, TensorMemoryError
+from ..ptx.operands import Address, Vector
+from ..translate.translation import Operation, operation
+from ..units import descriptors
+from ..units.bulk import issuers
+from ..units.tensor_formats import KINDS, form
+from ..units.tensor_memory import split
+from ..units.tensor_products import COPIES, Commit, Product, SharedToTensor, group
 from .mbarrier import Word
 from .tcgen05 import cta_group
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 SCALES = {"scale_vec::1X": 1, "scale_vec::2X": 2, "scale_vec::4X": 4}
 BLOCKS = {"block16": 16, "block32": 32}

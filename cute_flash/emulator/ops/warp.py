@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import BarrierError
-from ..operands import Immediate
-from ..state import LANES
-from ..translate import Operation, Step, operation
+from ..base.errors import BarrierError
+from ..core.state import LANES
+from ..ptx.operands import Immediate
+from ..translate.translation import Operation, Step, operation
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 _LANE = np.arange(LANES, dtype=np.int64)
 

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..constants import known_predicate
-from ..descriptors import Tile
-from ..errors import WarpgroupError
-from ..formats import matrix_bits
-from ..operands import Register
-from ..products import ROWS, Form
-from ..register_flight import Effect
-from ..state import LANES
-from ..translate import Operation, Step, operation
+from ..base.errors import WarpgroupError
+from ..base.formats import matrix_bits
+from ..core.state import LANES
+from ..ptx.constants import known_predicate
+from ..ptx.operands import Register
+from ..translate.register_flight import Effect
+from ..translate.translation import Operation, Step, operation
+from ..units.descriptors import Tile
+from ..units.products import ROWS, Form
 
 if TYPE_CHECKING:
-    from ..machine import Machine
-    from ..state import Threads
+    from ..core.state import Threads
+    from ..machine.machine import Machine
 
 SHAPES = {f"m64n{n}k{k}": (n, k) for n in range(8, 257, 8) for k in (16, 32)}
 BYTES = ("e4m3", "e5m2")

@@ -1,0 +1,188 @@
+"""`run`: executes a launch wave by wave; and what goes into it and comes out of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..base.blas import one_thread
+from ..base.errors import EmulatorError
+from ..core.memory import GlobalMemory
+from ..core.state import LANES
+from ..translate.translation import architecture
+from ..units.cluster import Unlaunched
+from ..units.tensor_memory import NBYTES as TENSOR_BYTES
+from .machine import Machine
+from .schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    from .program import Code, Program
+
+WAVE_BYTES = 64 << 20  # registers, shared and local memory of the CTAs that run together
+WAVE_CTAS = 256
+RACE_CTAS = 16  # the race detector keeps a history of every place in shared memory
+MOST_CLUSTER = 16
+ASYNCHRONY = ("eager", "late", "late_copies", "late_products", "random")
+UNINITIALIZED = ("error", "poison")
+DRIFT = 0.02  # chance per scheduling decision that a pending operation happens, when asynchrony is random
+SPINNING = 20000  # scheduling decisions without an event after which a pending operation happens by itself
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    asynchrony: when asynchronous copies and products happen: "eager" at issue, "late" when a wait forces
+    them, "random" anywhere between; "late_copies" with eager products, "late_products" with eager copies.
+    schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a
+    time). seed: of everything random. races: raise where accesses to shared memory conflict without an order.
+    observers: objects with hooks, see observe.py. ctas_per_wave: how many CTAs are resident together; None
+    lets their size decide. uninitialized: "error" raises where shared or local memory is read that nothing
+    has written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses. by_the_book:
+    with races, demand fences and waits that hardware is known to do without, see tensor_races.py.
+    """
+
+    asynchrony: str = "eager"
+    schedule: str = "lockstep"
+    seed: int = 0
+    races: bool = False
+    observers: tuple = ()
+    ctas_per_wave: int | None = None
+    uninitialized: str = "error"
+    by_the_book: bool = False
+
+    def __post_init__(self) -> None:
+        if self.by_the_book and not self.races:
+            raise ValueError("by_the_book is True and races is False; the race detector looks things up")
+        if self.asynchrony not in ASYNCHRONY:
+            raise ValueError(f"asynchrony is {self.asynchrony!r}; allowed: {', '.join(ASYNCHRONY)}")
+        if self.uninitialized not in UNINITIALIZED:
+            allowed = ", ".join(UNINITIALIZED)
+            raise ValueError(f"uninitialized is {self.uninitialized!r}; allowed: {allowed}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. shared_memory: dynamic bytes. params: the parameter block as PTX lays it out."""
+
+    entry: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    shared_memory: int = 0
+    params: bytes = b""
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    instructions: warp instructions executed. opcodes, lines: the same by opcode and by PTX line; lines lists
+    every instruction of the entry, 0 where none ran. waves: batches of CTAs.
+    """
+
+    instructions: int = 0
+    seconds: float = 0.0
+    opcodes: dict[str, int] = field(default_factory=dict)
+    lines: dict[int, int] = field(default_factory=dict)
+    waves: int = 0
+
+
+def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options | None = None) -> Report:
+    """Execute a launch on host memory.
+
+    Raises an EmulatorError subclass where the kernel does something that hardware would not define,
+    ValueError where the launch does not fit the program.
+    """
+    options = options or Options()
+    code = program.code(launch.entry)
+    _check_launch(program, launch)
+    report = Report()
+    began = time.perf_counter()
+    total = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    cluster = launch.cluster[0] * launch.cluster[1] * launch.cluster[2]
+    wave = options.ctas_per_wave or min(WAVE_CTAS, max(1, WAVE_BYTES // _cta_bytes(code, launch)))
+    if options.races:
+        wave = min(wave, RACE_CTAS)
+    wave = -(-wave // cluster) * cluster
+    executed = np.zeros(len(code.steps), np.int64)
+    for name, held in program.storage.items():
+        memory.add(held.ctypes.data, held.nbytes, name)
+    with np.errstate(all="ignore"), one_thread():
+        unlaunched = Unlaunched(0, total, cluster)
+        while unlaunched.first < total:
+            first = unlaunched.take(wave)
+            m = Machine(code, launch, memory, options, first, unlaunched.first - first)
+            m.unlaunched = unlaunched
+            _run_wave(m)
+            executed += np.cumsum(m.executed[:-1])
+            report.waves += 1
+    for step, count in zip(code.steps, executed.tolist(), strict=True):
+        for instruction in step.instructions:
+            report.lines[instruction.line] = report.lines.get(instruction.line, 0) + count
+            if count:
+                report.opcodes[instruction.opcode] = report.opcodes.get(instruction.opcode, 0) + count
+    report.instructions = sum(report.opcodes.values())
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _cta_bytes(code: Code, launch: Launch) -> int:
+    """Host memory that one CTA of a wave takes."""
+    threads = -(-(launch.block[0] * launch.block[1] * launch.block[2]) // LANES) * LANES
+    registers = sum(n * max(width // 8, 1) for width, n in code.layout.counts.items())
+    shared = code.shared_base + code.shared_static + launch.shared_memory
+    return threads * (registers + 2 * code.local_bytes) + 2 * shared + TENSOR_BYTES * code.tensor_memory
+
+
+def _run_wave(m: Machine) -> None:
+    schedule = SCHEDULES[m.options.schedule](m)
+    drifting = m.options.asynchrony == "random"
+    turns, progress = 0, 0
+    while (choice := schedule.pick()) is not None or m.stalls.resolve(schedule.gathered()):
+        if choice is not None:
+            pc, threads, limit = choice
+            schedule.put(m.advance(pc, threads, limit))
+        if drifting and m.copies.pending:
+            m.copies.drift(DRIFT)
+        if drifting and m.engine.pending:
+            m.engine.drift(DRIFT)
+        turns = turns + 1 if m.progress == progress else 0
+        if turns > SPINNING:
+            # Somebody polls for what a pending operation will bring.
+            m.engine.advance()
+            turns = 0
+        progress = m.progress
+        if m.parked.woken:
+            schedule.put(m.parked.take())
+    m.finish()
+
+
+def _check_launch(program: Program, launch: Launch) -> None:
+    entry = program.entries[launch.entry]
+    threads = launch.block[0] * launch.block[1] * launch.block[2]
+    if min(*launch.grid, *launch.block) < 1 or threads > 1024:
+        raise ValueError(f"cannot launch grid {launch.grid} of blocks {launch.block}")
+    _check_cluster(program, launch)
+    required = entry.directives.get("reqntid")
+    if required and tuple((*required, 1, 1)[:3]) != tuple(launch.block):
+        raise ValueError(f"{launch.entry} needs blocks of {required} threads, not {launch.block}")
+    if len(launch.params) < entry.param_bytes:
+        raise ValueError(
+            f"{launch.entry} takes {entry.param_bytes} parameter bytes, not {len(launch.params)}"
+        )
+
+
+def _check_cluster(program: Program, launch: Launch) -> None:
+    size = launch.cluster[0] * launch.cluster[1] * launch.cluster[2]
+    if size == 1:
+        return
+    if architecture(program.target) < 90 or size > MOST_CLUSTER:
+        raise EmulatorError(f"{program.target} has no clusters of {launch.cluster} CTAs")
+    if any(n % c for n, c in zip(launch.grid, launch.cluster, strict=True)):
+        raise EmulatorError(f"a grid of {launch.grid} does not divide into clusters of {launch.cluster}")

@@ -1,0 +1,211 @@
+"""A program: parsed, translated once into steps, and its variables given places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .. import ops
+from ..base.errors import EmulatorError, UnmodelledInstruction
+from ..ptx.parse import EntryText, Instruction, Module, Variable, parse
+from ..translate.analysis import Definedness, check_guard, is_branch, watch_registers
+from ..translate.load_flight import LoadFlight
+from ..translate.register_flight import RegisterFlight
+from ..translate.translation import CONTROL, CONVERGED, PLAIN, Layout, Operation, Step, Translation
+
+RESERVED_SHARED = 1024  # bytes at the start of shared memory that belong to the system from sm_90 on
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel's interface. params: (name, size, alignment) in order; param_bytes: size of its parameter
+    block.
+    """
+
+    params: tuple[tuple[str, int, int], ...]
+    offsets: tuple[int, ...]
+    param_bytes: int
+    directives: dict[str, tuple[int, ...]]
+
+
+@dataclass
+class Code:
+    """An entry as executable steps.
+
+    runs[i] is steps[i].run. next_control[i]: first control step at or after i; next_converged the same for
+    steps that need whole warps. symbols: address of each variable in its own space (generic for global).
+    tensor_memory: whether the entry has tcgen05 instructions.
+    """
+
+    steps: list[Step]
+    layout: Layout
+    symbols: dict[str, int]
+    shared_base: int
+    shared_static: int
+    local_bytes: int
+    shared_granule: int
+    shared_symbols: frozenset[str]
+    directives: dict[str, tuple[int, ...]]
+    runs: list = field(default_factory=list)
+    next_control: list[int] = field(default_factory=list)
+    next_converged: list[int] = field(default_factory=list)
+    tensor_memory: bool = False
+
+
+class Program:
+    """PTX text, ready to run.
+
+    Raises ParseError or UnmodelledInstruction, with the PTX line, for anything in any entry that has no
+    model.
+    """
+
+    def __init__(self, text: str):
+        self.module = parse(text)
+        self.target = self.module.target
+        self.storage: dict[str, np.ndarray] = {}
+        self.entries: dict[str, Entry] = {}
+        self._code: dict[str, Code] = {}
+        for name, entry in self.module.entries.items():
+            self.entries[name] = _interface(entry)
+            self._code[name] = _translate(self, self.module, entry)
+
+    def code(self, name: str) -> Code:
+        """The executable form of an entry; KeyError names the entries there are."""
+        if name not in self._code:
+            raise KeyError(f"no entry {name}; this program has {', '.join(self._code)}")
+        return self._code[name]
+
+
+def _interface(entry: EntryText) -> Entry:
+    at, offsets = 0, []
+    for parameter in entry.params:
+        at = -(-at // parameter.align) * parameter.align
+        offsets.append(at)
+        at += parameter.size
+    params = tuple((p.name, p.size, p.align) for p in entry.params)
+    return Entry(params, tuple(offsets), at, entry.directives)
+
+
+def _place(variables: list[Variable], at: int) -> tuple[dict[str, int], int]:
+    places = {}
+    for variable in variables:
+        at = -(-at // variable.align) * variable.align
+        places[variable.name] = at
+        at += variable.size
+    return places, at
+
+
+def _translate(program: Program, module: Module, entry: EntryText) -> Code:
+    translation = Translation(module, entry)
+    variables = [*module.variables.values(), *entry.variables.values()]
+    reserved = RESERVED_SHARED if translation.architecture() >= 90 else 0
+    static = [v for v in variables if v.space == "shared" and v.size]
+    dynamic = [v for v in variables if v.space == "shared" and not v.size]
+    symbols, end = _place(static, reserved)
+    align = max((v.align for v in dynamic), default=16)
+    end = -(-end // align) * align if dynamic else end
+    symbols |= {v.name: end for v in dynamic}
+    places, local_bytes = _place([v for v in variables if v.space == "local"], 0)
+    symbols |= places
+    offsets = program.entries[entry.name].offsets
+    symbols |= {p.name: offset for p, offset in zip(entry.params, offsets, strict=True)}
+    for variable in variables:
+        if variable.space in ("global", "const"):
+            symbols[variable.name] = _storage(program, variable)
+    steps = _steps(translation, entry.instructions)
+    code = Code(
+        steps, translation.layout, symbols, reserved, end - reserved, local_bytes, translation.shared_granule,
+        frozenset(v.name for v in (*static, *dynamic)), entry.directives,
+    )  # fmt: skip
+    code.tensor_memory = translation.cta_group is not None
+    code.runs = [step.run for step in steps]
+    code.next_control = _next(steps, CONTROL)
+    code.next_converged = _next(steps, CONVERGED)
+    return code
+
+
+def _storage(program: Program, variable: Variable) -> int:
+    if variable.name not in program.storage:
+        raw = np.zeros(variable.size + 256, np.uint8)
+        start = -raw.ctypes.data % 256
+        held = raw[start : start + variable.size]
+        held[: len(variable.data)] = np.frombuffer(variable.data, np.uint8)
+        program.storage[variable.name] = held
+    return program.storage[variable.name].ctypes.data
+
+
+def _next(steps: list[Step], kind: str) -> list[int]:
+    table, following = [0] * len(steps), len(steps)
+    for at in range(len(steps) - 1, -1, -1):
+        if steps[at].kind == kind:
+            following = at
+        table[at] = following
+    return table
+
+
+def _steps(translation: Translation, instructions: list[Instruction]) -> list[Step]:
+    """Translate every instruction, add the checks of registers, guards and folded runs, and link branches
+    to steps.
+    """
+    operations, steps = [], []
+    for instruction in instructions:
+        try:
+            operation = Operation(translation, instruction)
+            steps.append(operation.translate())
+        except EmulatorError as error:
+            raise error.at(instruction.line, instruction.text) from None
+        operations.append(operation)
+    if not steps or steps[-1].kind != CONTROL:
+        raise UnmodelledInstruction("an entry that does not end in a branch, ret or exit")
+    definedness = Definedness(operations)
+    flags = {register: translation.layout.new_row(1) for register in definedness.tracked}
+    for operation, step, needs in zip(operations, steps, definedness.needs, strict=True):
+        step.where, step.instructions = operation.instruction, (operation.instruction,)
+        watch_registers(operation, step, flags, needs)
+    RegisterFlight(operations, definedness.starts).instrument(steps, translation.layout)
+    LoadFlight(operations, definedness.starts).instrument(steps)
+    return _link(translation, operations, steps, (set(definedness.starts), flags))
+
+
+def _link(
+    translation: Translation, operations: list[Operation], steps: list[Step], known: tuple[set[int], dict]
+) -> list[Step]:
+    """Lay the steps out: runs of mma become one step, a guard becomes part of its step or a branch before it.
+
+    known: where blocks start, and the written-rows of tracked registers.
+    """
+    starts, flags = known
+    linked: list[Step] = []
+    i = 0
+    while i < len(steps):
+        translation.link.append(len(linked))
+        step, instruction = steps[i], operations[i].instruction
+        end = _end_of_run(operations, steps, i, starts)
+        if end - i > 1:
+            translation.link.extend([len(linked)] * (end - i - 1))
+            linked.append(ops.mma.fold(steps[i:end]))
+            i = end
+            continue
+        if instruction.guard is not None and not is_branch(instruction):
+            if step.kind == PLAIN:
+                run = ops.control.guarded(step.run, instruction.guard.row, instruction.guard_negated)
+                step.run = check_guard(operations[i], run, flags, control=False)
+            else:
+                run = ops.control.skip(translation, instruction, i + 1)
+                run = check_guard(operations[i], run, flags, control=True)
+                linked.append(Step(run, CONTROL, where=instruction))
+        linked.append(step)
+        i += 1
+    translation.link.append(len(linked))
+    return linked
+
+
+def _end_of_run(operations: list[Operation], steps: list[Step], i: int, starts: set[int]) -> int:
+    """Where the run of foldable mma steps that starts at i ends (i + 1 when there is none)."""
+    end = i
+    while end < len(steps) and steps[end].multiply is not None and (end == i or end not in starts):
+        if operations[end].instruction.guard is not None:
+            break
+        end += 1
+    return max(end, i + 1)

@@ -1,0 +1,1 @@
+"""Units beside the threads: barriers, copies, clusters, warpgroup products, tensor memory and its mma."""
