@@ -168,3 +168,39 @@ def test_what_cannot_be_launched():
     launch = emulator.Launch("k", (3, 1, 1), (32, 1, 1), (2, 1, 1))
     with pytest.raises(EmulatorError, match="does not divide into clusters"):
         emulator.run(emulator.Program(module("", "", "sm_90a")), launch, emulator.GlobalMemory())
+
+
+COPIES = """
+    mov.b32 %r2, data;
+    shl.b32 %r3, %t, 2;
+    add.u32 %r2, %r2, %r3;
+    and.b32 %r4, %t, 31;
+    mad.lo.u32 %r4, %rank, 32, %r4;
+    mad.wide.u32 %s0, %r4, 4, %in;
+    cp.async.ca.shared.global [%r2], [%s0], 4;
+    {wait}
+    ld.shared.b32 %r5, [%r2];
+    st.global.b32 [%out], %r5;
+"""
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=str)
+def test_each_cta_copies_into_its_own_memory(options):
+    source = np.arange(1, 65, dtype=np.uint32)
+    got = run(COPIES.format(wait="cp.async.wait_all;"), source=source, **options)
+    expected = [[1 + 32 * (cta % 2) + t % 32 for t in range(64)] for cta in range(4)]
+    assert got.tolist() == expected
+
+
+def test_a_copy_that_nobody_waits_for_is_noticed_in_every_cta():
+    """CTAs of odd rank skip the wait."""
+    alone = "@%leader bra waits;\nbra go;\nwaits: cp.async.wait_all;\ngo:"
+    with pytest.raises(DataRace, match=r"reads shared 0x100\w* .* still under way .*CTA \(1, 0, 0\)"):
+        run(COPIES.format(wait=alone))
+
+
+def test_a_copy_into_another_cta_is_refused():
+    into = "mapa.shared::cluster.u32 %r2, %r2, %other;\ncp.async.ca"
+    code = COPIES.format(wait="").replace("cp.async.ca", into)
+    with pytest.raises(OutOfBounds, match="lies in CTA 1 of the cluster"):
+        run(code)

@@ -190,6 +190,21 @@ COPIES = {
 @pytest.mark.parametrize("layout", [Layout(16), Layout(128, offset=64)], ids=str)
 @pytest.mark.parametrize("form", COPIES)
 def test_copy(form, layout, ctas, options):
+    check_copy(form, layout, ctas, **options)
+
+
+@pytest.mark.parametrize("form", [form for form, (_, width, _) in COPIES.items() if width == 16])
+@pytest.mark.parametrize("layout", [Layout(128, offset=112), Layout(32, offset=16)], ids=str)
+def test_a_copy_of_16_bytes_may_end_where_the_pattern_ends(form, layout):
+    check_copy(form, layout, 1)
+
+
+def test_a_copy_of_32_bytes_may_not():
+    with pytest.raises(UnmodelledInstruction, match="crosses the swizzle's width from byte 112"):
+        check_copy("128x256b", Layout(128, offset=112), 1)
+
+
+def check_copy(form: str, layout: Layout, ctas: int, **options) -> None:
     rows, width, lanes = COPIES[form]
     random = np.random.default_rng(7)
     images = random.integers(0, 256, (ctas, tensor.IMAGE), np.uint8)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import DataRace
+from ..core.memory import RANK_SHIFT
 from ..core.observe import Columns, Observer, Span, Unit
 from .meetings import EVERY_LANE, Meetings, lanes_of
 from .race_state import NOBODY, PROXY, TENSOR, Access, Agents, History, Released, UnitAccess, Word, wider
@@ -93,7 +94,8 @@ class RaceDetector(Observer):
         self._record_write(a.cell, a.cluster, a.warp, m.at)
 
     def copy_issue(self, m: Machine, g: Threads, copy: Copy) -> None:
-        a = self._access(g, "copies to", copy.shared, copy.size)
+        address = copy.shared | m.rank[copy.cta] << RANK_SHIFT
+        a = self._access(g, "copies to", address, copy.size)
         self._check_copies(a)
         self._check_writes(a)
         self._check_history(a, self.reads, "read")

@@ -46,7 +46,8 @@ def copy(x: Operation) -> Callable:
         elif ignore is not None:
             drop = m.rows["pred"][ignore[0]][g.index].reshape(-1) ^ ignore[1]
             used = np.where(drop, 0, size)
-        m.copies.issue(g, Copy(g.flat, g.cta, shared.of(m, g), source.of(m, g), used, size, where))
+        cta, place = m.place(g, shared.of(m, g), False)
+        m.copies.issue(g, Copy(g.flat, cta, place, source.of(m, g), used, size, where))
 
     return step
 

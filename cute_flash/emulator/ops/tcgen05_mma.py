@@ -163,7 +163,7 @@ def copy(x: Operation) -> Callable:
         raise x.unmodelled(f".{name}")
     rows, width, quarters = COPIES[name]
     target, descriptor, where = _Value(x, 0), _Value(x, 1, "u64"), x.instruction
-    tile = descriptors.Tile(rows, 32, 8)
+    tile = descriptors.Tile(rows, width, 8, copied=True)
 
     def step(m: Machine, g: Threads) -> None:
         for issuer, address, word in zip(issuers(g), target.of(m, g), descriptor.of(m, g), strict=True):
@@ -171,7 +171,6 @@ def copy(x: Operation) -> Callable:
             if lane:
                 raise TensorMemoryError(f"tcgen05.cp to lane {lane}")
             chunks = descriptors.locate(np.array([word], np.uint64), descriptors.TCGEN05, tile)
-            chunks = chunks[:, :, : width // descriptors.CHUNK]
             work = SharedToTensor(issuer, group(m, issuer.cta, ctas), where, quarters, column, chunks)
             work.begin(m)
 

@@ -17,8 +17,8 @@ bytes (PTX ISA, canonical layouts of wgmma and tcgen05, in units of 16 bytes):
     MN-major, swizzled   (k % 8) W + (k / 8) SBO + (16 chunk) % W + (16 chunk / W) LBO
 
 The swizzle is an XOR on the whole address (bits 4-6 with bits 7-9 for 128 bytes, fewer for narrower ones),
-so a start address may lie inside an 8-row pattern. What follows from that alone is refused where no kernel
-is known to rely on it: starts in the middle of a pattern's rows, and strides that break the pattern.
+so a start address may lie inside an 8-row pattern, in any of its rows. Strides that break the pattern are
+refused: no kernel is known to rely on what follows from the formulas alone.
 """
 
 from __future__ import annotations
@@ -41,37 +41,36 @@ _CHUNK = np.dtype(f"V{CHUNK}")
 class Tile(NamedTuple):
     """An operand of one instruction. rows: of M or N; k: elements; bits: of an element as it lies in memory.
 
-    mn_major: elements of neighbouring rows are neighbours in memory ("transposed").
+    mn_major: elements of neighbouring rows are neighbours in memory ("transposed"). copied: rows that
+    tcgen05.cp moves, which may have 16 bytes; those of a product's operand have 32.
     """
 
     rows: int
     k: int
     bits: int
     mn_major: bool = False
+    copied: bool = False
 
 
 @dataclass(frozen=True)
 class Encoding:
     """Where one family of instructions keeps the fields. swizzles: code -> width in bytes, 16 for none.
 
-    fixed: bits that must hold a value, as (mask, value). any_row: whether kernels are known whose operands
-    start in the middle of a pattern's rows (NVIDIA's tutorials for Blackwell align theirs to 128 bytes).
+    fixed: bits that must hold a value, as (mask, value).
     """
 
     name: str
     swizzle_shift: int
     swizzles: tuple[tuple[int, int], ...]
     fixed: tuple[int, int]
-    any_row: bool = False
 
 
 class Layout(NamedTuple):
-    """The fields of a descriptor but its address; bytes. any_row: as its encoding has it."""
+    """The fields of a descriptor but its address; bytes."""
 
     width: int
     leading: int
     stride: int
-    any_row: bool = False
 
 
 _BASE_OFFSET = 7 << 49
@@ -84,7 +83,6 @@ TCGEN05 = Encoding(
     61,
     ((0, 16), (2, 128), (4, 64), (6, 32)),
     (_RESERVED | 7 << 46 | _BASE_OFFSET | 0x1FF << 52, 1 << 46),
-    any_row=True,
 )
 
 
@@ -107,7 +105,7 @@ def layout(word: int, encoding: Encoding) -> Layout:
     width = dict(encoding.swizzles).get(code)
     if width is None:
         raise UnmodelledInstruction(f"descriptor {word:#018x}: swizzle code {code} is not modelled")
-    return Layout(width, *((word >> at & 0x3FFF) * CHUNK for at in (16, 32)), encoding.any_row)
+    return Layout(width, *((word >> at & 0x3FFF) * CHUNK for at in (16, 32)))
 
 
 @lru_cache(maxsize=4096)
@@ -118,7 +116,7 @@ def table(place: Layout, tile: Tile, phase: int) -> np.ndarray:
     the formulas define.
     """
     _check(place, tile, phase)
-    width, leading, stride, _ = place
+    width, leading, stride = place
     outer, inner = (tile.k, tile.rows) if tile.mn_major else (tile.rows, tile.k)
     line = np.arange(outer)[:, None]
     chunk = np.arange(inner * tile.bits // (8 * CHUNK))[None, :]
@@ -136,7 +134,7 @@ def table(place: Layout, tile: Tile, phase: int) -> np.ndarray:
 
 def _check(place: Layout, tile: Tile, phase: int) -> None:
     """Raise unless the tile is one that kernels are known to use."""
-    width, leading, stride, any_row = place
+    width, leading, stride = place
     major = "MN" if tile.mn_major else "K"
     inner = (tile.rows if tile.mn_major else tile.k) * tile.bits // 8
     what = f"{major}-major, swizzle {width if width > CHUNK else 'none'}"
@@ -144,14 +142,12 @@ def _check(place: Layout, tile: Tile, phase: int) -> None:
     def refuse(why: str) -> UnmodelledInstruction:
         return UnmodelledInstruction(f"a {what} operand of {tile.rows} rows and k {tile.k} {why}")
 
-    if tile.rows % 8 or inner % CHUNK or tile.k * tile.bits % 256:
+    if tile.rows % 8 or inner % CHUNK or (tile.k * tile.bits % 256 and not tile.copied):
         raise refuse("is not whole chunks")
     if tile.mn_major and tile.bits not in (8, 16):
         raise refuse(f"of {tile.bits}-bit elements is not modelled")
     if width == CHUNK:
         return
-    if phase % (8 * width) >= width and not any_row:
-        raise refuse(f"that starts in row {phase // width % 8} of its pattern is not modelled")
     whole = phase % width == 0 and inner % width == 0 and tile.mn_major
     if not whole and phase % width + inner > width:
         raise refuse(f"that crosses the swizzle's width from byte {phase % width} on is not modelled")

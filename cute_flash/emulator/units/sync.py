@@ -216,7 +216,7 @@ class Copy:
 
     thread: np.ndarray  # number of the thread in the wave
     cta: np.ndarray
-    shared: np.ndarray  # destination address
+    shared: np.ndarray  # destination address in its CTA
     source: np.ndarray  # global address
     filled: np.ndarray  # bytes that are read; the rest of the destination becomes zero
     size: int
