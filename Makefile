@@ -12,7 +12,7 @@ JOBS ?= auto
 venv := .venv
 python := $(venv)/bin/python
 install := $(python) -m pip install --disable-pip-version-check -c constraints.txt
-requirements := pyproject.toml constraints.txt
+requirements := pyproject.toml setup.py constraints.txt
 
 .PHONY: demo test lint
 

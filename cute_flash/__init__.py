@@ -6,6 +6,8 @@ from .dispatch import emulated, features, supports
 from .masks import Causal, Document, Mask, PrefixLM, SlidingWindow
 from .scores import ALiBi, Score, Softcap
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ALiBi",
     "BlockMask",
@@ -16,6 +18,7 @@ __all__ = [
     "Score",
     "SlidingWindow",
     "Softcap",
+    "__version__",
     "create_block_mask",
     "emulated",
     "features",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import precompile
+from . import __version__, precompile
 from .dispatch import features
 
 
@@ -16,6 +16,7 @@ def main(arguments: list[str]) -> int:
 
         return demo(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m cute_flash", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"cute_flash {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="attention in a real encoder, on the GPU or emulated")
     commands.add_parser("features", help="print what is supported where, in Markdown")
