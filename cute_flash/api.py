@@ -55,7 +55,8 @@ def flash_attn_func(
         -1 or None is unbounded. causal makes right 0.
     softcap: scores become softcap * tanh(score / softcap); 0.0 is off.
     alibi_slopes: float32 (heads,) or (batch, heads): slope * |distance| is taken off (Press et al. 2022).
-    deterministic: accepted; the forward pass always is.
+    deterministic: the same call gives the same bits either way. True: a row's bits depend on its sequence
+        alone, not on the batch, the heads or the other queries: num_splits, where it is left open, is 1.
     return_attn_probs: also return lse and S_dmask, the float32 softmax weights before dropout, (batch,
         heads, seqlen_q, seqlen_k), with a minus sign where dropout removed them. For tests only: it is
         computed by plain torch in O(seqlen**2) memory.
@@ -70,7 +71,8 @@ def flash_attn_func(
         window_size and mask. Its block sizes must be multiples of a kernel's tile, as 128 always is.
     num_splits: in how many parts, 1 to 128, the keys are taken at the same time and then merged in float32
         (Flash-Decoding, Dao et al. 2023): for few queries and many keys. None or 0: as many as fill the GPU,
-        1 where the kernel cannot split; more than 1 there is NotImplementedError.
+        so that a row's last bits may depend on how large the call is; 1 where the kernel cannot split;
+        more than 1 there is NotImplementedError.
 
     Returns out, (batch, seqlen_q, heads, head_dim_v) in q's dtype; (out, lse) with return_lse, lse the
     natural log of the softmax's sum, float32 (batch, heads, seqlen_q); (out, lse, S_dmask) with
@@ -79,7 +81,7 @@ def flash_attn_func(
     lse = return_lse or return_attn_probs
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
-        lse, out, block_mask, num_splits,
+        lse, out, block_mask, num_splits, deterministic,
     )
     call = request.dense(q, k, v, options)
     return _results(call, out, return_attn_probs)
@@ -144,7 +146,7 @@ def flash_attn_varlen_func(
         )
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
-        return_lse, out, num_splits=num_splits,
+        return_lse, out, num_splits=num_splits, deterministic=deterministic,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
     call = request.varlen(q, k, v, packing, options)

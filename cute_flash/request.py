@@ -44,6 +44,7 @@ class Options(NamedTuple):
     out: torch.Tensor | None
     block_mask: BlockMask | None = None
     num_splits: int | None = None
+    deterministic: bool = False
 
 
 class Packing(NamedTuple):
@@ -226,7 +227,7 @@ def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
     _check_no_grad(q, k, v, options, encoded.tensors)
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
-    splits = _num_splits(options.num_splits)
+    splits = _num_splits(options.num_splits, options.deterministic)
     return Call(
         q, k, v, *packing, sink, rng_state, scale, dropout_p, *encoded, *blocks, options.lse, splits
     )
@@ -437,15 +438,19 @@ def _number(name: str, value: Any, low: float | None) -> float:
     return float(value)
 
 
-def _num_splits(given: Any) -> int:
-    """In how many parts to take the keys; 0 leaves it open."""
+def _num_splits(given: Any, deterministic: bool) -> int:
+    """In how many parts to take the keys; 0 leaves it open.
+
+    Deterministic calls take them whole: as many parts as fill the GPU depend on all that is in the call, and
+    where parts begin under a mask, on the other queries of a tile.
+    """
     if given is None:
-        return 0
+        given = 0
     if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
         raise TypeError(f"num_splits is {given!r} ({type(given).__name__}); allowed: an int, or None")
     if not 0 <= given <= MOST_SPLITS:
         raise ValueError(f"num_splits is {given}; allowed: 1 to {MOST_SPLITS}, or 0 or None to leave it open")
-    return given
+    return 1 if deterministic and given == 0 else given
 
 
 def _window(window: Any) -> tuple[int | None, int | None]:

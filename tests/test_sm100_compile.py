@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cute_flash import executable
-from cute_flash.arch.problem import Device
+from cute_flash.arch.problem import Device, Sizes
 from cute_flash.arch.sm100 import tuning
 from cute_flash.arch.sm100.forward import Forward
 from tests.test_resources import EXTREMES, answer_for, resources
@@ -46,10 +46,10 @@ def problem_of(extreme: str, dims: tuple[int, int]):
     return answer_for(replace(ASKED[extreme], dims=dims), "sm100").problem
 
 
-def assert_in_registers(problem, device: Device, path) -> None:
+def assert_in_registers(problem, device: Device, path, sizes: Sizes | None = None) -> None:
     """Compile, and find nothing in local memory, no more registers than there are, and tcgen05."""
     assert Forward.reasons(problem, device) == ()
-    config = Forward.config(problem, device)
+    config = Forward.config(problem, device, sizes)
     built = executable.artifact(Forward, problem, config, device)
     used = resources(built.cubin, path)
     assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
@@ -77,6 +77,17 @@ def test_ctas_that_persist_compile_without_spills(target, dims, tmp_path):
     device, problem = replace(DEVICES[target], multiprocessors=148), problem_of("even", dims)
     assert Forward.config(problem, device).persistent
     assert_in_registers(problem, device, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize(
+    "extreme, dims", [("light", (256, 256)), ("even", (224, 224)), ("heavy", (128, 128))], ids=str
+)
+def test_few_rows_compile_without_spills(extreme, dims, tmp_path):
+    """One Q tile with the blocks of keys that many rows have, which no row of the table holds."""
+    device, sizes = replace(B200, multiprocessors=148), Sizes(1, 1, 1, 20, 999)
+    problem = replace(problem_of(extreme, dims), gqa=False)
+    assert Forward.config(problem, device, sizes).tile_m == 128
+    assert_in_registers(problem, device, tmp_path / "kernel.cubin", sizes)
 
 
 @pytest.mark.parametrize("extreme, splits", [("light", 0), ("even", 2)])

@@ -94,8 +94,9 @@ def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None)
             return scheduled(config, problem, device)
         config = replace(config, heads=heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes))
         q_rows = sizes.seqlen_q * config.heads
+        if q_rows <= TILE_M:
+            return scheduled(for_few_rows(config, problem, device), problem, device)
         if row.suits(q_rows):
-            config = for_few_rows(config, problem, device) if q_rows <= TILE_M else config
             return scheduled(config, problem, device)
     return None
 
@@ -132,17 +133,20 @@ STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under
 
 
 def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
-    """A CTA with one Q tile, for a second would hold no row; and more of K and V under way."""
+    """A CTA with one Q tile, for a second would hold no row; and more of K and V under way.
+
+    What a row's numbers depend on stays as it is for many rows: how many keys make a block, and which
+    exponentials are computed how.
+    """
     alone = (row for row in ROWS if row.config.tiles == row.config.ctas == 1)
     few = next((row.config for row in alone if row.serves(problem, device)), None)
-    if few is None or not problem.takes_tiles(few.tile_m, few.tile_n):
+    if few is None:
         return config
-    # As many by polynomial: a row's numbers should not depend on how many rows there are.
-    few = replace(few, heads=config.heads, polynomial=config.polynomial)
-    few = replace(few, reducing_loads=config.reducing_loads)
-    stages = range(STAGES_FOR_FEW_ROWS, few.k_stages, -1)
-    deep = (replace(few, k_stages=n, v_stages=n) for n in stages)
-    return next((c for c in deep if c.shared_memory(problem) <= device.shared_memory), few)
+    same = ("tile_n", "heads", "polynomial", "reducing_loads")
+    few = replace(few, **{name: getattr(config, name) for name in same})
+    depths = (*range(STAGES_FOR_FEW_ROWS, few.k_stages, -1), None, *range(few.k_stages - 1, 0, -1))
+    staged = (replace(few, k_stages=n, v_stages=n) if n else few for n in depths)
+    return next((c for c in staged if c.shared_memory(problem) <= device.shared_memory), config)
 
 
 def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
