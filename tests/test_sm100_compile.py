@@ -11,6 +11,7 @@ from cute_flash import executable
 from cute_flash.arch.problem import Device, Sizes
 from cute_flash.arch.sm100 import tuning
 from cute_flash.arch.sm100.forward import Forward
+from cute_flash.emulator.machine import cubin
 from tests.test_resources import EXTREMES, answer_for, resources
 
 SHARED = 232448
@@ -54,6 +55,8 @@ def assert_in_registers(problem, device: Device, path, sizes: Sizes | None = Non
     used = resources(built.cubin, path)
     assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
     assert used["REG"] <= config.launch_registers
+    (entry,) = re.findall(r"\.entry (\w+)", built.ptx.decode())
+    assert cubin.registers(built.cubin, entry) == used["REG"]
     names = {device.target, "sm_101a"} if device.target == "sm_110a" else {device.target}  # one GPU, renamed
     (target,) = re.findall(r"^\.target (\w+)", built.ptx.decode(), re.MULTILINE)
     assert b"tcgen05.mma" in built.ptx and target in names

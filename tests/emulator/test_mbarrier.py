@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 
+from cute_flash import emulator
 from cute_flash.emulator import BarrierError, DataRace, Deadlock, EmulatorError
 
 from .evaluate import launch, module
@@ -198,6 +201,46 @@ def test_registers_move_between_warps():
         assert run(code.format(less=24), block=384, **options).all()
         with pytest.raises(Deadlock, match="wait for registers of CTA"):
             run(code.format(less=40), block=384, **options)
+
+
+SHARED_BY_TWO = """
+    setp.lt.u32 %p1, %w, 4;
+    @%p1 bra shrink;
+    setmaxnreg.inc.sync.aligned.u32 {more};
+    bra end;
+    shrink: setmaxnreg.dec.sync.aligned.u32 96;
+    end: st.global.b32 [%out], 1;
+"""
+
+
+@pytest.mark.parametrize(
+    ("directives", "registers"),
+    [
+        (".reqntid 256, 1, 1\n.minnctapersm 2", None),
+        (".maxntid 512, 1, 1", None),
+        (".maxnreg 128", None),
+        ("", 128),
+        (".reqntid 256, 1, 1", 126),
+    ],
+)
+def test_what_a_cta_is_launched_with(directives, registers):
+    """Two warpgroups of 128 registers per thread each: 96 and 160 fit, 96 and 168 do not."""
+
+    def attempt(more: int, head: str, told: int | None) -> None:
+        text = module(HEAD + SHARED_BY_TWO.format(more=more), ".param .u64 out", "sm_90a")
+        text = text.replace("(.param .u64 out)", f"(.param .u64 out)\n{head}\n")
+        out, memory = np.zeros(256, np.uint32), emulator.GlobalMemory()
+        memory.add(out.ctypes.data, out.nbytes, "out")
+        params = struct.pack("<Q", out.ctypes.data)
+        one = emulator.Launch("k", (1, 1, 1), (256, 1, 1), params=params, registers=told)
+        emulator.run(emulator.Program(text), one, memory)
+        assert out.all()
+
+    attempt(160, directives, registers)
+    with pytest.raises(Deadlock, match="wait for registers of CTA"):
+        attempt(168, directives, registers)
+    with pytest.raises(EmulatorError, match="setmaxnreg.inc from 248 to 160 registers"):
+        attempt(160, "", None)
 
 
 def test_register_counts_are_checked():

@@ -68,7 +68,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. shared_memory: dynamic bytes. params: the parameter block as PTX lays it out."""
+    """One kernel launch. shared_memory: dynamic bytes. params: the parameter block as PTX lays it out.
+
+    registers: per thread, as the assembler has it; None where that is not known. Only setmaxnreg asks.
+    """
 
     entry: str
     grid: tuple[int, int, int]
@@ -76,6 +79,7 @@ class Launch:
     cluster: tuple[int, int, int] = (1, 1, 1)
     shared_memory: int = 0
     params: bytes = b""
+    registers: int | None = None
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..base.errors import EmulatorError
 from ..core.memory import GlobalMemory
+from . import cubin
 from .execute import Launch, Options, run
 from .program import Entry, Program
 
@@ -60,6 +61,7 @@ class Driver:
         self._shared_memory = shared_memory
         self._entries: list[str] = []
         self._limits: list[int] = []
+        self._images: list[int] = []
         self._now = threading.local()
         self._callbacks = {name: make(self) for name, make in _STANDINS.items()}
         self.symbols = {
@@ -89,12 +91,13 @@ class Driver:
         library[0] = image
         return _OK
 
-    def library_get_kernel(self, kernel, _library, name) -> int:
+    def library_get_kernel(self, kernel, library, name) -> int:
         entry = name.decode()
         if entry not in self._program.entries:
             raise EmulatorError(f"no entry {entry} in the PTX; it has {', '.join(self._program.entries)}")
         self._entries.append(entry)
         self._limits.append(_DEFAULT_SHARED_MEMORY)
+        self._images.append(library)
         kernel[0] = len(self._entries)
         return _OK
 
@@ -140,6 +143,13 @@ class Driver:
         parts = (c_char_p * 1)(f"CUDA error {code} from the emulated driver".encode())
         set_parts(b"RuntimeError", parts, 1)
 
+    def _registers(self, number: int) -> int | None:
+        """Registers per thread of a kernel that moves them; others do not need to know."""
+        entry = self._entries[number]
+        instructions = self._program.module.entries[entry].instructions
+        moves = any(instruction.opcode.startswith("setmaxnreg") for instruction in instructions)
+        return cubin.registers(cubin.image(self._images[number]), entry) if moves else None
+
     def launch(self, config, kernel, args) -> int:
         config, entry = config.contents, self._entries[kernel - 1]
         cluster = _cluster(config)
@@ -147,7 +157,7 @@ class Driver:
         _check_limits(entry, grid, block, config.shared_memory, self._limits[kernel - 1])
         launch = Launch(
             entry=entry, grid=grid, block=block, cluster=cluster, shared_memory=config.shared_memory,
-            params=_parameters(self._program.entries[entry], args),
+            params=_parameters(self._program.entries[entry], args), registers=self._registers(kernel - 1),
         )
         report = run(self._program, launch, self._now.memory, self._now.options)
         self._now.reports.append(report)

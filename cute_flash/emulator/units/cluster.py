@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,17 +81,26 @@ class Unlaunched:
         return first
 
 
+def _most(directives: dict[str, tuple[int, ...]], warps: int) -> int:
+    """Registers per thread that a kernel with these directives can be compiled for."""
+    block = directives.get("maxntid") or directives.get("reqntid")
+    ctas = directives.get("minnctapersm", (1,))[0]
+    threads = -(-math.prod(block) // LANES) * LANES if block else warps * LANES
+    most = min(REGISTERS // (threads * ctas) // 8 * 8, MOST_REGISTERS // 8 * 8)
+    return min(most, *directives.get("maxnreg", (most,)))
+
+
 class RegisterPool:
     """setmaxnreg: warps give registers back to their CTA, and take what others gave.
 
-    A CTA is launched with what a multiprocessor can give every thread, unless .maxnreg says less.
+    What a CTA is launched with is the assembler's choice (Launch.registers). Where nobody tells, it is
+    .maxnreg, or what a multiprocessor can give to each thread of .minnctapersm CTAs of .maxntid or .reqntid.
     """
 
     def __init__(self, m: Machine):
         self.machine = m
-        most = min(REGISTERS // (m.warps * LANES) // 8 * 8, MOST_REGISTERS // 8 * 8)
-        directive = m.code.directives.get("maxnreg")
-        self.launched = min(most, directive[0]) if directive else most
+        told = m.launch.registers
+        self.launched = -(-told // 8) * 8 if told else _most(m.code.directives, m.warps)
         self.held = np.full((m.warps, m.ctas), self.launched)
         self.changes = np.zeros((m.warps, m.ctas), np.int64)
 
