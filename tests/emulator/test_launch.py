@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cute_flash import emulator, objectfile
-from cute_flash.emulator.machine import launch
-from cute_flash.emulator.machine.launch import Driver, View
+from cute_flash.emulator.execution import launch
+from cute_flash.emulator.execution.launch import Driver, View
 
 SHARED_MEMORY = 100_000
 PTX = """

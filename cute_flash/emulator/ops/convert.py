@@ -21,8 +21,8 @@ from ..translate.translation import Operation, operation
 from .convert_narrow import NARROW, from_narrow, to_narrow
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 INTEGERS = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
 FLOATS = {"f16": "f16", "bf16": "u16", "f32": "f32", "f64": "f64"}

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base import fragments
-from ..translate.translation import Operation, Step, operation
+from ..core.code import Step
+from ..translate.translation import Operation, operation
 from .memory import Access, read, write
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 # shape -> registers of A and of B
 SHAPES = {"m16n8k16": (4, 2), "m16n8k8": (2, 1)}

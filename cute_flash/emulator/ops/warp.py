@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import BarrierError
+from ..core.code import Step
 from ..core.state import LANES
 from ..ptx.operands import Immediate
-from ..translate.translation import Operation, Step, operation
+from ..translate.translation import Operation, operation
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 _LANE = np.arange(LANES, dtype=np.int64)
 

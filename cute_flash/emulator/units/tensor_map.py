@@ -100,6 +100,7 @@ def swizzled(nbytes: int, start: int, swizzle: int) -> np.ndarray:
     return at ^ (at >> 7 & bits) << 4
 
 
+@lru_cache(maxsize=1024)
 def decode(words: bytes) -> TensorMap:
     """Read a map. UnmodelledInstruction where it holds something that this decoder does not know."""
     word = struct.unpack("<16I", words[:64])

@@ -17,9 +17,10 @@ from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint8, c_uint16
 from typing import Any
 
 from ..base.errors import EmulatorError
+from ..base.options import Launch, Options
 from ..core.memory import GlobalMemory
 from . import cubin
-from .execute import Launch, Options, run
+from .execute import run
 from .program import Entry, Program
 
 _OK, _INVALID_VALUE, _UNKNOWN = 0, 1, 999  # cudaError_t
