@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import rules
+from . import rules, scalars
 from .arch.common.mask import Mask
 from .arch.rule import Rule, RuleType, describe
 
@@ -69,7 +69,7 @@ class BlockMask:
         visit, full = _maps(visit, full)
         *_, q_blocks, k_blocks = visit.shape
         seqlens = (q_blocks * block_size[0], k_blocks * block_size[1]) if seqlens is None else seqlens
-        _check_seqlens(seqlens, block_size, (q_blocks, k_blocks))
+        seqlens = _checked_seqlens(seqlens, block_size, (q_blocks, k_blocks))
         if mask is None:
             full = visit.clone()
         else:
@@ -78,7 +78,7 @@ class BlockMask:
         if seqlens[1] % block_size[1]:
             full[..., -1] = False  # its last keys do not exist
         counts, indices = _lists(visit, full)
-        return BlockMask(counts, indices, block_size, tuple(seqlens), mask)
+        return BlockMask(counts, indices, block_size, seqlens, mask)
 
     @property
     def k_blocks(self) -> int:
@@ -131,8 +131,9 @@ def create_block_mask(
     block_size = _pair("block_size", block_size)
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if not scalars.is_integer(size) or size < 0:
             raise ValueError(f"{name} is {size!r}; allowed: an int from 0 on")
+    batch, heads, seqlen_q, seqlen_k = map(scalars.integer, sizes.values())
     rule = _rule(mask)
     grid = _Grid.of(rule, (batch, heads), (seqlen_q, seqlen_k), block_size, _device(rule, device))
     pieces = [_lists(*grid.classify(first, last)) for first, last in grid.row_pieces()]
@@ -252,27 +253,33 @@ def _maps(visit: Any, full: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return tuple(b if b is None or b.ndim == 4 else b[None, None] for b in (visit, full))
 
 
-def _check_seqlens(seqlens: Any, block_size: tuple[int, int], blocks: tuple[int, int]) -> None:
+def _checked_seqlens(
+    seqlens: Any, block_size: tuple[int, int], blocks: tuple[int, int]
+) -> tuple[int, int]:
     ranges = [
         ((count - 1) * size + 1 if count else 0, count * size)
         for count, size in zip(blocks, block_size, strict=True)
     ]
-    ints = isinstance(seqlens, (tuple, list)) and len(seqlens) == 2 and all(type(n) is int for n in seqlens)
-    if not ints or not all(low <= n <= high for n, (low, high) in zip(seqlens, ranges, strict=True)):
+    fits = _is_pair(seqlens) and all(low <= n <= high for n, (low, high) in zip(seqlens, ranges, strict=True))
+    if not fits:
         q, k = (f"{low} to {high}" for low, high in ranges)
         raise ValueError(
             f"seqlens is {seqlens!r}; allowed for {blocks[0]} x {blocks[1]} blocks of {block_size[0]} x "
             f"{block_size[1]}: ({q}, {k})"
         )
+    return tuple(map(scalars.integer, seqlens))
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     """Two positive ints, from one or two."""
-    pair = (value, value) if isinstance(value, int) else value
-    ints = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(n) is int for n in pair)
-    if not ints or min(pair) < 1:
+    pair = (value, value) if scalars.is_integer(value) else value
+    if not _is_pair(pair) or min(pair) < 1:
         raise ValueError(f"{name} is {value!r}; allowed: an int above 0, or two: (block_q, block_k)")
-    return tuple(pair)
+    return tuple(map(scalars.integer, pair))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(scalars.is_integer, value))
 
 
 def _rule(mask: Any) -> Rule:

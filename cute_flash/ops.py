@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from . import rules
+from . import contents, rules
 from .arch.combine import CombineOperands
 from .arch.problem import Operands, Problem, Sizes
 from .dispatch import Place, Plan, Step, place_of, plan
 from .executable import executable
 from .probabilities import signed_probabilities
-from .request import DROPOUT_STEPS, Call, check_tensors, keep_threshold
+from .request import DROPOUT_STEPS, Call, keep_threshold
 
 _LIBRARY = torch.library.Library("cute_flash", "DEF")
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? seqused_q, Tensor? seqused_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "Tensor? sink, Tensor? rng_state, float softmax_scale, float dropout_p, "
-    "str rules, Tensor[] rule_tensors, SymInt[] rule_ints, float[] rule_floats, "
+    "Tensor? sink, Tensor? rng_state, Scalar softmax_scale, float dropout_p, "
+    "str rules, Tensor[] rule_tensors, SymInt[] rule_ints, Scalar[] rule_floats, "
     "Tensor? block_counts, Tensor? block_indices, int[] block_size, bool lse, SymInt num_splits"
 )
 
@@ -103,7 +103,7 @@ def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
     )
     place = place_of(q.device)
     launches = plan(problem, place.device, _sizes(call), call.num_splits)
-    check_tensors(call, out)
+    contents.check(call, out)
     if launches.combine is None:
         _run(launches.forward, place, _operands(call, out, lse))
     else:

@@ -1,31 +1,25 @@
-"""From the user's arguments to one checked `Call`: the only file that rejects user input.
+"""From the user's arguments to one checked `Call`.
 
-`dense` and `varlen` check what shapes, dtypes and devices tell, also while torch.compile traces;
-`check_tensors` what only real tensors tell: alignment, and the numbers inside cu_seqlens. Every
+`dense` and `varlen` check what shapes, dtypes and devices tell, also while torch.compile traces; scalars.py
+checks numbers, contents.py what only real tensors tell. No other file rejects user input. Every
 rejection names the argument, what was given and what is allowed: TypeError for a wrong type or dtype,
 ValueError for a wrong size or number, NotImplementedError for what no kernel does.
 """
 
 from __future__ import annotations
 
-import numbers
-import os
 from typing import Any, NamedTuple
 
 import torch
 
-from . import rules
+from . import rules, scalars
 from .arch.rule import Rule
 from .block_mask import BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16)
 SINK_DTYPES = (torch.float32, *DTYPES)
 TABLE_DTYPES = (torch.int32, torch.int64, torch.uint8, torch.int8, torch.float32, *DTYPES)
-ALIGNMENT = 16  # bytes: the widest load a kernel does
-LARGEST_GRID = 65535  # blocks along y and z of a launch
 DROPOUT_STEPS = 65536  # dropout compares 16 random bits
-MOST_SPLITS = 128  # parts of the keys
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 
 
 class Options(NamedTuple):
@@ -122,11 +116,8 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, 
             _check_tensor(name, tensor, q, (torch.int32,), 1)
             if tensor.shape[0] != batch:
                 raise ValueError(f"{name} has {tensor.shape[0]} numbers, cu_seqlens has {batch} sequences")
-    for name, longest in (("max_seqlen_q", longest_q), ("max_seqlen_k", longest_k)):
-        if not isinstance(longest, (int, torch.SymInt)) or isinstance(longest, bool):
-            raise TypeError(f"{name} is {longest!r} ({type(longest).__name__}); allowed: an int")
-        if longest < 0:
-            raise ValueError(f"{name} is {longest}; allowed: 0 or more")
+    longest_q = scalars.length("max_seqlen_q", longest_q)
+    longest_k = scalars.length("max_seqlen_k", longest_k)
     sizes = _Sizes(batch, q.shape[1], longest_q, longest_k)
     return _call(q, k, v, (cu_q, cu_k, used_q, used_k, longest_q, longest_k), options, sizes)
 
@@ -144,82 +135,17 @@ def keep_threshold(dropout_p: float) -> int:
     return round((1.0 - dropout_p) * DROPOUT_STEPS)
 
 
-def check_tensors(call: Call, out: torch.Tensor) -> None:
-    """What can be checked on real tensors only; called before a launch.
-
-    Numbers inside CUDA tensors cannot be seen without waiting for the GPU: they are checked where
-    CUTE_FLASH_CHECK=1 is set and no graph is being captured.
-    """
-    _check_addresses(call, out)
-    if call.q.device.type == "cuda" and (call.cu_seqlens_q is not None or call.block_counts is not None):
-        asked = os.environ.get("CUTE_FLASH_CHECK", "") not in ("", "0")
-        if not asked or torch.cuda.is_current_stream_capturing():
-            return
-    if call.cu_seqlens_q is not None:
-        _check_lengths(call)
-    if call.block_counts is not None:
-        _check_lists(call)
-
-
-def _check_addresses(call: Call, out: torch.Tensor) -> None:
-    _check_alignment("q", call.q)
-    _check_alignment("k", call.k)
-    _check_alignment("v", call.v)
-    _check_alignment("out", out)
-
-
-def _check_lengths(call: Call) -> None:
-    """The numbers in cu_seqlens and seqused."""
-    for side in ("q", "k"):
-        cu_seqlens, used = getattr(call, f"cu_seqlens_{side}"), getattr(call, f"seqused_{side}")
-        lengths = _check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, getattr(call, side).shape[0])
-        longest = getattr(call, f"max_seqlen_{side}")
-        if used is not None:
-            _check_used(f"seqused_{side}", used, lengths)
-            lengths = used.tolist()
-        if max(lengths, default=0) > longest:
-            raise ValueError(f"max_seqlen_{side} is {longest}, the longest sequence has {max(lengths)}")
-
-
-def _check_lists(call: Call) -> None:
-    """The numbers in the lists of a block mask."""
-    counts, indices = call.block_counts, call.block_indices
-    seqlen_k, block_k = call.k.shape[1], call.block_size[1]
-    k_blocks, most = -(-seqlen_k // block_k), indices.shape[-1]
-    total = counts.sum(-1, keepdim=True)
-    if counts.numel() and not (counts.min() >= 0 and total.max() <= most):
-        found = f"numbers from {counts.min()} and sums up to {total.max()}"
-        raise ValueError(f"block_mask.counts has {found}; allowed: from 0, sums up to {most}")
-    place = torch.arange(most, device=indices.device)
-    listed = indices[place < total]
-    if listed.numel() and not (listed.min() >= 0 and listed.max() < k_blocks):
-        found = f"{listed.min()} to {listed.max()}"
-        raise ValueError(f"block_mask.indices has numbers from {found}; allowed: 0 to {k_blocks - 1}")
-    # The kernels look for keys that do not exist in the first block only, where they evaluate the mask.
-    late = (place < total) & ((place > 0) | (counts[..., :1] == 0))
-    if seqlen_k % block_k and (indices == k_blocks - 1)[late].any():
-        raise ValueError(
-            f"block_mask.indices has {k_blocks - 1}, which reaches beyond the {seqlen_k} keys, as a full "
-            "block or not at the beginning of its list"
-        )
-
-
 def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
-    softcap = _number("softcap", options.softcap, 0.0)
-    dropout_p = _number("dropout_p", options.dropout_p, 0.0)
-    if not (dropout_p < 1.0 and keep_threshold(dropout_p) > 0):
-        raise ValueError(f"dropout_p is {dropout_p}; allowed: 0 <= dropout_p <= 1 - 1/{DROPOUT_STEPS}")
+    dropout_p = _dropout_p(options.dropout_p)
     scale = options.softmax_scale
-    scale = q.shape[-1] ** -0.5 if scale is None else _number("softmax_scale", scale, None)
-    if max(sizes.batch, sizes.heads) > LARGEST_GRID:
-        raise NotImplementedError(
-            f"q has {sizes.batch} sequences and {sizes.heads} heads; allowed: {LARGEST_GRID} of each"
-        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scalars.positive("softmax_scale", scale)
     if options.alibi_slopes is not None:
         _check_tensor("alibi_slopes", options.alibi_slopes, q, (torch.float32,), None)
-    masks, blocks = _masks(options, q, sizes)
-    scores = rules.score_of(softcap, options.alibi_slopes, options.score)
+    masks, blocks = _masks(options, q, k, sizes)
+    scores = rules.score_of(scalars.softcap(options.softcap), options.alibi_slopes, options.score)
     encoded = rules.encode(masks, scores)
+    if encoded.ints or encoded.floats:
+        scalars.check_values((*masks, *scores), encoded.ints, encoded.floats)
     if encoded.tensors:
         for rule in (*masks, *scores):
             _check_tables(rule, q, sizes)
@@ -227,15 +153,23 @@ def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
     _check_no_grad(q, k, v, options, encoded.tensors)
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
-    splits = _num_splits(options.num_splits, options.deterministic)
+    splits = scalars.num_splits(options.num_splits, options.deterministic)
     return Call(
         q, k, v, *packing, sink, rng_state, scale, dropout_p, *encoded, *blocks, options.lse, splits
     )
 
 
-def _masks(options: Options, q: torch.Tensor, sizes: _Sizes) -> tuple[list, tuple]:
+def _dropout_p(given: Any) -> float:
+    """A probability that leaves at least one of the 65536 values of 16 random bits."""
+    if scalars.not_negative("dropout_p", given) < 1 and keep_threshold(float(given)) > 0:
+        return float(given)
+    raise ValueError(f"dropout_p is {given}; allowed: 0 <= dropout_p <= 1 - 1/{DROPOUT_STEPS}")
+
+
+def _masks(options: Options, q: torch.Tensor, k: torch.Tensor, sizes: _Sizes) -> tuple[list, tuple]:
     """Masks that must all show a pair, and counts, indices and block size of a block mask."""
-    window, block_mask = _window(options.window_size), options.block_mask
+    rows_q, rows_k = q.shape[-3], k.shape[-3]  # at least those of the longest sequence
+    window, block_mask = scalars.window(options.window_size, rows_q, rows_k), options.block_mask
     if block_mask is None:
         return rules.mask_of(bool(options.causal), window, options.mask), (None, None, [])
     _check_block_mask(block_mask, q, sizes)
@@ -341,7 +275,7 @@ def _fits(table: torch.Tensor, dims: tuple[str, ...], sizes: _Sizes) -> bool:
         return False
     for dim, found in zip(dims, table.shape, strict=True):
         wanted = getattr(sizes, dim)
-        if found < wanted or (found != wanted and not dim.startswith("seqlen")):
+        if not scalars.holds(found >= wanted if dim.startswith("seqlen") else found == wanted):
             return False
     return True
 
@@ -381,89 +315,6 @@ def _check_no_grad(q, k, v, options: Options, tables: list[torch.Tensor]) -> Non
                 f"{name} requires a gradient, and there is no backward yet: call within torch.no_grad(), "
                 "or detach it"
             )
-
-
-def _check_alignment(name: str, tensor: torch.Tensor) -> None:
-    size, strides, address = tensor.element_size(), tensor.stride(), tensor.data_ptr()
-    bits = address
-    for stride in strides[:-1]:
-        bits |= stride * size
-    if bits % ALIGNMENT == 0 and strides[-1] == 1 or 0 in tensor.shape:
-        return
-    if strides[-1] != 1:
-        raise ValueError(
-            f"{name} has strides {tuple(strides)}: the last dimension must be contiguous (stride 1)"
-        )
-    for length, stride in zip(tensor.shape[:-1], strides[:-1], strict=True):
-        if length > 1 and stride * size % ALIGNMENT:
-            raise ValueError(
-                f"{name} has strides {tuple(strides)}: all but the last must be multiples of {ALIGNMENT} "
-                f"bytes, {ALIGNMENT // size} elements"
-            )
-    if address % ALIGNMENT:
-        raise ValueError(
-            f"{name} begins at address {address:#x}: it must be a multiple of {ALIGNMENT} bytes; "
-            f"a slice that starts at a multiple of {ALIGNMENT // size} elements is"
-        )
-
-
-def _check_cu_seqlens(name: str, tensor: torch.Tensor, total: int) -> list[int]:
-    """The sequences' lengths."""
-    starts = tensor.tolist()
-    if starts[0] != 0:
-        raise ValueError(f"{name} starts with {starts[0]}; it must start with 0")
-    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
-    if min(lengths, default=0) < 0:
-        at = next(i for i, length in enumerate(lengths) if length < 0)
-        raise ValueError(f"{name} decreases from {starts[at]} to {starts[at + 1]}; it must not")
-    if starts[-1] > total:
-        raise ValueError(f"{name} ends with {starts[-1]}, the tensor has {total} rows")
-    return lengths
-
-
-def _check_used(name: str, used: torch.Tensor, lengths: list[int]) -> None:
-    for sequence, (count, length) in enumerate(zip(used.tolist(), lengths, strict=True)):
-        if not 0 <= count <= length:
-            raise ValueError(f"{name}[{sequence}] is {count}; allowed: 0 to {length}, the sequence's rows")
-
-
-def _number(name: str, value: Any, low: float | None) -> float:
-    """A finite float from `low` on; above 0 where `low` is None."""
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); allowed: a number")
-    inside = value > 0 if low is None else value >= low
-    if not (inside and value - value == 0):
-        bound = "above 0" if low is None else f"from {low} on"
-        raise ValueError(f"{name} is {value}; allowed: a finite number {bound}")
-    return float(value)
-
-
-def _num_splits(given: Any, deterministic: bool) -> int:
-    """In how many parts to take the keys; 0 leaves it open.
-
-    Deterministic calls take them whole: as many parts as fill the GPU depend on all that is in the call, and
-    where parts begin under a mask, on the other queries of a tile.
-    """
-    if given is None:
-        given = 0
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
-        raise TypeError(f"num_splits is {given!r} ({type(given).__name__}); allowed: an int, or None")
-    if not 0 <= given <= MOST_SPLITS:
-        raise ValueError(f"num_splits is {given}; allowed: 1 to {MOST_SPLITS}, or 0 or None to leave it open")
-    return 1 if deterministic and given == 0 else given
-
-
-def _window(window: Any) -> tuple[int | None, int | None]:
-    """(left, right) with None for unbounded."""
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window_size is {window!r}; allowed: (left, right), -1 or None for unbounded")
-    for bound in window:
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt))):
-            raise TypeError(f"window_size is {window!r}; allowed: ints, or None for unbounded")
-        if bound is not None and bound < -1:
-            raise ValueError(f"window_size is {window!r}; allowed: 0 or more, -1 or None for unbounded")
-    left, right = window
-    return None if left == -1 else left, None if right == -1 else right
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

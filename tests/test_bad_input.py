@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,50 +9,11 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import ALiBi, BlockMask, Causal, Document, PrefixLM, Softcap, create_block_mask, ops, request
+from cute_flash import ALiBi, Causal, Document, PrefixLM, Softcap, create_block_mask
 from cute_flash.masks import Mask
+from tests.refused import HALF, blocks, dense, ints, no_launch, packed, tensor  # noqa: F401
 
-HALF = torch.float16
-
-
-@pytest.fixture(autouse=True)
-def no_launch(monkeypatch):
-    """An emulated device, on which a launch fails the test."""
-
-    def launched(*key):
-        raise AssertionError("launched")
-
-    monkeypatch.setattr(ops, "executable", launched)
-    with cute_flash.emulated("sm80"):
-        yield
-
-
-def tensor(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-def ints(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def dense(**changed: Any) -> Any:
-    """A call that is right but for what is changed."""
-    given = {"q": tensor(2, 8, 4, 64), "k": tensor(2, 16, 2, 64), "v": tensor(2, 16, 2, 64)} | changed
-    return cute_flash.flash_attn_func(**given)
-
-
-def packed(**changed: Any) -> Any:
-    """A packed call that is right but for what is changed."""
-    given = {
-        "q": tensor(10, 4, 64),
-        "k": tensor(20, 2, 64),
-        "v": tensor(20, 2, 64),
-        "cu_seqlens_q": ints(0, 4, 10),
-        "cu_seqlens_k": ints(0, 15, 20),
-        "max_seqlen_q": 6,
-        "max_seqlen_k": 15,
-    } | changed
-    return cute_flash.flash_attn_varlen_func(**given)
+pytestmark = pytest.mark.usefixtures("no_launch")
 
 
 def test_the_unchanged_calls_would_be_launched():
@@ -75,12 +33,6 @@ class Listed(Mask):
 class Undecorated(Mask):
     def visible(self, q, k):
         return k <= q
-
-
-def blocks(batch: int, heads: int) -> BlockMask:
-    """A block mask of one block, which 8 queries and 16 keys do not fill."""
-    visit = torch.ones(batch, heads, 1, 1, dtype=torch.bool)
-    return BlockMask.from_blocks(visit, block_size=128, seqlens=(8, 16))
 
 
 HELD = [1, 2]
@@ -128,32 +80,6 @@ DENSE = {
         ValueError,
         "q has 4 heads, k has 0",
     ),
-    "scale_nan": ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan; allowed: a finite number"),
-    "scale_inf": ({"softmax_scale": math.inf}, ValueError, "softmax_scale is inf; allowed: a finite number"),
-    "scale_zero": ({"softmax_scale": 0.0}, ValueError, "softmax_scale is 0.0; .* above 0"),
-    "scale_negative": ({"softmax_scale": -1.0}, ValueError, "softmax_scale is -1.0; .* above 0"),
-    "scale_text": ({"softmax_scale": "1"}, TypeError, r"softmax_scale is '1' \(str\); allowed: a number"),
-    "splits_float": ({"num_splits": 2.0}, TypeError, r"num_splits is 2.0 \(float\); allowed: an int"),
-    "splits_bool": ({"num_splits": True}, TypeError, r"num_splits is True \(bool\); allowed: an int"),
-    "splits_negative": ({"num_splits": -1}, ValueError, "num_splits is -1; allowed: 1 to 128, or 0 or None"),
-    "splits_many": ({"num_splits": 129}, ValueError, "num_splits is 129; allowed: 1 to 128"),
-    "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap is -1.0; .* from 0.0 on"),
-    "softcap_nan": ({"softcap": math.nan}, ValueError, "softcap is nan"),
-    "dropout_one": ({"dropout_p": 1.0}, ValueError, "dropout_p is 1.0; allowed: 0 <= dropout_p"),
-    "dropout_almost_one": ({"dropout_p": 1 - 2.0**-18}, ValueError, "dropout_p is 0.99999.*; allowed"),
-    "dropout_negative": (
-        {"dropout_p": -0.1},
-        ValueError,
-        "dropout_p is -0.1; allowed: a finite number from 0",
-    ),
-    "dropout_nan": ({"dropout_p": math.nan}, ValueError, "dropout_p is nan"),
-    "window_negative": (
-        {"window_size": (-2, 0)},
-        ValueError,
-        r"window_size is \(-2, 0\); allowed: 0 or more",
-    ),
-    "window_float": ({"window_size": (1.5, 0)}, TypeError, r"window_size is \(1.5, 0\); allowed: ints"),
-    "window_single": ({"window_size": 5}, TypeError, r"window_size is 5; allowed: \(left, right\)"),
     "alibi_dtype": (
         {"alibi_slopes": tensor(4)},
         TypeError,
@@ -349,84 +275,13 @@ DENSE = {
         NotImplementedError,
         r"block_size \(96, 100\) is a multiple of no tile; allowed: multiples of \(64, 64\), \(128, 48\)",
     ),
-    "many_sequences": (
-        {name: torch.zeros(1, dtype=HALF).expand(65536, 8, 1, 64) for name in ("q", "k", "v")},
-        NotImplementedError,
-        "q has 65536 sequences and 1 heads; allowed: 65535 of each",
-    ),
 }
-
-PACKED = {
-    "block_mask": (
-        {"block_mask": blocks(1, 1)},
-        NotImplementedError,
-        "block_mask is given; allowed for packed sequences: None, for its blocks are of one seqlen_q",
-    ),
-    "q_rank": (
-        {"q": tensor(1, 10, 4, 64)},
-        ValueError,
-        r"q has shape .*; allowed: \(total, heads, head_dim\)",
-    ),
-    "cu_dtype": (
-        {"cu_seqlens_q": ints(0, 4, 10).long()},
-        TypeError,
-        "cu_seqlens_q has dtype torch.int64; allowed: torch.int32",
-    ),
-    "cu_list": ({"cu_seqlens_k": [0, 15, 20]}, TypeError, "cu_seqlens_k is list"),
-    "cu_rank": ({"cu_seqlens_q": ints(0, 4, 10)[None]}, ValueError, r"cu_seqlens_q has shape \(1, 3\)"),
-    "cu_empty": ({"cu_seqlens_q": ints()}, ValueError, "cu_seqlens_q is empty"),
-    "cu_strided": (
-        {"cu_seqlens_q": ints(0, 0, 4, 4, 10, 10)[::2]},
-        ValueError,
-        r"cu_seqlens_q has strides \(2,\)",
-    ),
-    "cu_counts": ({"cu_seqlens_k": ints(0, 20)}, ValueError, "cu_seqlens_q has 3 numbers and cu_seqlens_k 2"),
-    "cu_start": (
-        {"cu_seqlens_q": ints(1, 4, 10)},
-        ValueError,
-        "cu_seqlens_q starts with 1; it must start with 0",
-    ),
-    "cu_decreasing": ({"cu_seqlens_k": ints(0, 15, 12)}, ValueError, "cu_seqlens_k decreases from 15 to 12"),
-    "cu_beyond": (
-        {"cu_seqlens_q": ints(0, 4, 11)},
-        ValueError,
-        "cu_seqlens_q ends with 11, the tensor has 10 rows",
-    ),
-    "max_q": ({"max_seqlen_q": 5}, ValueError, "max_seqlen_q is 5, the longest sequence has 6"),
-    "max_k": ({"max_seqlen_k": 14}, ValueError, "max_seqlen_k is 14, the longest sequence has 15"),
-    "max_negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q is -1; allowed: 0 or more"),
-    "max_float": ({"max_seqlen_q": 6.0}, TypeError, r"max_seqlen_q is 6.0 \(float\); allowed: an int"),
-    "used_shape": ({"seqused_k": ints(1)}, ValueError, "seqused_k has 1 numbers, cu_seqlens has 2 sequences"),
-    "used_dtype": ({"seqused_q": ints(1, 1).long()}, TypeError, "seqused_q has dtype torch.int64"),
-    "used_large": ({"seqused_k": ints(15, 6)}, ValueError, r"seqused_k\[1\] is 6; allowed: 0 to 5"),
-    "used_negative": ({"seqused_q": ints(-1, 6)}, ValueError, r"seqused_q\[0\] is -1; allowed: 0 to 4"),
-    "document_short": (
-        {"mask": Document(torch.zeros(2, 14, dtype=torch.int32))},
-        ValueError,
-        "allowed: batch 2, seqlen_k 15",
-    ),
-    "block_table": ({"block_table": ints(0)}, NotImplementedError, "block_table is given; allowed: None"),
-    "attn_probs": ({"return_attn_probs": True}, NotImplementedError, "return_attn_probs is True; allowed"),
-    "alignment": (
-        {"k": tensor(20 * 2 * 64 + 2)[2:].view(20, 2, 64)},
-        ValueError,
-        "k begins at address",
-    ),
-}
-
 
 @pytest.mark.parametrize("name", DENSE)
 def test_dense(name):
     changed, error, text = DENSE[name]
     with pytest.raises(error, match=text):
         dense(**changed)
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_packed(name):
-    changed, error, text = PACKED[name]
-    with pytest.raises(error, match=text):
-        packed(**changed)
 
 
 @pytest.mark.parametrize(
@@ -455,48 +310,7 @@ def test_gradients_are_no_matter_without_grad_mode():
         dense(q=tensor(2, 8, 4, 64).requires_grad_())
 
 
-def test_rows_beyond_the_last_sequence_are_allowed():
-    with pytest.raises(AssertionError, match="launched"):
-        packed(cu_seqlens_q=ints(0, 4, 9))
-
-
 @pytest.mark.parametrize("function", [cute_flash.flash_attn_with_kvcache, cute_flash.flash_attn_combine])
 def test_what_comes_later_refuses(function):
     with pytest.raises(NotImplementedError, match=f"{function.__name__} does not exist yet"):
         function(tensor(2, 8, 4, 64), None)
-
-
-class OnTheGpu:
-    """A tensor that says it is on a GPU."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self, held: torch.Tensor):
-        self.held = held
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.held, name)
-
-
-def calls_with_wrong_numbers() -> Iterator[tuple[request.Call, str]]:
-    """Calls that cannot be told from right ones without reading tensors, and what is said of them."""
-    options = request.Options(0.0, None, False, (-1, -1), 0.0, None, None, None, None, False, None)
-    packing = request.Packing(ints(1, 4, 10), ints(0, 15, 20), 6, 15, None, None)
-    yield request.varlen(*map(tensor, (10, 20, 20), (4, 2, 2), (64,) * 3), packing, options), "starts with 1"
-    wrong = replace(blocks(1, 1), indices=ints(7).view(1, 1, 1, 1))
-    dense = (tensor(2, 8, 4, 64), tensor(2, 16, 2, 64), tensor(2, 16, 2, 64))
-    yield request.dense(*dense, options._replace(block_mask=wrong)), "indices has numbers from 7 to 7"
-
-
-@pytest.mark.parametrize("call, text", list(calls_with_wrong_numbers()), ids=["packed", "blocks"])
-@pytest.mark.parametrize("asked, capturing, checked", [(None, 0, 0), ("0", 0, 0), ("1", 0, 1), ("1", 1, 0)])
-def test_numbers_on_the_gpu_are_checked_where_asked(monkeypatch, call, text, asked, capturing, checked):
-    out = torch.zeros_like(call.q)
-    call = call._replace(q=OnTheGpu(call.q))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
-    monkeypatch.delenv("CUTE_FLASH_CHECK", raising=False)
-    if asked is not None:
-        monkeypatch.setenv("CUTE_FLASH_CHECK", asked)
-    expected = pytest.raises(ValueError, match=text) if checked else contextlib.nullcontext()
-    with expected:
-        request.check_tensors(call, out)

@@ -5,6 +5,7 @@ The kernel is replaced by one that notes problem and operands: what the operator
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,20 +156,74 @@ def test_a_block_mask_as_an_argument(noted):
 
 
 def test_new_sizes_and_values_do_not_compile_a_graph_each(noted):
-    graphs = []
+    call, graphs = counting(lambda q, k, left: attention(q, k, k, window_size=(left, 0)))
+    for batch, seqlen, left in ((2, 16, 3), (3, 24, 5), (5, 40, 7), (4, 9, 11)):
+        q = torch.randn(batch, seqlen, 4, 64).half()
+        assert call(q, q, left).shape == q.shape
+        assert noted[-1][1].mask_values == (left, 0)
+    assert len(graphs) == 1
+
+
+def counting(function: Callable) -> tuple[Callable, list]:
+    """The compiled function, for sizes of all kinds, and its graphs."""
+    graphs: list = []
 
     def backend(graph, example):
         graphs.append(graph)
         return graph
 
-    def windowed(q, k, left):
-        return attention(q, k, k, window_size=(left, 0))
+    return torch.compile(function, fullgraph=True, backend=backend, dynamic=True), graphs
 
-    call = torch.compile(windowed, fullgraph=True, backend=backend, dynamic=True)
-    for batch, seqlen, left in ((2, 16, 3), (3, 24, 5), (5, 40, 7), (4, 9, 11)):
-        q = torch.randn(batch, seqlen, 4, 64).half()
-        assert call(q, q, left).shape == q.shape
-        assert noted[-1][1].mask_values == (left, 0)
+
+SCALES = {
+    "scale_root": (lambda n: {"softmax_scale": 1 / math.sqrt(3 * n)}, lambda given: given.softmax_scale),
+    "scale_log": (lambda n: {"softmax_scale": math.log2(n) / 8}, lambda given: given.softmax_scale),
+    "softcap": (lambda n: {"softcap": n**0.5}, lambda given: given.score_values[0]),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_number_that_depends_on_a_length_does_not_compile_a_graph_each(noted, name):
+    options, found = SCALES[name]
+    call, graphs = counting(lambda q: attention(q, q, q, **options(q.shape[1])))
+    for seqlen in range(7, 30, 2):
+        call(torch.randn(2, seqlen, 4, 64).half())
+        assert found(noted[-1][1]) == next(iter(options(seqlen).values()))
+    assert len(graphs) == 1
+
+
+def by_lengths(q, lengths, **options):
+    starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = lengths.max().item()
+    return varlen(q, q, q, starts, starts, longest, longest + 1, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": Document(torch.zeros(3, 40).int()), "return_lse": True}])
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_a_longest_length_that_is_read_from_a_tensor(noted, options):
+    call, graphs = counting(lambda q, lengths: by_lengths(q, lengths, **options))
+    for lengths in ([5, 20, 8], [30, 1, 2], [1, 2, 3]):
+        call(torch.randn(33, 4, 64).half(), torch.tensor(lengths, dtype=torch.int32))
+        assert noted[-1][1].max_seqlen_q == max(lengths)
+    assert len(graphs) == 1
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_what_is_wrong_with_such_a_length_is_found_when_the_graph_runs(noted):
+    call, _ = counting(lambda q, lengths: by_lengths(q, lengths, mask=Document(torch.zeros(3, 20).int())))
+    q = torch.randn(33, 4, 64).half()
+    call(q, torch.tensor([5, 19, 9], dtype=torch.int32))
+    for lengths in ([5, 20, 8], [-1, -5, -7]):
+        with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+            call(q, torch.tensor(lengths, dtype=torch.int32))
+    assert len(noted) == 1
+
+
+def test_bounds_beyond_int32_are_clamped_to_the_size_at_hand(noted):
+    call, graphs = counting(lambda q, k: attention(q, k, k, window_size=(2**31 - 1, 2**40)))
+    for rows_q, rows_k in ((9, 17), (20, 30), (40, 33)):
+        call(torch.randn(2, rows_q, 4, 64).half(), torch.randn(2, rows_k, 4, 64).half())
+        assert noted[-1][1].mask_values == (rows_k, rows_q)
     assert len(graphs) == 1
 
 

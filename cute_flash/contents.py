@@ -1,0 +1,115 @@
+"""What only real tensors tell, checked before a launch: addresses, and the numbers inside tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .request import Call
+
+ALIGNMENT = 16  # bytes: the widest load a kernel does
+
+
+def check(call: Call, out: torch.Tensor) -> None:
+    """Alignment, and the numbers inside cu_seqlens, seqused and the lists of a block mask.
+
+    Numbers inside CUDA tensors cannot be seen without waiting for the GPU: they are checked where
+    CUTE_FLASH_CHECK=1 is set and no graph is being captured.
+    """
+    _check_addresses(call, out)
+    if call.q.device.type == "cuda" and (call.cu_seqlens_q is not None or call.block_counts is not None):
+        asked = os.environ.get("CUTE_FLASH_CHECK", "") not in ("", "0")
+        if not asked or torch.cuda.is_current_stream_capturing():
+            return
+    if call.cu_seqlens_q is not None:
+        _check_lengths(call)
+    if call.block_counts is not None:
+        _check_lists(call)
+
+
+def _check_addresses(call: Call, out: torch.Tensor) -> None:
+    _check_alignment("q", call.q)
+    _check_alignment("k", call.k)
+    _check_alignment("v", call.v)
+    _check_alignment("out", out)
+
+
+def _check_lengths(call: Call) -> None:
+    """The numbers in cu_seqlens and seqused."""
+    for side in ("q", "k"):
+        cu_seqlens, used = getattr(call, f"cu_seqlens_{side}"), getattr(call, f"seqused_{side}")
+        lengths = _check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, getattr(call, side).shape[0])
+        longest = getattr(call, f"max_seqlen_{side}")
+        if used is not None:
+            _check_used(f"seqused_{side}", used, lengths)
+            lengths = used.tolist()
+        if max(lengths, default=0) > longest:
+            raise ValueError(f"max_seqlen_{side} is {longest}, the longest sequence has {max(lengths)}")
+
+
+def _check_lists(call: Call) -> None:
+    """The numbers in the lists of a block mask."""
+    counts, indices = call.block_counts, call.block_indices
+    seqlen_k, block_k = call.k.shape[1], call.block_size[1]
+    k_blocks, most = -(-seqlen_k // block_k), indices.shape[-1]
+    total = counts.sum(-1, keepdim=True)
+    if counts.numel() and not (counts.min() >= 0 and total.max() <= most):
+        found = f"numbers from {counts.min()} and sums up to {total.max()}"
+        raise ValueError(f"block_mask.counts has {found}; allowed: from 0, sums up to {most}")
+    place = torch.arange(most, device=indices.device)
+    listed = indices[place < total]
+    if listed.numel() and not (listed.min() >= 0 and listed.max() < k_blocks):
+        found = f"{listed.min()} to {listed.max()}"
+        raise ValueError(f"block_mask.indices has numbers from {found}; allowed: 0 to {k_blocks - 1}")
+    # The kernels look for keys that do not exist in the first block only, where they evaluate the mask.
+    late = (place < total) & ((place > 0) | (counts[..., :1] == 0))
+    if seqlen_k % block_k and (indices == k_blocks - 1)[late].any():
+        raise ValueError(
+            f"block_mask.indices has {k_blocks - 1}, which reaches beyond the {seqlen_k} keys, as a full "
+            "block or not at the beginning of its list"
+        )
+
+
+def _check_alignment(name: str, tensor: torch.Tensor) -> None:
+    size, strides, address = tensor.element_size(), tensor.stride(), tensor.data_ptr()
+    bits = address
+    for stride in strides[:-1]:
+        bits |= stride * size
+    if bits % ALIGNMENT == 0 and strides[-1] == 1 or 0 in tensor.shape:
+        return
+    if strides[-1] != 1:
+        raise ValueError(
+            f"{name} has strides {tuple(strides)}: the last dimension must be contiguous (stride 1)"
+        )
+    for length, stride in zip(tensor.shape[:-1], strides[:-1], strict=True):
+        if length > 1 and stride * size % ALIGNMENT:
+            raise ValueError(
+                f"{name} has strides {tuple(strides)}: all but the last must be multiples of {ALIGNMENT} "
+                f"bytes, {ALIGNMENT // size} elements"
+            )
+    if address % ALIGNMENT:
+        raise ValueError(
+            f"{name} begins at address {address:#x}: it must be a multiple of {ALIGNMENT} bytes; "
+            f"a slice that starts at a multiple of {ALIGNMENT // size} elements is"
+        )
+
+
+def _check_cu_seqlens(name: str, tensor: torch.Tensor, total: int) -> list[int]:
+    """The sequences' lengths."""
+    starts = tensor.tolist()
+    if starts[0] != 0:
+        raise ValueError(f"{name} starts with {starts[0]}; it must start with 0")
+    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    if min(lengths, default=0) < 0:
+        at = next(i for i, length in enumerate(lengths) if length < 0)
+        raise ValueError(f"{name} decreases from {starts[at]} to {starts[at + 1]}; it must not")
+    if starts[-1] > total:
+        raise ValueError(f"{name} ends with {starts[-1]}, the tensor has {total} rows")
+    return lengths
+
+
+def _check_used(name: str, used: torch.Tensor, lengths: list[int]) -> None:
+    for sequence, (count, length) in enumerate(zip(used.tolist(), lengths, strict=True)):
+        if not 0 <= count <= length:
+            raise ValueError(f"{name}[{sequence}] is {count}; allowed: 0 to {length}, the sequence's rows")
