@@ -1,9 +1,9 @@
-"""The device that a test runs on, a GPU or an emulated one, and the run's compile cache."""
+"""The device that a test runs on, a GPU or an emulated one, and where compiled kernels are kept."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ import torch
 from tests.test_house import offenders
 
 CACHE = "CUTE_FLASH_CACHE"
+MOST_KEPT = 1 << 30  # bytes: some runs' worth
+pytest_plugins = ("tests.costs",)
 
 
 def pytest_addoption(parser):
@@ -22,19 +24,30 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """One compile cache per run, made by the first process and shared by its workers."""
+    """Compiled kernels are kept between runs, below .pytest_cache, unless the environment names a place."""
     if CACHE not in os.environ:
-        config.stash[_made] = tempfile.TemporaryDirectory(prefix="cute_flash_tests_")
-        os.environ[CACHE] = config.stash[_made].name
+        config.stash[_kept] = config.cache.mkdir("kernels")
+        os.environ[CACHE] = str(config.stash[_kept])
 
 
 def pytest_unconfigure(config):
-    if made := config.stash.get(_made, None):
-        made.cleanup()
+    """The first process, which the workers inherit the place from, makes room for the next run."""
+    if kept := config.stash.get(_kept, None):
         del os.environ[CACHE]
+        bound(kept, MOST_KEPT)
 
 
-_made = pytest.StashKey[tempfile.TemporaryDirectory]()
+def bound(directory: Path, most: int) -> None:
+    """Remove the kernels that were read longest ago until those that are left take `most` bytes."""
+    found = [(path, path.stat()) for path in directory.rglob("*.kernel")]
+    for path, stat in sorted(found, key=lambda each: -max(each[1].st_atime, each[1].st_mtime)):
+        most -= stat.st_size
+        if most < 0:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+_kept = pytest.StashKey[Path]()
 
 
 def pytest_generate_tests(metafunc):

@@ -18,8 +18,9 @@ import torch
 import tvm_ffi
 
 from cute_flash import emulator, objectfile
-from cute_flash.emulator.execution.launch import Driver, View
+from cute_flash.emulator.machine.launch import Driver, View
 from tests.accuracy import LSE_ATOL, assert_accurate
+from tests.peers import flash_attn_4
 from tests.peers.flash_attn_4 import BLACKWELL, CASES, HOPPER, Case, Kernel, build, resolved
 
 EVERY = (*CASES, *HOPPER, *BLACKWELL)
@@ -44,8 +45,8 @@ MORE = [{"asynchrony": "random", "schedule": "random", "seed": seed} for seed in
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Kernel]:
-    """Compiled once per run, by whichever worker comes first."""
-    directory = Path(os.environ["CUTE_FLASH_CACHE"]) / "flash_attn_4"
+    """Compiled once, by whichever worker comes first."""
+    directory = Path(os.environ["CUTE_FLASH_CACHE"]) / f"flash_attn_4-{flash_attn_4.digest()}"
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

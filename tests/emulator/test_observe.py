@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from cute_flash.emulator import EmulatorError, GlobalMemory, Launch, Options, Program, run
-from cute_flash.emulator.checks.counters import BankConflicts, Trace
-from cute_flash.emulator.core.observe import Observer
+from cute_flash.emulator.core.observe import BankConflicts, Observer, Trace
 
 from .evaluate import launch, module
 

@@ -11,6 +11,7 @@ host object are written to `directory`, with a JSON file:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -124,6 +126,13 @@ CASES = (
     Case("d96_window", (160,), (160,), dim=96, window=(40, 10)),
     Case("d64_varlen_causal", (65, 1, 130), (97, 64, 130), causal=True),
 )
+
+
+def digest() -> str:
+    """Of all that its kernels, as `build` leaves them, depend on: this file, the peer and the compiler."""
+    versions = (metadata.version(name) for name in ("flash-attn-4", "nvidia-cutlass-dsl", "apache-tvm-ffi"))
+    text = "\0".join((Path(__file__).read_text(), *versions))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def build(cases: tuple[Case, ...], directory: Path) -> dict[str, Kernel]:

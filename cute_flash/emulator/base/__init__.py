@@ -1,1 +1,1 @@
-"""What needs nothing of the machine: errors, options, number formats, fragments of matrices."""
+"""Arithmetic and words that need nothing of the machine: errors, number formats, fragments of matrices."""
