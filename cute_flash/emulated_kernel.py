@@ -10,7 +10,7 @@ from . import emulator, objectfile
 from .arch.problem import Device
 from .cache import Artifact
 from .dispatch import emulation
-from .emulator.machine.launch import Driver, View
+from .emulator.execution.launch import Driver, View
 
 
 class EmulatedKernel:

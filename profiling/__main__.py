@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-# What can be asked for, each a module here with main(arguments) -> exit status; loaded when asked for.
+# What can be asked for: each a module here with main(arguments) -> exit status, loaded when asked for.
 WHAT = {
     "report": "check and measure everything on the GPU at hand, in one command",
     "pack": "what a report needs, as a directory to carry to a machine that can install nothing",
@@ -16,6 +16,7 @@ WHAT = {
     "emulator": "the emulator's own speed",
     "readme": "write README's performance section from the newest results",
 }
+TABLES = ("static", "cycles")  # what the module NAME finds, the module NAME_table prints and keeps
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +26,8 @@ def main(arguments: list[str]) -> int:
         wrong = f"no measurement {arguments[0]!r}\n" if arguments and arguments[0][0] != "-" else ""
         print(f"{wrong}python -m profiling WHAT:\n{known}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"{__package__}.{arguments[0]}").main(arguments[1:])
+    module = f"{arguments[0]}_table" if arguments[0] in TABLES else arguments[0]
+    return importlib.import_module(f"{__package__}.{module}").main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ apart. Warps outside these loops (copies, rescaling by warps of their own) take 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import re
@@ -32,8 +31,8 @@ import cute_flash
 from cute_flash import emulator, executable
 from cute_flash.arch.problem import Operands
 from cute_flash.dispatch import Answer
-from cute_flash.emulator.core.observe import BankConflicts
-from cute_flash.emulator.machine.launch import Driver
+from cute_flash.emulator.checks.counters import BankConflicts
+from cute_flash.emulator.execution.launch import Driver
 from cute_flash.objectfile import ObjectFileError
 
 from . import flash_attn_4, sass
@@ -433,31 +432,3 @@ def counted(what: NotYet, config: str, make: Callable[[], Tile]) -> Row | NotYet
         return replace(what, reason=f"missing, {error}")
     except NotImplementedError as error:
         return replace(what, reason=" ".join(str(error).split()))
-
-
-def main(arguments: list[str]) -> int:
-    """Print counts and bounds; 1 where a kernel of ours could not be run on the emulator."""
-    from . import cycles_table as table
-
-    parser = argparse.ArgumentParser(
-        prog="python -m profiling cycles", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = [case.name for case in CASES.values() if case.rules != "everything"]
-    parser.add_argument("--case", nargs="+", choices=names, default=list(DEFAULT), metavar="CASE")
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), metavar="GPU")
-    parser.add_argument("--no-peer", action="store_true", help="ours alone")
-    parser.add_argument("--write", action="store_true", help="keep the rows in profiling/results")
-    chosen = parser.parse_args(arguments)
-    try:
-        sass.tools()
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    print("Bounds, not timings: see --help. Inputs are random normal; bf16.")
-    rows: list[Row | NotYet] = []
-    for found in survey(chosen.case, chosen.gpu, not chosen.no_peer):
-        rows.append(found)
-        print("\n".join(table.lines(found, chosen.gpu)), flush=True)
-    if chosen.write:
-        table.write(rows)
-    return 1 if any(isinstance(r, NotYet) and not r.kernel.startswith(flash_attn_4.NAME) for r in rows) else 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import flash_attn_4, record
+from . import cycles, flash_attn_4, record, sass
 from .cycles import NotYet, Row
 from .rates import GPUS
 from .record import write_whole
@@ -143,3 +144,29 @@ def _counts(rows: Iterable[Row]) -> Iterator[str]:
 def _role(name: str, counts: dict[str, float]) -> str:
     told = (f"{kind} {count:g}" for kind, count in counts.items() if kind not in ("warps", "flops"))
     return f"{name}: {', '.join(told)}"
+
+
+def main(arguments: list[str]) -> int:
+    """Print counts and bounds; 1 where a kernel of ours could not be run on the emulator."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling cycles", description=cycles.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [case.name for case in CASES.values() if case.rules != "everything"]
+    parser.add_argument("--case", nargs="+", choices=names, default=list(cycles.DEFAULT), metavar="CASE")
+    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), metavar="GPU")
+    parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    parser.add_argument("--write", action="store_true", help="keep the rows in profiling/results")
+    chosen = parser.parse_args(arguments)
+    try:
+        sass.tools()
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    print("Bounds, not timings: see --help. Inputs are random normal; bf16.")
+    rows: list[Row | NotYet] = []
+    for found in cycles.survey(chosen.case, chosen.gpu, not chosen.no_peer):
+        rows.append(found)
+        print("\n".join(lines(found, chosen.gpu)), flush=True)
+    if chosen.write:
+        write(rows)
+    return 1 if any(isinstance(r, NotYet) and not r.kernel.startswith(flash_attn_4.NAME) for r in rows) else 0

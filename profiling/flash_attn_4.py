@@ -30,7 +30,7 @@ import tvm_ffi
 
 from cute_flash import cache, objectfile
 from cute_flash.dispatch import EMULATED
-from cute_flash.emulator.machine.launch import Driver, View
+from cute_flash.emulator.execution.launch import Driver, View
 from tests.peers import flash_attn_4
 from tests.peers.flash_attn_4 import Case, Kernel
 

@@ -12,7 +12,6 @@ softmax, theirs as well; counts are instructions of one warp and one iteration. 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -289,42 +288,3 @@ def _prepare_peers(cases: Iterable[Case], arch: str) -> None:
         flash_attn_4.prepare([c.peer() for c in cases if c.rules != "everything"], EMULATED[arch].target)
     except flash_attn_4.Missing:
         return
-
-
-def main(arguments: list[str]) -> int:
-    """Print the table; 0 where no kernel of ours uses stack or local memory."""
-    from . import static_table as table
-
-    parser = argparse.ArgumentParser(
-        prog="python -m profiling static", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--arch", nargs="+", choices=EMULATED, default=list(EMULATED), metavar="ARCH")
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--no-peer", action="store_true", help="ours alone")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help="keep the rows in profiling/results")
-    what.add_argument("--golden", action="store_true", help="write tests/golden/static.json, print nothing")
-    chosen = parser.parse_args(arguments)
-    try:
-        sass.tools()
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    if chosen.golden:
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps(golden(), indent=1) + "\n")
-        print(f"{GOLDEN} written")
-        return 0
-    rows: list[Figures | Absent] = []
-
-    def kept() -> Iterator[Figures | Absent]:
-        for row in survey(chosen.arch, chosen.case, not chosen.no_peer):
-            rows.append(row)
-            yield row
-
-    for text in table.lines(kept()):
-        print(text, flush=True)
-    if chosen.write:
-        table.write(rows)
-    print(table.in_short(rows))
-    return 1 if table.spilling(rows) else 0

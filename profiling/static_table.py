@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 from cute_flash import cache
 from cute_flash.dispatch import EMULATED
 
-from . import flash_attn_4, sass
+from . import flash_attn_4, sass, static
 from .record import RESULTS, write_whole
 from .static import CASES, Absent, Figures
 
@@ -133,3 +134,40 @@ def _markdown_rows(row: Figures) -> Iterator[str]:
         role = "softmax" if i else "mma" if counts["mufu"] == 0 or len(row.loops) > 1 else "both"
         cells = [*(left if i == 0 else [""] * len(left)), role, *_counts(row, i)]
         yield f"| {' | '.join(map(str, cells))} |"
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table; 0 where no kernel of ours uses stack or local memory."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling static", description=static.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", nargs="+", choices=EMULATED, default=list(EMULATED), metavar="ARCH")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help="keep the rows in profiling/results")
+    what.add_argument("--golden", action="store_true", help="write tests/golden/static.json, print nothing")
+    chosen = parser.parse_args(arguments)
+    try:
+        sass.tools()
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if chosen.golden:
+        static.GOLDEN.parent.mkdir(exist_ok=True)
+        static.GOLDEN.write_text(json.dumps(static.golden(), indent=1) + "\n")
+        print(f"{static.GOLDEN} written")
+        return 0
+    rows: list[Figures | Absent] = []
+
+    def kept() -> Iterator[Figures | Absent]:
+        for row in static.survey(chosen.arch, chosen.case, not chosen.no_peer):
+            rows.append(row)
+            yield row
+
+    for text in lines(kept()):
+        print(text, flush=True)
+    if chosen.write:
+        write(rows)
+    print(in_short(rows))
+    return 1 if spilling(rows) else 0

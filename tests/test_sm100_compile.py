@@ -11,7 +11,7 @@ from cute_flash import executable
 from cute_flash.arch.problem import Device, Sizes
 from cute_flash.arch.sm100 import tuning
 from cute_flash.arch.sm100.forward import Forward
-from cute_flash.emulator.machine import cubin
+from cute_flash.emulator.execution import cubin
 from tests.test_resources import EXTREMES, answer_for, resources
 
 SHARED = 232448

@@ -19,9 +19,10 @@ from .base.errors import (
     UnmodelledInstruction,
     WarpgroupError,
 )
+from .base.options import Launch, Options, Report
 from .core.memory import GlobalMemory
-from .machine.execute import Launch, Options, Report, run
-from .machine.program import Entry, Program
+from .execution.execute import run
+from .execution.program import Entry, Program
 
 __all__ = [
     "BarrierError",

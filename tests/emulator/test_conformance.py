@@ -18,7 +18,7 @@ import torch
 import tvm_ffi
 
 from cute_flash import emulator, objectfile
-from cute_flash.emulator.machine.launch import Driver, View
+from cute_flash.emulator.execution.launch import Driver, View
 from tests.accuracy import LSE_ATOL, assert_accurate
 from tests.peers import flash_attn_4
 from tests.peers.flash_attn_4 import BLACKWELL, CASES, HOPPER, Case, Kernel, build, resolved

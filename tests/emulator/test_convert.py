@@ -178,3 +178,53 @@ def test_tf32(mode):
             assert result == bits
         else:
             assert result == encode(value, form, mode) << 13, hex(bits)
+
+
+LARGEST = {"f16": 0x7BFF, "bf16": 0x7F7F}
+
+
+@pytest.mark.parametrize("mode", ["rn", "rz"])
+@pytest.mark.parametrize("relu", ["", ".relu"])
+@pytest.mark.parametrize("kind", LARGEST)
+def test_finite_saturation(kind, relu, mode):
+    """Numbers beyond the largest one, infinities among them, become that one; NaN stays NaN."""
+    form, bits = FORMATS[kind], float_bits("f32", 11)
+    edges = [0x7F7FFFFF, 0xFF7FFFFF, 0x477FE000, 0x477FEFFF, 0x477FF000, 0x7F7F7FFF, 0x7F7F8000]
+    bits[: len(edges)] = edges
+    a, b = bits.view(np.float32), bits[::-1].copy().view(np.float32)
+
+    def expected(value: float) -> int:
+        if math.isnan(value):
+            return 0x7FFF
+        if relu and not value > 0:
+            return 0
+        most = decode(LARGEST[kind], form)
+        return encode(min(max(value, -most), most), form, mode)
+
+    (got,) = evaluate(f"cvt.{mode}{relu}.satfinite.{kind}x2.f32 %x, %a, %b;", a, b, outputs=(np.uint32,))
+    assert got.tolist() == [expected(float(u)) << 16 | expected(float(v)) for u, v in zip(a, b, strict=True)]
+    (got,) = evaluate(f"cvt.{mode}{relu}.satfinite.{kind}.f32 %x, %a;", a, outputs=(np.uint16,))
+    assert got.tolist() == [expected(float(u)) for u in a]
+
+
+def test_tf32_saturates_and_rectifies():
+    a = np.array([np.inf, -np.inf, 3.4e38, -3.4028235e38, -0.0, -1.5, 1.5, np.nan], np.float32)
+    most, sign, nan = 0x7F7FE000, 1 << 31, 0x7FFFFFFF
+    forms = {
+        "rna.satfinite": [most, most | sign, 0x7F7FC000, most | sign, sign, 0xBFC00000, 0x3FC00000, nan],
+        "rn.relu": [0x7F800000, 0, 0x7F7FC000, 0, 0, 0, 0x3FC00000, nan],
+        "rz.satfinite.relu": [most, 0, 0x7F7FC000, 0, 0, 0, 0x3FC00000, nan],
+    }
+    for form, expected in forms.items():
+        (got,) = evaluate(f"cvt.{form}.tf32.f32 %x, %a;", a, outputs=(np.uint32,))
+        assert got.tolist() == expected, form
+
+
+@pytest.mark.parametrize("form", ["rn.satfinite.f32.f32", "rn.satfinite.bf16.f64", "rn.satfinite.f16.s32",
+                                  "rna.relu.tf32.f32", "rn.sat.bf16x2.f32"])  # fmt: skip
+def test_saturations_that_there_are_not(form):
+    a = np.zeros(4, {"f64": np.float64, "s32": np.int32}.get(form[-3:], np.float32))
+    size = np.uint16 if form.split(".")[-2] in ("bf16", "f16") else np.uint32
+    operands = "%a, %a" if "x2" in form else "%a"
+    with pytest.raises(UnmodelledInstruction):
+        evaluate(f"cvt.{form} %x, {operands};", a, outputs=(size,))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cute_flash import emulator, objectfile
-from cute_flash.emulator.machine import launch
-from cute_flash.emulator.machine.launch import Driver, View
+from cute_flash.emulator.execution import launch
+from cute_flash.emulator.execution.launch import Driver, View
+from cute_flash.emulator.units.tensor_map import decode
 
 SHARED_MEMORY = 100_000
 PTX = """
@@ -189,6 +190,7 @@ def test_every_symbol_of_a_compiled_object_is_there():
         "_cudaSetDevice", "_cudaDeviceGetAttribute", "_cudaFuncSetAttribute", "_cuKernelGetAttribute",
         "_cudaKernelSetAttributeForDevice", "cuda_dialect_init_library_once",
         "cuda_dialect_unload_library_once", "CuteDSLRT_TVMFFISetRaisedCudaError",
+        "_cuTensorMapEncodeTiled", "cuda_dialect_assert_success",
     }  # fmt: skip
     assert all(Host().driver.symbols.values())
 
@@ -209,6 +211,16 @@ def test_a_view_spans_what_the_tensor_reaches(tensor, nbytes):
     assert view.address == tensor.data_ptr()
 
 
+@pytest.mark.parametrize(
+    "dtype", ["uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float64"]
+)
+def test_a_view_has_the_dtype_of_its_tensor(dtype):
+    import tvm_ffi
+
+    held = torch.zeros(6, dtype=getattr(torch, dtype))
+    assert str(tvm_ffi.from_dlpack(View(held, "x")).dtype) == dtype
+
+
 def test_a_view_says_that_it_is_on_a_gpu():
     import tvm_ffi
 
@@ -221,6 +233,63 @@ def test_a_view_says_that_it_is_on_a_gpu():
 def test_a_view_of_an_unknown_dtype():
     with pytest.raises(TypeError, match="x: dtype complex64 is not one of float16"):
         View(torch.zeros(2, dtype=torch.complex64), "x")
+
+
+def encode(host: Host, words, address, how: dict, strides=(64, 640)) -> int:
+    """Call the driver's function for a tensor of 10 x 10 x 30 bf16 elements and boxes of 2 x 4 x 8."""
+    given = {"rank": 3, "data_type": 9, "box": (8, 4, 2), "interleave": 0, "swizzle": 1, "fill": 0, **how}
+    function = host.c(
+        "_cuTensorMapEncodeTiled", c_void_p, c_int, c_uint32, c_void_p, *[POINTER(ctypes.c_uint64)] * 2,
+        *[POINTER(c_uint32)] * 2, *[c_int] * 4,
+    )  # fmt: skip
+    sizes, steps = (ctypes.c_uint64 * 3)(30, 10, 10), (c_uint32 * 3)(1, 1, given.get("step", 1))
+    return function(
+        words, given["data_type"], given["rank"], address, sizes, (ctypes.c_uint64 * 2)(*strides),
+        (c_uint32 * 3)(*given["box"]), steps, given["interleave"], given["swizzle"], 2, given["fill"],
+    )  # fmt: skip
+
+
+def test_host_code_may_let_the_driver_encode_a_tensor_map():
+    words, address = ctypes.create_string_buffer(128), 0x7F00_1234_5600
+    assert encode(Host(), words, address, {}, strides=(64, 1 << 37)) == 0
+    found = decode(words.raw)
+    assert (found.address, found.format, found.element, found.swizzle) == (address, "bf16", 2, 32)
+    assert (found.sizes, found.strides, found.box) == ((30, 10, 10), (64, 1 << 37), (8, 4, 2))
+
+
+@pytest.mark.parametrize(
+    "how, strides",
+    [
+        ({"box": (8, 4, 257)}, (64, 640)),
+        ({"box": (8, 0, 2)}, (64, 640)),
+        ({"swizzle": 4}, (64, 640)),
+        ({}, (68, 640)),
+        ({}, (64, 1 << 40)),
+    ],
+)
+def test_a_tensor_map_that_the_driver_refuses(how, strides):
+    assert encode(Host(), ctypes.create_string_buffer(128), 256, how, strides) == 1
+
+
+@pytest.mark.parametrize("how", [{"interleave": 1}, {"fill": 1}, {"step": 2}, {"data_type": 11}])
+def test_a_tensor_map_without_a_model(how):
+    host = Host()
+    code = lambda: encode(host, ctypes.create_string_buffer(128), 256, how)  # noqa: E731
+    with pytest.raises(emulator.EmulatorError, match="not modelled"):
+        host.driver.call(lambda *_: code(), [], (), emulator.Options())
+
+
+def test_a_failure_that_host_code_asserts_away_is_an_error():
+    host = Host()
+    succeed = ctypes.CFUNCTYPE(None, c_int)(host.driver.symbols["cuda_dialect_assert_success"])
+    host.driver.call(lambda: succeed(0), [], (), emulator.Options())
+
+    def fails():
+        succeed(1)
+        host.load(b"nothing of this name")
+
+    with pytest.raises(emulator.EmulatorError, match="that must not fail returned 1"):
+        host.driver.call(fails, [], (), emulator.Options())
 
 
 def test_addresses_are_those_of_the_callbacks():

@@ -232,3 +232,64 @@ def test_row_addresses_are_checked():
         launch(module(code.replace("{first}", "0")), [aligned(np.zeros(4))], shared=512)
     with pytest.raises(Misaligned):
         launch(module(code.replace("{first}", "8")), [aligned(np.zeros(4))], shared=1024)
+
+
+BYTES_HEAD = """
+    .shared .align 128 .b8 tile[1024];
+    .reg .b32 %base, %row, %out<4>;
+    and.b32 %row, %i1, 31;
+    shl.b32 %row, %row, 4;
+    mov.b32 %base, tile;
+    add.u32 %base, %base, %row;
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_transposed_matrices_of_bytes(count):
+    """ldmatrix.m16n16.trans: register i of lane (g, t) holds column g + 8 (i % 2), rows 4t to 4t + 3."""
+    rows = np.random.default_rng(1).integers(0, 256, (32, 16), dtype=np.uint8)
+    words = list(np.ascontiguousarray(rows.view(np.uint32).T))
+    results = ", ".join(f"%{'xyzu'[k]}" for k in range(2 * count))
+    code = BYTES_HEAD + f"""
+        st.shared.v4.b32 [%base], {{%a, %b, %c, %d}};
+        bar.warp.sync -1;
+        ldmatrix.sync.aligned.m16n16.x{count}.trans.shared.b8 {{{results}}}, [%base];
+    """
+    got = evaluate(code, *words, outputs=(np.uint32,) * (2 * count), target="sm_100a", block=32)
+    for i, lane in itertools.product(range(2 * count), range(32)):
+        group, t = divmod(lane, 4)
+        matrix = rows[16 * (i // 2) : 16 * (i // 2) + 16]
+        column = matrix[4 * t : 4 * t + 4, group + 8 * (i % 2)]
+        assert list(int(got[i][lane]).to_bytes(4, "little")) == column.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_matrices_of_bytes_are_stored_by_their_columns(count):
+    """stmatrix.m16n8.trans: byte i of lane (g, t) goes to row 2t + i % 2 in memory, byte g + 8 (i / 2)."""
+    words = [integers("u32", k, 32) for k in range(count)]
+    names = ", ".join(f"%{'abcd'[k]}" for k in range(count))
+    code = BYTES_HEAD + f"""
+        mov.b32 %out0, -1;
+        st.shared.v4.b32 [%base], {{%out0, %out0, %out0, %out0}};
+        bar.warp.sync -1;
+        stmatrix.sync.aligned.m16n8.x{count}.trans.shared.b8 [%base], {{{names}}};
+        bar.warp.sync -1;
+        ld.shared.v4.b32 {{%x, %y, %z, %u}}, [%base];
+    """
+    got = evaluate(code, *words, outputs=(np.uint32,) * 4, target="sm_100a", block=32)
+    memory = np.stack(got, axis=1).view(np.uint8).reshape(32, 16)
+    expected = np.full((32, 16), 0xFF, np.uint8)
+    for k, lane, i in itertools.product(range(count), range(32), range(4)):
+        group, t = divmod(lane, 4)
+        expected[8 * k + 2 * t + i % 2, group + 8 * (i // 2)] = int(words[k][lane]) >> 8 * i & 0xFF
+    assert (memory == expected).all()
+
+
+@pytest.mark.parametrize("form", ["m16n16.x1.shared.b8", "m16n16.x4.trans.shared.b8",
+                                  "m16n16.x2.trans.shared.b16", "m8n8.x2.trans.shared.b8",
+                                  "m8n16.x1.shared.b8x16.b4x16_p64"])  # fmt: skip
+def test_matrices_of_bytes_that_there_are_not(form):
+    registers = ", ".join(f"%{'xyzu'[k]}" for k in range(4 if "m16n16" in form else 2))
+    with pytest.raises(UnmodelledInstruction):
+        code = BYTES_HEAD + f"ldmatrix.sync.aligned.{form} {{{registers}}}, [%base];"
+        evaluate(code, integers("u32", 0, 32), outputs=(np.uint32,) * 4, target="sm_100a", block=32)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cute_flash.emulator import EmulatorError, GlobalMemory, Launch, Options, Program, run
-from cute_flash.emulator.core.observe import BankConflicts, Observer, Trace
+from cute_flash.emulator.checks.counters import BankConflicts, Trace
+from cute_flash.emulator.core.observe import Observer
 
 from .evaluate import launch, module
 

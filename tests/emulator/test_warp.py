@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cute_flash.emulator import BarrierError, Deadlock
+from cute_flash.emulator import BarrierError, Deadlock, UnmodelledInstruction
 
 from .evaluate import evaluate
 from .values import integers
@@ -74,6 +74,45 @@ def test_reduction(name):
         (got,) = evaluate(f"redux.sync.{name}.{kind} %x, %a, -1;", typed, outputs=(typed.dtype,))
         expected = [functions[name].reduce(row, dtype=typed.dtype) for row in typed.reshape(-1, 32)]
         assert (got == np.repeat(expected, 32)).all()
+
+
+@pytest.mark.parametrize("name", ["min", "max"])
+@pytest.mark.parametrize("flags", ["", ".abs", ".NaN", ".abs.NaN"])
+def test_reduction_of_floats(name, flags):
+    """-0 is less than +0. A NaN is left out, or with .NaN decides; the canonical one stands for all."""
+    random = np.random.default_rng(5)
+    value = (random.standard_normal((6, 32)) * 2.0 ** random.integers(-140, 120, (6, 32))).astype(np.float32)
+    value[0, 3], value[1, ::2], value[2, :] = np.nan, -np.nan, np.nan
+    value[3] = np.where(np.arange(32) % 2, np.float32(-0.0), np.float32(0.0))
+    value[4, 7], value[4, 9] = np.inf, -np.inf
+    (got,) = evaluate(
+        f"redux.sync.{name}{flags}.f32 %x, %a, -1;", value.reshape(-1), outputs=(np.uint32,), target="sm_100a"
+    )
+    for row, words in zip(value, got.reshape(-1, 32), strict=True):
+        numbers = [abs(v) if ".abs" in flags else v for v in row if not np.isnan(v)]
+        if not numbers or (".NaN" in flags and len(numbers) < 32):
+            assert (words == 0x7FFFFFFF).all()
+            continue
+        best = (min if name == "min" else max)(numbers, key=lambda v: (v, not np.signbit(v)))
+        assert (words == best.view(np.uint32)).all()
+
+
+def test_reduction_of_the_floats_of_some_lanes():
+    value = np.arange(64, dtype=np.float32)
+    code = """
+        .reg .pred %p;
+        .reg .f32 %f;
+        mov.b32 %x, 0f00000000;
+        setp.lt.u32 %p, %b, 8;
+        @!%p bra DONE;
+        redux.sync.max.NaN.f32 %x, %a, 0xff;
+        DONE:
+    """
+    lane = np.arange(64, dtype=np.uint32) % 32
+    (got,) = evaluate(code, value, lane, outputs=(np.float32,), target="sm_100a")
+    assert got.tolist() == [7] * 8 + [0] * 24 + [39] * 8 + [0] * 24
+    with pytest.raises(UnmodelledInstruction, match="add.f32"):
+        evaluate("redux.sync.add.f32 %x, %a, -1;", value, outputs=(np.float32,), target="sm_100a")
 
 
 def test_elect_and_active_lanes():

@@ -1,1 +1,1 @@
-"""Arithmetic and words that need nothing of the machine: errors, number formats, fragments of matrices."""
+"""What needs nothing of the machine: errors, options, number formats, fragments of matrices."""

@@ -74,6 +74,27 @@ def rows_to_lanes(rows: np.ndarray, transposed: bool) -> np.ndarray:
     return rows.reshape(warps, count, 32).swapaxes(0, 1)
 
 
+def byte_rows_to_lanes(rows: np.ndarray) -> np.ndarray:
+    """ldmatrix.m16n16.trans: 16x16 matrices of bytes as rows (warps, matrices, 16, 16) -> registers
+    (2 * matrices, warps, 32).
+
+    Register i of lane (group, t): column group + 8 (i % 2), rows 4t to 4t + 3.
+    """
+    warps, count = rows.shape[:2]
+    parts = rows.reshape(warps, count, 4, 4, 2, 8).transpose(1, 4, 0, 5, 2, 3)
+    return np.ascontiguousarray(parts).view(np.uint32).reshape(2 * count, warps, 32)
+
+
+def lanes_to_byte_rows(registers: np.ndarray) -> np.ndarray:
+    """stmatrix.m16n8.trans: registers (matrices, warps, 32) -> rows in memory (warps, matrices, 8, 4 words).
+
+    Byte i of lane (group, t) goes to row 2t + i % 2, byte group + 8 (i / 2).
+    """
+    count, warps = registers.shape[:2]
+    parts = registers.view(np.uint8).reshape(count, warps, 8, 4, 2, 2).transpose(1, 0, 3, 5, 4, 2)
+    return np.ascontiguousarray(parts).reshape(warps, count, 8, 16).view(np.uint32)
+
+
 def lanes_to_rows(registers: np.ndarray, transposed: bool) -> np.ndarray:
     """stmatrix: the inverse of rows_to_lanes."""
     count, warps = registers.shape[:2]

@@ -10,8 +10,8 @@ import numpy as np
 from ..base.errors import DataRace
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 NOBODY = -1
 PROXY, TENSOR = 0, 1  # kinds of fences

@@ -23,24 +23,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import DataRace
+from ..core.events import Columns, Span, Unit
 from ..core.memory import RANK_SHIFT
-from ..core.observe import Columns, Observer, Span, Unit
-from .meetings import EVERY_LANE, Meetings, lanes_of
-from .race_state import NOBODY, PROXY, TENSOR, Access, Agents, History, Released, UnitAccess, Word, wider
+from ..core.observe import Observer
+from ..units.cluster import ClusterBarriers
+from ..units.sync import NamedBarriers
+from .clocks import Clocks
+from .meetings import EVERY_LANE, lanes_of
+from .race_state import NOBODY, PROXY, TENSOR, Access, History, Released, UnitAccess, Word, wider
 from .tensor_races import TensorRaces
 
 if TYPE_CHECKING:
+    from ..core.events import Barrier, Copy
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
-    from ..units.mbarrier import Barrier
-    from ..units.sync import Copy
 
 
 class RaceDetector(Observer):
     """Raises DataRace at the second of two conflicting accesses.
 
     State is kept per cell: the granules of every CTA, each as wide as the program's narrowest shared access.
-    Warps are numbered through their cluster: rank * warps per CTA + warp.
     """
 
     def begin(self, m: Machine) -> None:
@@ -49,14 +51,7 @@ class RaceDetector(Observer):
         self.granule = m.code.shared_granule
         self.count = m.shared.stride // self.granule
         self.cells = m.ctas * self.count
-        self.warps = m.cluster * m.warps
-        clusters = m.ctas // m.cluster
-        self.agents = Agents(self.warps)
-        self.clock = np.zeros((clusters, self.warps, 2 * self.warps), np.int32)
-        self.clock[:, range(self.warps), range(self.warps)] = 1
-        self.fenced = np.zeros((clusters, self.warps, 2, self.warps), np.int32)
-        self.by_the_book = m.options.by_the_book
-        self.meetings = Meetings(clusters, self.warps)
+        self.clocks = Clocks(m)
         self.named: dict[tuple[int, int], Released] = {}
         self.leaving: dict[int, list[Released]] = {}
         self.words: dict[tuple[int, int], Word] = {}
@@ -68,7 +63,7 @@ class RaceDetector(Observer):
         self.reads: dict[int, History] = {}
         self.atomics: dict[int, History] = {}
         self.closed: dict[Unit, Released] = {}
-        self.tensor = TensorRaces(self, m)
+        self.tensor = TensorRaces(self.clocks, m)
 
     # Accesses of threads.
 
@@ -111,7 +106,7 @@ class RaceDetector(Observer):
         cell, n = self._cells(copy.cta, copy.shared, copy.size)
         cta, warp = np.repeat(copy.cta, n), np.repeat(copy.thread // 32 // m.ctas, n)
         self.copier[cell] = NOBODY
-        self._record_write(cell, *self._who(cta, warp), self.copy_step[cell])
+        self._record_write(cell, *self.clocks.who(cta, warp), self.copy_step[cell])
 
     # Accesses of units.
 
@@ -122,7 +117,7 @@ class RaceDetector(Observer):
         self._check_writes(a)
         self._check_history(a, self.atomics, "atomic update")
         self._check_proxy(a)
-        agent = self.agent(unit)
+        agent = self.clocks.agent(unit)
         self._history(self.reads, agent).record(cell, unit.epoch, m.at)
 
     def async_write(self, m: Machine, warp: tuple[int, int], barrier: Barrier, span: Span) -> None:
@@ -134,22 +129,22 @@ class RaceDetector(Observer):
         self._check_history(a, self.reads, "read")
         self._check_history(a, self.atomics, "atomic update")
         self._check_proxy(a)
-        self.writer[cell] = self._barrier_agent(barrier)
+        self.writer[cell] = self.clocks.barrier_agent(barrier)
         self.written[cell] = barrier.phase + 1
         self.write_step[cell] = m.at
 
     def unit_done(self, m: Machine, warp: tuple[int, int], unit: Unit) -> None:
-        cluster, number = self.one(warp)
-        agent = self.agent(unit)
-        self.clock[cluster, number, agent] = max(self.clock[cluster, number, agent], unit.epoch)
+        cluster, number = self.clocks.one(warp)
+        agent = self.clocks.agent(unit)
+        self.clocks.known[cluster, number, agent] = max(self.clocks.known[cluster, number, agent], unit.epoch)
 
     def unit_commit(self, m: Machine, unit: Unit) -> None:
-        cluster, number = self.one((unit.cta, unit.warp))
-        agent = self.agent(unit)
-        known = self.clock[cluster, number].copy()
+        cluster, number = self.clocks.one((unit.cta, unit.warp))
+        agent = self.clocks.agent(unit)
+        known = self.clocks.known[cluster, number].copy()
         known[number] -= 1
         known[agent] = unit.epoch
-        fenced = self.fenced[cluster, number].copy()
+        fenced = self.clocks.fenced[cluster, number].copy()
         fenced[TENSOR, number] = known[number]
         self.closed[unit] = Released(known, fenced)
 
@@ -164,10 +159,11 @@ class RaceDetector(Observer):
 
     def tensor_fence(self, m: Machine, g: Threads, before: bool) -> None:
         for warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
-            cluster, number = self.one(warp)
+            cluster, number = self.clocks.one(warp)
             if before:
-                self.fenced[cluster, number, TENSOR, number] = self.clock[cluster, number, number]
-                self.clock[cluster, number, number] += 1
+                own = self.clocks.known[cluster, number]
+                self.clocks.fenced[cluster, number, TENSOR, number] = own[number]
+                own[number] += 1
             else:
                 self.tensor.fence(cluster, number)
 
@@ -178,16 +174,16 @@ class RaceDetector(Observer):
         self.tensor.free(warp, columns)
 
     def proxy_fence(self, m: Machine, g: Threads, barriers_only: bool) -> None:
-        cluster, warp = self._who(g.cta_at, g.warp_at)
+        cluster, warp = self.clocks.who(g.cta_at, g.warp_at)
         made_by = set(zip(cluster.tolist(), warp.tolist(), strict=True))
         for (cta, _), word in self.words.items():
             if (cta // m.cluster, word.warp) in made_by:
                 word.fenced = True
         if barriers_only:
             return
-        known = self.clock[cluster, warp][:, : self.warps]
-        self.fenced[cluster, warp, PROXY] = np.maximum(self.fenced[cluster, warp, PROXY], known)
-        self.clock[cluster, warp, warp] += 1
+        known = self.clocks.known[cluster, warp][:, : self.clocks.warps]
+        self.clocks.fenced[cluster, warp, PROXY] = np.maximum(self.clocks.fenced[cluster, warp, PROXY], known)
+        self.clocks.known[cluster, warp, warp] += 1
 
     # Barriers.
 
@@ -197,25 +193,25 @@ class RaceDetector(Observer):
             self._publish((cta, warp), into)
 
     def barrier_complete(self, m: Machine, complete: np.ndarray) -> None:
-        for entry in m.barriers.waiting:
+        for entry in m.part(NamedBarriers).waiting:
             warp, cta = np.nonzero(entry.mask.any(axis=2))
             number = entry.number[warp, cta]
             free = complete[cta, number]
             for w, c, n in zip(warp[free].tolist(), cta[free].tolist(), number[free].tolist(), strict=True):
                 self._learn((c, w), self.named[c, n])
-                self.meetings.meet(self.clock, *self.one((c, w)))
+                self.clocks.meetings.meet(self.clocks.known, *self.clocks.one((c, w)))
         for cta, number in zip(*np.nonzero(complete), strict=True):
             self.named.pop((int(cta), int(number)), None)
 
     def warp_meet(self, m: Machine, g: Threads) -> None:
         for cta, warp, lanes in zip(g.cta_at.tolist(), g.warp_at.tolist(), lanes_of(g).tolist(), strict=True):
-            self.meetings.meet(self.clock, *self.one((cta, warp)), lanes)
+            self.clocks.meetings.meet(self.clocks.known, *self.clocks.one((cta, warp)), lanes)
 
     def cluster_arrive(self, m: Machine, g: Threads, release: bool) -> None:
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
             cluster = cta // m.cluster
             rounds = self.leaving.setdefault(cluster, [])
-            while len(rounds) <= int(m.cluster_barriers.phase[cluster]):
+            while len(rounds) <= int(m.part(ClusterBarriers).phase[cluster]):
                 rounds.append(self._nothing())
             if release:
                 self._publish((cta, warp), rounds[-1])
@@ -224,22 +220,22 @@ class RaceDetector(Observer):
 
     def cluster_wait(self, m: Machine, g: Threads) -> None:
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
-            due = int(m.cluster_barriers.due[warp, cta])
+            due = int(m.part(ClusterBarriers).due[warp, cta])
             self._learn((cta, warp), self.leaving[cta // m.cluster][due])
-            self.meetings.meet(self.clock, *self.one((cta, warp)))
+            self.clocks.meetings.meet(self.clocks.known, *self.clocks.one((cta, warp)))
 
     def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
-        cluster, number = self.one(warp)
-        epoch = int(self.clock[cluster, number, number])
+        cluster, number = self.clocks.one(warp)
+        epoch = int(self.clocks.known[cluster, number, number])
         word = Word(number, epoch, m.at, False, self._nothing(), self._nothing())
         self.words[barrier.cta, barrier.address] = word
 
     def mbarrier_use(self, m: Machine, warp: tuple[int, int], barrier: Barrier, by_unit: bool) -> None:
         word = self.words[barrier.cta, barrier.address]
-        cluster, number = self.one(warp)
+        cluster, number = self.clocks.one(warp)
         who = f"(CTA {m.cta_name(warp[0])}, warp {warp[1]})"
         made = f"its initialisation by warp {word.warp % m.warps} ({m.line(word.step)}) {who}"
-        if number != word.warp and self.clock[cluster, number, word.warp] < word.epoch:
+        if number != word.warp and self.clocks.known[cluster, number, word.warp] < word.epoch:
             raise DataRace(f"uses {barrier!r} without an order to {made}")
         if by_unit and not word.fenced:
             raise DataRace(f"lets a copy or product signal {barrier!r} without a fence after {made}")
@@ -249,7 +245,7 @@ class RaceDetector(Observer):
 
     def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
         into, closed = self.words[barrier.cta, barrier.address].arriving, self.closed[unit]
-        into.clock = wider(into.clock, self.clock.shape[2])
+        into.clock = wider(into.clock, self.clocks.known.shape[2])
         into.join(closed.clock, closed.fenced)
 
     def mbarrier_complete(self, m: Machine, barrier: Barrier) -> None:
@@ -258,63 +254,43 @@ class RaceDetector(Observer):
 
     def mbarrier_wait(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         self._learn(warp, self.words[barrier.cta, barrier.address].released)
-        cluster, number = self.one(warp)
-        agent = self._barrier_agent(barrier)
-        self.clock[cluster, number, agent] = max(self.clock[cluster, number, agent], barrier.phase)
+        cluster, number = self.clocks.one(warp)
+        agent = self.clocks.barrier_agent(barrier)
+        known = self.clocks.known[cluster, number]
+        known[agent] = max(known[agent], barrier.phase)
 
     # Knowledge.
 
     def _nothing(self) -> Released:
-        return Released(np.zeros(self.clock.shape[2], np.int32), np.zeros((2, self.warps), np.int32))
+        agents, warps = self.clocks.known.shape[2], self.clocks.warps
+        return Released(np.zeros(agents, np.int32), np.zeros((2, warps), np.int32))
 
     def _publish(self, warp: tuple[int, int], into: Released, lanes: int = EVERY_LANE) -> None:
         """A warp's knowledge joins a barrier's; its next epoch begins."""
-        cluster, number = self.one(warp)
-        into.clock = wider(into.clock, self.clock.shape[2])
-        known = self.clock[cluster, number]
-        if not self.meetings.speaks_for_all(cluster, number, lanes):
+        cluster, number = self.clocks.one(warp)
+        into.clock = wider(into.clock, self.clocks.known.shape[2])
+        known = self.clocks.known[cluster, number]
+        if not self.clocks.meetings.speaks_for_all(cluster, number, lanes):
             known = known.copy()
-            known[number] = self.meetings.met[cluster, number]
-        into.join(known, self.fenced[cluster, number])
-        self.clock[cluster, number, number] += 1
+            known[number] = self.clocks.meetings.met[cluster, number]
+        into.join(known, self.clocks.fenced[cluster, number])
+        self.clocks.known[cluster, number, number] += 1
 
     def _publish_barriers(self, warp: tuple[int, int]) -> None:
         """A relaxed arrival passes on only what fence.mbarrier_init has made visible to the cluster."""
-        cluster, number = self.one(warp)
+        cluster, number = self.clocks.one(warp)
         for (cta, _), word in self.words.items():
             if word.fenced and word.warp == number and cta // self.m.cluster == cluster:
                 word.epoch = 0
 
     def _learn(self, warp: tuple[int, int], released: Released) -> None:
-        cluster, number = self.one(warp)
-        mine = self.clock[cluster, number]
+        cluster, number = self.clocks.one(warp)
+        mine = self.clocks.known[cluster, number]
         np.maximum(mine[: len(released.clock)], released.clock, out=mine[: len(released.clock)])
-        np.maximum(self.fenced[cluster, number], released.fenced, out=self.fenced[cluster, number])
-
-    def agent(self, unit: Unit) -> int:
-        """The number of a unit."""
-        return self._grown(self.agents.number(unit.name, int(self.m.rank[unit.cta]), unit.number))
-
-    def _barrier_agent(self, barrier: Barrier) -> int:
-        rank = int(self.m.rank[barrier.cta])
-        return self._grown(self.agents.number("barrier", rank, barrier.address))
-
-    def _grown(self, agent: int) -> int:
-        """The agent, after making room for it in every clock."""
-        if agent >= self.clock.shape[2]:
-            self.clock = wider(self.clock, 2 * agent)
-        return agent
+        fenced = self.clocks.fenced[cluster, number]
+        np.maximum(fenced, released.fenced, out=fenced)
 
     # Histories.
-
-    def _who(self, cta: np.ndarray, warp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(cluster, warp of the cluster) of each."""
-        return cta // self.m.cluster, self.m.rank[cta] * self.m.warps + warp
-
-    def one(self, warp: tuple[int, int]) -> tuple[int, int]:
-        """(cluster, warp of the cluster) of (cta, warp)."""
-        cta, number = warp
-        return cta // self.m.cluster, int(self.m.rank[cta]) * self.m.warps + number
 
     def _cells(self, cta: np.ndarray, address: np.ndarray, size: int) -> tuple[np.ndarray, int]:
         """The granules touched, access by access, and how many each touches."""
@@ -325,14 +301,14 @@ class RaceDetector(Observer):
     def _access(self, g: Threads, verb: str, address: np.ndarray, size: int) -> Access:
         owner, local = self.m.place(g, address, True)
         cell, n = self._cells(owner, local, size)
-        self.meetings.touched[self._who(g.cta_at, g.warp_at)] |= lanes_of(g)
-        cluster, warp = self._who(g.cta, g.warp)
+        self.clocks.meetings.touched[self.clocks.who(g.cta_at, g.warp_at)] |= lanes_of(g)
+        cluster, warp = self.clocks.who(g.cta, g.warp)
         if n > 1:
             cluster, warp = np.repeat(cluster, n), np.repeat(warp, n)
         return Access(self.m, g, verb, address, cell, cluster, warp)
 
     def _unit_access(self, verb: str, warp: tuple[int, int], cta: int, cell: np.ndarray) -> UnitAccess:
-        cluster, number = self.one(warp)
+        cluster, number = self.clocks.one(warp)
         base = cta * self.m.shared.stride
         return UnitAccess(
             self.m, verb, base, cell, np.full(1, cluster), np.full(1, number), self.granule
@@ -344,7 +320,7 @@ class RaceDetector(Observer):
         return histories[agent]
 
     def _record(self, histories: dict[int, History], a: Access) -> None:
-        epoch = self.clock[a.cluster, a.warp, a.warp]
+        epoch = self.clocks.known[a.cluster, a.warp, a.warp]
         for warp in np.unique(a.warp):
             own = a.warp == warp
             self._history(histories, int(warp)).record(a.cell[own], epoch[own], self.m.at)
@@ -353,7 +329,7 @@ class RaceDetector(Observer):
         self, cell: np.ndarray, cluster: np.ndarray, warp: np.ndarray, step: np.ndarray | int
     ) -> None:
         self.writer[cell] = warp
-        self.written[cell] = self.clock[cluster, warp, warp]
+        self.written[cell] = self.clocks.known[cluster, warp, warp]
         self.write_step[cell] = step
 
     # Checks.
@@ -369,15 +345,15 @@ class RaceDetector(Observer):
     def _check_writes(self, a: Access | UnitAccess) -> None:
         writer = self.writer[a.cell]
         race = (writer != NOBODY) & (writer != a.warp)
-        race &= self.written[a.cell] > self.clock[a.cluster, a.warp, writer]
+        race &= self.written[a.cell] > self.clocks.known[a.cluster, a.warp, writer]
         if np.count_nonzero(race):
             k = int(np.flatnonzero(race)[0])
             raise a.race(k, self._named(int(writer[k]), "write"), int(self.write_step[a.cell[k]]))
 
     def _check_history(self, a: Access | UnitAccess, histories: dict[int, History], noun: str) -> None:
         for agent, history in histories.items():
-            race = history.epoch[a.cell] > self.clock[a.cluster, a.warp, agent]
-            if agent < self.warps:
+            race = history.epoch[a.cell] > self.clocks.known[a.cluster, a.warp, agent]
+            if agent < self.clocks.warps:
                 race &= a.warp != agent
             if np.count_nonzero(race):
                 k = int(np.flatnonzero(race)[0])
@@ -386,20 +362,20 @@ class RaceDetector(Observer):
     def _check_proxy(self, a: UnitAccess) -> None:
         """A generic write before an asynchronous access needs a proxy fence between."""
         writer = self.writer[a.cell]
-        generic = (writer != NOBODY) & (writer < self.warps)
+        generic = (writer != NOBODY) & (writer < self.clocks.warps)
         if not np.count_nonzero(generic):
             return
         k = np.flatnonzero(generic)
-        late = self.written[a.cell[k]] > self.fenced[a.cluster, a.warp, PROXY, writer[k]]
+        late = self.written[a.cell[k]] > self.clocks.fenced[a.cluster, a.warp, PROXY, writer[k]]
         if np.count_nonzero(late):
             first = int(k[np.flatnonzero(late)[0]])
             other = f"{self._named(int(writer[first]), 'write')}: no fence.proxy.async between"
             raise a.race(first, other, int(self.write_step[a.cell[first]]))
 
     def _named(self, agent: int, noun: str) -> str:
-        if agent < self.warps:
+        if agent < self.clocks.warps:
             return f"the {noun} of warp {agent % self.m.warps}"
-        name = self.agents.names[agent]
+        name = self.clocks.agents.names[agent]
         if name[0] == "barrier":
             return f"the {noun} of a copy that signals mbarrier {name[2]:#x}"
         return f"the {noun} of {name[0]} {name[2]}, which nobody has waited for"

@@ -1,4 +1,4 @@
-"""Data races in tensor memory, with the clocks of the race detector.
+"""Data races in tensor memory, with the clocks of the race clocks.
 
 A load is a read by its warp. A store is under way until its warp's tcgen05.wait::st; then it is a write by
 the warp. A product or a copy reads and writes as the unit of its thread, in the epoch that the thread's next
@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..base.errors import DataRace
-from ..core.observe import Columns, Unit
+from ..core.events import Columns, Unit
 from ..units.tensor_memory import COLUMNS, LANES
 from .meetings import EVERY_LANE
 from .race_state import NOBODY, TENSOR, UNDER_WAY
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
-    from .races import RaceDetector
+    from .clocks import Clocks
 
 GROUP = 16  # lanes of a cell
 
@@ -72,8 +72,8 @@ class Who(NamedTuple):
 class TensorRaces:
     """The detector's part for tensor memory."""
 
-    def __init__(self, detector: RaceDetector, m: Machine):
-        self.detector, self.m = detector, m
+    def __init__(self, clocks: Clocks, m: Machine):
+        self.clocks, self.m = clocks, m
         self.shape = (m.ctas, LANES // GROUP, COLUMNS)
         self.writes, self.under_way = Marks(self.shape), Marks(self.shape)
         self.reads: dict[int, Marks] = {}  # by agent
@@ -83,15 +83,15 @@ class TensorRaces:
 
     def access(self, warp: tuple[int, int], columns: Columns, write: bool) -> None:
         """A load or the issue of a store."""
-        who, where = self._warp(warp, self.detector.by_the_book), _cells(columns)
-        self.detector.meetings.touched[self.detector.one(warp)] = EVERY_LANE
+        who, where = self._warp(warp, self.clocks.by_the_book), _cells(columns)
+        self.clocks.meetings.touched[self.clocks.one(warp)] = EVERY_LANE
         verb = "stores to" if write else "loads"
         self._check(who, where, f"{verb} {_named(columns)}", write)
         if write:
             self.under_way.note(where, who, self.m.at)
             self.storing.setdefault(warp, []).append(where)
             return
-        if self.detector.by_the_book:
+        if self.clocks.by_the_book:
             self.loading.setdefault(warp, []).append(where)
             who = who._replace(epoch=UNDER_WAY)
         self._reads(who).note(where, who, self.m.at)
@@ -105,14 +105,14 @@ class TensorRaces:
 
     def fence(self, cluster: int, warp: int) -> None:
         """What a warp knows now is ordered before its accesses from now on."""
-        known = self.detector.clock[cluster, warp].copy()
-        fenced = self.detector.fenced[cluster, warp, TENSOR]
+        known = self.clocks.known[cluster, warp].copy()
+        fenced = self.clocks.fenced[cluster, warp, TENSOR]
         known[: len(fenced)] = np.minimum(known[: len(fenced)], fenced)
         self.seen[cluster, warp] = known
 
     def _known(self, cluster: int, warp: int, by_the_book: bool) -> np.ndarray:
         """The epochs that order accesses of tensor memory for a warp."""
-        clock = self.detector.clock[cluster, warp]
+        clock = self.clocks.known[cluster, warp]
         if not by_the_book:
             return clock
         known = np.zeros_like(clock)
@@ -131,12 +131,12 @@ class TensorRaces:
 
     def work(self, unit: Unit, columns: Columns, write: bool) -> None:
         """A product or a copy is issued."""
-        detector, where = self.detector, _cells(columns)
-        agent = detector.agent(unit)
-        cluster, number = detector.one((unit.cta, unit.warp))
-        issue = int(detector.clock[cluster, number, number])
+        clocks, where = self.clocks, _cells(columns)
+        agent = clocks.agent(unit)
+        cluster, number = clocks.one((unit.cta, unit.warp))
+        issue = int(clocks.known[cluster, number, number])
         text = f"issued by CTA {self.m.cta_name(unit.cta)}, warp {unit.warp}"
-        known = self._known(cluster, number, detector.by_the_book)
+        known = self._known(cluster, number, clocks.by_the_book)
         who = Who(agent, unit.epoch, number, issue, known, text)
         verb = "writes" if write else "reads"
         self._check(who, where, f"a product or copy {verb} {_named(columns)}", write)
@@ -150,8 +150,8 @@ class TensorRaces:
             marks.agent[where] = NOBODY
 
     def _warp(self, warp: tuple[int, int], by_the_book: bool = False) -> Who:
-        cluster, number = self.detector.one(warp)
-        epoch = int(self.detector.clock[cluster, number, number])
+        cluster, number = self.clocks.one(warp)
+        epoch = int(self.clocks.known[cluster, number, number])
         text = f"CTA {self.m.cta_name(warp[0])}, warp {warp[1]}"
         return Who(number, epoch, number, epoch, self._known(cluster, number, by_the_book), text)
 
@@ -179,7 +179,7 @@ class TensorRaces:
         late = (agent != NOBODY) & (agent != who.agent) & (epoch > known[agent])
         if who.is_unit and late.any():
             # Work of the tensor unit follows work that it is ordered behind, finished or not.
-            units = agent >= self.detector.warps
+            units = agent >= self.clocks.warps
             issuer = marks.warp[where]
             late &= ~(units & ((marks.issue[where] <= known[issuer]) | (issuer == who.warp)))
         if late.any():
@@ -190,7 +190,7 @@ class TensorRaces:
     ) -> DataRace:
         k = tuple(int(v[0]) for v in np.nonzero(late))
         agent, warp = int(marks.agent[where][k]), int(marks.warp[where][k]) % self.m.warps
-        other = f"warp {warp}" if agent < self.detector.warps else f"work that warp {warp} issued"
+        other = f"warp {warp}" if agent < self.clocks.warps else f"work that warp {warp} issued"
         step = self.m.line(int(marks.step[where][k]))
         return DataRace(f"{what} without an order to {noun} {other} ({step}) ({who.text})")
 

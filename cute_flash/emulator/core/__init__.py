@@ -1,1 +1,1 @@
-"""Threads, registers and memories of a wave, what is pending or parked, and hooks for those who watch."""
+"""One wave: threads, registers, memories, what is pending or parked, and hooks for those who look on."""

@@ -1,24 +1,21 @@
-"""Asynchronous operations between their issue and their completion, and threads that wait for an event.
+"""Asynchronous operations between their issue and their completion, and what happens when no thread can run.
 
 A product or a copy is issued by a thread and done by a unit of its own. When that unit gets to it is the
 choice of `Options.asynchrony`: at issue, as late as the program allows, or at random. As late as allowed
 means: when a wait names the operation, or when no thread can run before something completes.
-
-A control step that cannot go on parks its threads under a key; `wake(key)` lets them execute the same step
-again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..base.errors import Deadlock, EmulatorError
+from .machine import Machine, Part
 
 if TYPE_CHECKING:
-    from ..machine.machine import Machine
     from ..ptx.parse import Instruction
     from .state import Threads
 
@@ -44,11 +41,11 @@ class Operation:
         """Raise if this cannot be done any more because the threads that need it have exited."""
 
 
-class Engine:
+class Engine(Part):
     """The operations of a wave that have been issued and not done, oldest first."""
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         self.pending: list[Operation] = []
 
     def issue(self, operation: Operation) -> None:
@@ -100,59 +97,6 @@ class Engine:
         return True
 
 
-class Waiter(NamedTuple):
-    """Threads that wait at control step `here`. give_up: how a bounded wait ends without its event."""
-
-    here: int
-    threads: Threads
-    give_up: Callable[[Machine, Threads], None] | None
-
-
-class Parked:
-    """Threads that wait for an event, by key; the key's text names the event in messages."""
-
-    def __init__(self, m: Machine):
-        self.machine = m
-        self.waiting: dict[Hashable, list[Waiter]] = {}
-        self.woken: list[tuple[int, Threads]] = []
-
-    def park(self, key: Hashable, waiter: Waiter) -> None:
-        """Suspend threads until `wake(key)`; they then execute their step again."""
-        self.waiting.setdefault(key, []).append(waiter)
-
-    def wake(self, key: Hashable) -> None:
-        """Let those go on who wait for `key`."""
-        self.machine.progress += 1
-        self.woken += [(waiter.here, waiter.threads) for waiter in self.waiting.pop(key, ())]
-
-    def give_up(self) -> bool:
-        """End every bounded wait without its event; False when there is none."""
-        bounded = [(key, w) for key, waiters in self.waiting.items() for w in waiters if w.give_up]
-        for key, waiter in bounded:
-            self.waiting[key].remove(waiter)
-            waiter.give_up(self.machine, waiter.threads)
-            self.woken.append((waiter.here + 1, waiter.threads))
-        self.waiting = {key: waiters for key, waiters in self.waiting.items() if waiters}
-        return bool(bounded)
-
-    def take(self) -> list[tuple[int, Threads]]:
-        """The sets that go on, handed over once."""
-        woken, self.woken = self.woken, []
-        return woken
-
-    def describe(self) -> list[str]:
-        """One line per event and CTA that warps wait for, for the deadlock message."""
-        m, lines = self.machine, []
-        for key, waiters in self.waiting.items():
-            for waiter in waiters:
-                threads = waiter.threads
-                for cta in sorted(set(threads.cta_at.tolist())):
-                    warps = threads.warp_at[threads.cta_at == cta].tolist()
-                    where = m.line(waiter.here)
-                    lines.append(f"CTA {m.cta_name(cta)} warps {warps} wait for {key}, {where}")
-        return lines
-
-
 class Stalls:
     """What happens when no thread of a wave can run."""
 
@@ -167,20 +111,21 @@ class Stalls:
         what. gathering: threads that wait for lanes of their warps, by step.
         """
         m = self.machine
-        if m.engine.advance():
+        if m.part(Engine).advance():
             return True
         self.rounds = self.rounds + 1 if m.progress == self.progress else 0
         self.progress = m.progress
         if self.rounds < ROUNDS and m.parked.give_up():
             return True
-        if gathering or m.parked.waiting or m.barriers.waiting:
-            raise deadlock(m, gathering)
+        waiting = [line for part in m.parts.values() for line in part.describe()]
+        if gathering or waiting or m.parked.waiting:
+            raise deadlock(m, waiting, gathering)
         return False
 
 
-def deadlock(m: Machine, gathering: dict[int, Threads]) -> Deadlock:
-    """The error that names who waits for what."""
-    lines = [*m.barriers.describe(), *m.parked.describe()]
+def deadlock(m: Machine, waiting: list[str], gathering: dict[int, Threads]) -> Deadlock:
+    """The error that names who waits for what. waiting: lines of the wave's parts."""
+    lines = [*waiting, *m.parked.describe()]
     for pc, threads in sorted(gathering.items()):
         for warp, cta in zip(threads.warp_at.tolist(), threads.cta_at.tolist(), strict=True):
             lanes = np.flatnonzero(threads.mask[warp, cta]).tolist()

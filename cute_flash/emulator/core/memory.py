@@ -18,7 +18,7 @@ import numpy as np
 from ..base.errors import Misaligned, OutOfBounds, UninitializedRead
 
 if TYPE_CHECKING:
-    from ..machine.machine import Machine
+    from .geometry import Geometry
     from .state import Threads
 
 WINDOW_SHIFT = 48
@@ -76,7 +76,7 @@ class GlobalMemory:
         at = bisect_right(self.starts, address) - 1
         return self.regions[at] if at >= 0 and address < self.regions[at].end else None
 
-    def load(self, m: Machine, g: Threads, address: np.ndarray, width: int, count: int) -> np.ndarray:
+    def load(self, m: Geometry, g: Threads, address: np.ndarray, width: int, count: int) -> np.ndarray:
         """Elements at each thread's address, shape (n, count), unsigned of `width` bytes."""
         region = self._check(m, g, address, width * count, "load")
         if region is not None:
@@ -88,7 +88,7 @@ class GlobalMemory:
             ]
         return values
 
-    def store(self, m: Machine, g: Threads, address: np.ndarray, values: np.ndarray) -> None:
+    def store(self, m: Geometry, g: Threads, address: np.ndarray, values: np.ndarray) -> None:
         """Write values of shape (n, count); of several threads at one address the last one stays."""
         width, count = values.itemsize, values.shape[1]
         region = self._check(m, g, address, width * count, "store")
@@ -99,7 +99,7 @@ class GlobalMemory:
             at = (address[members] - region.origin) // (width * count)
             region.units(width, count)[at] = values[members]
 
-    def _check(self, m: Machine, g: Threads, address: np.ndarray, size: int, what: str) -> _Region | None:
+    def _check(self, m: Geometry, g: Threads, address: np.ndarray, size: int, what: str) -> _Region | None:
         """The one allocation that holds all accesses, or None; raises on a bad address."""
         if size > 1:
             odd = address & (size - 1)
@@ -117,7 +117,7 @@ class GlobalMemory:
                 raise m.fault(OutOfBounds, g, k, text)
         return None
 
-    def check(self, m: Machine, g: Threads, address: np.ndarray, used: np.ndarray, alignment: int) -> None:
+    def check(self, m: Geometry, g: Threads, address: np.ndarray, used: np.ndarray, alignment: int) -> None:
         """Check an asynchronous read of used[k] bytes at address[k] that will happen later."""
         if (address & (alignment - 1)).any():
             k = int(np.flatnonzero(address & (alignment - 1))[0])
@@ -189,7 +189,7 @@ class OwnedMemory:
         return self.bytes.reshape(-1).view(UNSIGNED[width]).reshape(-1, count)
 
     def position(
-        self, m: Machine, g: Threads, owner: np.ndarray, address: np.ndarray, size: int
+        self, m: Geometry, g: Threads, owner: np.ndarray, address: np.ndarray, size: int
     ) -> np.ndarray:
         """Index of each access in units of `size` bytes, after the bounds and alignment checks."""
         bad = (address < self.base) | (address > self.end - size)
@@ -203,7 +203,7 @@ class OwnedMemory:
         return (owner * self.stride + address) // size
 
     def load(
-        self, m: Machine, g: Threads, owner: np.ndarray, address: np.ndarray, width: int, count: int
+        self, m: Geometry, g: Threads, owner: np.ndarray, address: np.ndarray, width: int, count: int
     ) -> np.ndarray:
         """Elements at each thread's address, shape (n, count), unsigned of `width` bytes."""
         size = width * count
@@ -212,7 +212,7 @@ class OwnedMemory:
             self._check_written(m, g, address, at, size)
         return self.units(width, count)[at]
 
-    def _check_written(self, m: Machine, g: Threads, address: np.ndarray, at: np.ndarray, size: int) -> None:
+    def _check_written(self, m: Geometry, g: Threads, address: np.ndarray, at: np.ndarray, size: int) -> None:
         step = min(size, 8)
         flags = self.written.reshape(-1).view(UNSIGNED[step]).reshape(-1, size // step)[at]
         if np.count_nonzero(flags == int.from_bytes(b"\1" * step, "little")) != flags.size:
@@ -226,7 +226,7 @@ class OwnedMemory:
         return UninitializedRead(f"{self.space} byte {address:#x} of CTA {owner} was never written")
 
     def store(
-        self, m: Machine, g: Threads, owner: np.ndarray, address: np.ndarray, values: np.ndarray
+        self, m: Geometry, g: Threads, owner: np.ndarray, address: np.ndarray, values: np.ndarray
     ) -> None:
         """Write values of shape (n, count)."""
         width, count = values.itemsize, values.shape[1]
@@ -250,7 +250,7 @@ class ParameterMemory:
         self.bytes = np.zeros(span, np.uint8)
         self.bytes[: len(block)] = np.frombuffer(block, np.uint8)
 
-    def load(self, m: Machine, g: Threads, address: np.ndarray, width: int, count: int) -> np.ndarray:
+    def load(self, m: Geometry, g: Threads, address: np.ndarray, width: int, count: int) -> np.ndarray:
         """Elements at each thread's offset, shape (n, count)."""
         size = width * count
         bad = (address < 0) | (address + size > self.size)

@@ -9,7 +9,7 @@ import numpy as np
 from .state import LANES
 
 if TYPE_CHECKING:
-    from ..machine.machine import Machine
+    from .geometry import Geometry
 
 _AXES = "xyz"
 _PER_AXIS = ("tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid")
@@ -22,14 +22,14 @@ MODELLED = frozenset(
 )
 
 
-def value_of(m: Machine, name: str) -> np.ndarray:
+def value_of(m: Geometry, name: str) -> np.ndarray:
     """Value of a special register of MODELLED, uint32, broadcastable to (warps, ctas, 32)."""
     base, _, axis = name[1:].partition(".")
     value = _geometry(m, base, _AXES.index(axis)) if axis else _single(m, base)
     return np.asarray(value).astype(np.uint32)
 
 
-def _single(m: Machine, name: str) -> np.ndarray | int:
+def _single(m: Geometry, name: str) -> np.ndarray | int:
     lane = np.arange(LANES, dtype=np.int64).reshape(1, 1, LANES)
     if name == "laneid":
         return lane
@@ -46,13 +46,13 @@ def _single(m: Machine, name: str) -> np.ndarray | int:
     numbers = {
         "nwarpid": m.warps,
         "dynamic_smem_size": m.launch.shared_memory,
-        "total_smem_size": m.shared.end,
+        "total_smem_size": m.code.shared_base + m.code.shared_static + m.launch.shared_memory,
         "cluster_nctarank": int(np.prod(cluster)),
     }
     return numbers[name]
 
 
-def _geometry(m: Machine, base: str, axis: int) -> np.ndarray | int:
+def _geometry(m: Geometry, base: str, axis: int) -> np.ndarray | int:
     launch = m.launch
     cta = m.cta_index()[axis].reshape(1, -1, 1)
     size = launch.cluster[axis]

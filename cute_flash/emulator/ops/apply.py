@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..translate.translation import Operation
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 # PTX type -> the view its values are held under. bf16 is held as its bit pattern.
 INTEGER_VIEWS = {

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import BarrierError
-from ..translate.translation import Operation, Step, operation
-from ..units.sync import Arrival
+from ..core.code import Step
+from ..translate.translation import Operation, operation
+from ..units.sync import Arrival, NamedBarriers
 from .warp import by_warp, from_warps, present
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 
 def _uniform(m: Machine, g: Threads, row: int) -> np.ndarray:
@@ -50,7 +51,7 @@ def _step(x: Operation, arrival: Callable[[Machine, Threads], Arrival]) -> Step:
         ready, late = m.whole_warps(g, here)
         if ready is None:
             return late
-        return late + m.barriers.arrive(ready, here, arrival(m, ready))
+        return late + m.part(NamedBarriers).arrive(ready, here, arrival(m, ready))
 
     return x.control(step)
 

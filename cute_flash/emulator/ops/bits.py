@@ -12,8 +12,8 @@ from ..translate.translation import Operation, operation
 from .apply import INTEGER_VIEWS, apply, elementwise
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 BITS = ("pred", "b16", "b32", "b64")
 VIEWS = INTEGER_VIEWS | {"pred": "pred", "f16": "f16", "f16x2": "u32", "f32": "f32", "f64": "f64"}

@@ -11,12 +11,14 @@ from ..core.memory import WINDOW_SHIFT, WINDOWS
 from ..ptx.operands import Address, Register, Vector
 from ..translate.translation import Operation, operation
 from ..units import bulk, tensor_map
+from ..units.bulk import BulkGroups
+from ..units.mbarrier import MBarriers
 from .mbarrier import Word
 from .memory import Access
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 RANKS = tuple(f"{n}d" for n in range(1, 6))
 SHARED = ("shared::cta", "shared::cluster")
@@ -46,10 +48,7 @@ class Box:
         return [(map_, map_.place(place)) for map_, place in zip(decoded, at, strict=True)]
 
     def _decoded(self, m: Machine, address: int) -> tensor_map.TensorMap:
-        words = _map_bytes(m, address)
-        known = m.tensor_maps.get(words)
-        if known is None:
-            known = m.tensor_maps[words] = tensor_map.decode(words)
+        known = tensor_map.decode(_map_bytes(m, address))
         if len(known.sizes) != self.rank:
             raise ValueError(f"a copy in {self.rank} dimensions with a tensor map of {len(known.sizes)}")
         return known
@@ -118,7 +117,7 @@ class Targets:
             at = cta if not self.pair else (cta & ~1) | (at & 1)
         elif at != own:
             raise ValueError("a copy into one CTA that signals a barrier of another")
-        barrier = m.mbarriers.find(at, word)
+        barrier = m.part(MBarriers).find(at, word)
         return bulk.Signal(cta, address, barrier, barrier.phase)
 
 
@@ -239,14 +238,14 @@ def _check_bytes(nbytes: int, *addresses: int) -> None:
 @operation("cp.async.bulk.commit_group")
 def commit(x: Operation) -> Callable:
     """Close the thread's group of bulk stores."""
-    return lambda m, g: m.bulk_groups.commit(g)
+    return lambda m, g: m.part(BulkGroups).commit(g)
 
 
 @operation("cp.async.bulk.wait_group")
 def wait(x: Operation) -> Callable:
     """Wait until at most n of the youngest groups are pending; .read: until their sources have been read."""
     reading, keep = x.flag("read"), x.integer(0)
-    return lambda m, g: m.bulk_groups.wait(g, keep, reading)
+    return lambda m, g: m.part(BulkGroups).wait(g, keep, reading)
 
 
 @operation("cp.async.bulk.prefetch", "prefetch.tensormap")

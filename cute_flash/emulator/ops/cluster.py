@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.code import Step
 from ..core.memory import RANK_SHIFT
-from ..translate.translation import Operation, Step, operation
+from ..translate.translation import Operation, operation
+from ..units.cluster import ClusterBarriers
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 
 @operation("mapa.shared::cluster")
@@ -45,7 +47,7 @@ def arrive(x: Operation) -> Step:
             return late
         if m.watch is not None:
             m.watch.cluster_arrive(m, ready, release)
-        m.cluster_barriers.arrive(ready)
+        m.part(ClusterBarriers).arrive(ready)
         return [*late, (here + 1, ready)]
 
     return x.control(step)
@@ -61,7 +63,7 @@ def wait(x: Operation) -> Step:
         ready, late = m.whole_warps(g, here)
         if ready is None:
             return late
-        barriers = m.cluster_barriers
+        barriers = m.part(ClusterBarriers)
         passed = barriers.passed(ready)
         for cluster in np.unique(ready.cta_at[~passed] // m.cluster):
             waits = ~passed & (ready.cta_at // m.cluster == cluster)

@@ -12,8 +12,8 @@ from ..translate.translation import Operation, operation
 from .apply import INTEGER_VIEWS, elementwise
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 ORDERED: dict[str, Callable] = {
     "eq": np.equal,

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import EmulatorError
+from ..core.code import Step
 from ..ptx.parse import Instruction
-from ..translate.translation import Operation, Step, Translation, operation
+from ..translate.translation import Operation, Translation, operation
+from ..units.cluster import RegisterPool
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 
 def guarded(run: Callable, row: int, negated: bool) -> Callable:
@@ -131,7 +133,7 @@ def setmaxnreg(x: Operation) -> Step:
         ready, late = m.whole_warps(g, here)
         if ready is None:
             return late
-        pool, done = m.register_pool, np.zeros_like(ready.mask)
+        pool, done = m.part(RegisterPool), np.zeros_like(ready.mask)
         waiting: dict[int, np.ndarray] = {}
         for warp, cta in zip(ready.warp_at.tolist(), ready.cta_at.tolist(), strict=True):
             have = int(pool.held[warp, cta])

@@ -21,8 +21,8 @@ from ..translate.translation import Operation, operation
 from .convert_narrow import NARROW, from_narrow, to_narrow
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 INTEGERS = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
 FLOATS = {"f16": "f16", "bf16": "u16", "f32": "f32", "f64": "f64"}
@@ -30,6 +30,11 @@ TO_INTEGER: dict[str, Callable] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.fl
 ROUNDINGS = ("rn", "rna", "rz", "rm", "rp", *TO_INTEGER)
 _NAN_F16 = np.array(CANONICAL_NAN[16], np.uint16).view(np.float16)
 PACKED = {"f16x2": "f16", "bf16x2": "bf16"}
+# The largest finite numbers of what .satfinite is for.
+LARGEST = {
+    name: np.array(bits, np.uint32).view(np.float32)
+    for name, bits in (("f16", 0x477FE000), ("bf16", 0x7F7F0000), ("tf32", 0x7F7FE000))
+}
 
 
 def _dtype(kind: str) -> np.dtype:
@@ -109,15 +114,19 @@ def cvt(x: Operation) -> Callable:
         return from_narrow(x, to, mode, relu, source)
     if source in PACKED:
         raise x.unmodelled(f".{to} from .{source}")
-    if satfinite:
+    if satfinite and (source != "f32" or PACKED.get(to, to) not in LARGEST):
         raise x.unmodelled(".satfinite with these types")
+    if (ftz or sat) and (satfinite or to in PACKED or to == "tf32"):
+        raise x.unmodelled(".ftz or .sat with these types")
     if to in PACKED:
-        return _packed(x, PACKED[to], mode, relu, source)
+        return _packed(x, PACKED[to], mode, (satfinite, relu), source)
     if to == "tf32":
-        return _tf32(x, mode, source)
+        return _tf32(x, mode, (satfinite, relu), source)
     if relu and to not in ("f16", "bf16"):
         raise x.unmodelled(f".relu with .{to}")
     function = _conversion(x, to, source, mode, relu)
+    if satfinite:
+        function = _finite(function, to)
     view = FLOATS.get(source, source)
     a, have = x.wide_source(1, view)
     d, width = x.wide_dest_of(x.operand(0), FLOATS.get(to, to))
@@ -147,6 +156,12 @@ def _conversion(x: Operation, to: str, source: str, mode: str, relu: bool) -> Ca
         return lambda a: _to_float(TO_INTEGER[mode](_from_float(a, source)), to, "rn")
     _check_mode(x, to, mode or "rn")
     return lambda a: _to_float(_from_float(a, source), to, mode or "rn", relu)
+
+
+def _finite(function: Callable, to: str) -> Callable:
+    """A conversion after which numbers beyond the format's largest one have become that one (.satfinite)."""
+    most = LARGEST[to]
+    return lambda a: function(np.clip(a, -most, most))
 
 
 def _check_mode(x: Operation, to: str, mode: str) -> None:
@@ -193,8 +208,9 @@ def _saturated(value: np.ndarray, to: str) -> np.ndarray:
     return np.clip(value, low, high).astype(want.dtype)
 
 
-def _packed(x: Operation, scalar: str, mode: str, relu: bool, source: str) -> Callable:
-    """cvt.rn.bf16x2.f32 d, a, b: a goes to the upper half, b to the lower."""
+def _packed(x: Operation, scalar: str, mode: str, flags: tuple[bool, bool], source: str) -> Callable:
+    """cvt.rn.bf16x2.f32 d, a, b: a goes to the upper half, b to the lower. flags: (.satfinite, .relu)."""
+    satfinite, relu = flags
     if source != "f32" or mode not in ("rn", "rz"):
         raise x.unmodelled(f".{mode} from .{source}")
     view = "f16x2" if scalar == "f16" else "u16x2"
@@ -205,6 +221,9 @@ def _packed(x: Operation, scalar: str, mode: str, relu: bool, source: str) -> Ca
         if direct:
             return f32_to_bf16(value, mode)
         return _to_float(value.astype(np.float64), scalar, mode, relu)
+
+    if satfinite:
+        convert = _finite(convert, scalar)
 
     def step(m: Machine, g: Threads) -> None:
         at, rows = g.index, m.rows["f32"]
@@ -217,16 +236,26 @@ def _packed(x: Operation, scalar: str, mode: str, relu: bool, source: str) -> Ca
     return step
 
 
-def _tf32(x: Operation, mode: str, source: str) -> Callable:
-    """cvt.rna.tf32.f32: 10 mantissa bits, ties away from zero; rn ties to even, rz cuts."""
-    if source != "f32" or mode not in ("rna", "rn", "rz"):
+def _tf32(x: Operation, mode: str, flags: tuple[bool, bool], source: str) -> Callable:
+    """cvt.rna.tf32.f32: 10 mantissa bits, ties away from zero; rn ties to even, rz cuts.
+
+    flags: (.satfinite, .relu).
+    """
+    satfinite, relu = flags
+    if source != "f32" or mode not in ("rna", "rn", "rz") or (relu and mode == "rna"):
         raise x.unmodelled(f".{mode} from .{source}")
+    most = LARGEST["tf32"]
     d, a = x.dest(0, "u32"), x.source(1, "u32")
     low = np.uint32(0x1FFF)
 
     def step(m: Machine, g: Threads) -> None:
         rows, at = m.rows["u32"], g.index
         bits = rows[a][at]
+        if satfinite or relu:
+            value = bits.view(np.float32)
+            low_end, high_end = np.float32(0) if relu else -most, most if satfinite else np.float32(np.inf)
+            bits = np.where(value == 0, np.abs(value) if relu else value, value.clip(low_end, high_end))
+            bits = bits.view(np.uint32)
         half = {
             "rna": np.uint32(0x1000),
             "rn": np.uint32(0xFFF) + (bits >> np.uint32(13) & np.uint32(1)),

@@ -12,8 +12,8 @@ from ..base.narrow_floats import E2M1, FORMATS, UE8M0, to_ue8m0
 from ..translate.translation import Operation
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 PAIRS = tuple(f"{name}x2" for name in FORMATS)
 SCALES = "ue8m0x2"

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.events import Copy
 from ..translate.translation import Operation, operation
-from ..units.sync import Copy
+from ..units.sync import AsyncCopies
 from .memory import Access
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 
 @operation("cp.async.ca.shared.global", "cp.async.cg.shared.global",
@@ -47,7 +48,7 @@ def copy(x: Operation) -> Callable:
             drop = m.rows["pred"][ignore[0]][g.index].reshape(-1) ^ ignore[1]
             used = np.where(drop, 0, size)
         cta, place = m.place(g, shared.of(m, g), False)
-        m.copies.issue(g, Copy(g.flat, cta, place, source.of(m, g), used, size, where))
+        m.part(AsyncCopies).issue(g, Copy(g.flat, cta, place, source.of(m, g), used, size, where))
 
     return step
 
@@ -55,11 +56,11 @@ def copy(x: Operation) -> Callable:
 @operation("cp.async.commit_group")
 def commit(x: Operation) -> Callable:
     """Close the group of the copies issued so far."""
-    return lambda m, g: m.copies.commit(g)
+    return lambda m, g: m.part(AsyncCopies).commit(g)
 
 
 @operation("cp.async.wait_group", "cp.async.wait_all")
 def wait(x: Operation) -> Callable:
     """Wait until at most n of the youngest groups are pending; wait_all waits for every copy."""
     keep = x.integer(0) if x.name.endswith("group") else None
-    return lambda m, g: m.copies.wait(g, keep)
+    return lambda m, g: m.part(AsyncCopies).wait(g, keep)

@@ -16,12 +16,13 @@ from ..base.errors import EmulatorError
 from ..ptx.operands import Sink, Vector
 from ..translate.translation import Operation, operation
 from ..units import bulk
+from ..units.mbarrier import MBarriers
 from .mbarrier import Word
 from .memory import Access
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 NBYTES = 16
 # Read as signed it is no small negative number, which a kernel might take for "no tile" by chance.
@@ -62,7 +63,7 @@ def try_cancel(x: Operation) -> Callable:
                 raise EmulatorError(f"CTA {m.cta_name(cta)} asks again after the answer that nothing is left")
             first = cta - int(m.rank[cta])
             receivers = range(first, first + m.cluster) if multicast else [cta]
-            barriers = [m.mbarriers.find(each, word) for each in receivers]
+            barriers = [m.part(MBarriers).find(each, word) for each in receivers]
             targets = [bulk.Signal(b.cta, to, b, b.phase) for b in barriers]
             Answer(issuer, targets, NBYTES, where).begin(m)
 

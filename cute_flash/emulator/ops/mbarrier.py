@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..translate.translation import Operation, Step, operation
-from ..units.mbarrier import Barrier
+from ..core.code import Step
+from ..core.events import Barrier
+from ..translate.translation import Operation, operation
+from ..units.mbarrier import MBarriers
 from .memory import Access
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 SPURIOUS = 0.05  # chance that a bounded wait gives up at once, when asynchrony is random
 
@@ -37,7 +39,7 @@ class Word:
 
     def barriers(self, m: Machine, g: Threads) -> list[Barrier]:
         """The barrier of each thread."""
-        return [m.mbarriers.find(cta, address) for cta, address in self.places(m, g)]
+        return [m.part(MBarriers).find(cta, address) for cta, address in self.places(m, g)]
 
 
 def _use(m: Machine, g: Threads, barriers: list[Barrier]) -> None:
@@ -70,7 +72,7 @@ def init(x: Operation) -> Callable:
 
     def step(m: Machine, g: Threads) -> None:
         for (cta, address), n, warp in zip(word.places(m, g), count(m, g), g.warp.tolist(), strict=True):
-            m.mbarriers.init(cta, address, n, (cta, warp))
+            m.part(MBarriers).init(cta, address, n, (cta, warp))
 
     return step
 
@@ -84,7 +86,7 @@ def inval(x: Operation) -> Callable:
     def step(m: Machine, g: Threads) -> None:
         _use(m, g, word.barriers(m, g))
         for cta, address in word.places(m, g):
-            m.mbarriers.invalidate(cta, address)
+            m.part(MBarriers).invalidate(cta, address)
 
     return step
 
@@ -111,9 +113,9 @@ def arrive(x: Operation) -> Callable:
         for barrier, n, warp in zip(barriers, numbers, warps, strict=True):
             phases.append(barrier.phase)
             if expecting:
-                m.mbarriers.expect(barrier, n)
+                m.part(MBarriers).expect(barrier, n)
             told = None if relaxed else warp
-            m.mbarriers.arrive(barrier, 1 if expecting else n, told, lanes[barrier, warp])
+            m.part(MBarriers).arrive(barrier, 1 if expecting else n, told, lanes[barrier, warp])
         m.rows["u64"][state][g.index] = np.array(phases, np.uint64).reshape(g.shape)
 
     return step
@@ -133,7 +135,7 @@ def bytes_(x: Operation) -> Callable:
         barriers = word.barriers(m, g)
         _use(m, g, barriers)
         for barrier, n in zip(barriers, operand(m, g), strict=True):
-            (m.mbarriers.expect if expecting else m.mbarriers.deliver)(barrier, n)
+            (m.part(MBarriers).expect if expecting else m.part(MBarriers).deliver)(barrier, n)
 
     return step
 
@@ -164,7 +166,7 @@ def wait(x: Operation) -> Step:
             raise m.fault(ValueError, g, int(np.argmax(asked)), f"a parity of {int(asked.max())}")
         cta, address = m.place(g, word.access.of(m, g), word.remote)
         places, of = np.unique(cta << 32 | address, return_inverse=True)
-        barriers = [m.mbarriers.find(int(place) >> 32, int(place) & 0xFFFFFFFF) for place in places]
+        barriers = [m.part(MBarriers).find(int(place) >> 32, int(place) & 0xFFFFFFFF) for place in places]
         _use_once(m, g, barriers, of)
         phase = np.array([barrier.phase for barrier in barriers])[of]
         done = (phase & 1) != asked if parity else phase > asked

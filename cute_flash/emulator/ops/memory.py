@@ -14,8 +14,8 @@ from ..ptx.operands import Symbol
 from ..translate.translation import Operation, operation
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "param::entry", "const")
 CACHE_HINTS = (

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base import fragments
-from ..translate.translation import Operation, Step, operation
+from ..core.code import Step
+from ..core.state import LANES
+from ..translate.translation import Operation, operation
 from .memory import Access, read, write
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 # shape -> registers of A and of B
 SHAPES = {"m16n8k16": (4, 2), "m16n8k8": (2, 1)}
@@ -123,50 +125,63 @@ def _rows(x: Operation, position: int, count: int) -> tuple[int, ...]:
     return tuple(x.bank_row(item, "u32") for item in _items(x, position, count))
 
 
-def _matrix_form(x: Operation) -> tuple[int, bool]:
-    """(number of 8x8 matrices, transposed)."""
-    x.one_of("m8n8")
+def _matrix_form(x: Operation, byte_shape: str) -> tuple[bool, int, bool]:
+    """(whether elements are bytes, number of matrices, transposed). byte_shape: that of matrices of bytes."""
+    of_bytes = x.one_of("m8n8", byte_shape) == byte_shape
     count = {"x1": 1, "x2": 2, "x4": 4}[x.one_of("x1", "x2", "x4")]
     transposed = x.flag("trans")
     x.one_of("shared", "shared::cta", default="shared")
-    x.type("b16")
-    return count, transposed
+    x.type("b8" if of_bytes else "b16")
+    if of_bytes and not transposed:
+        raise x.unmodelled(f".{byte_shape} without .trans")
+    return of_bytes, count, transposed
 
 
-def _matrix_addresses(m: Machine, g: Threads, access: Access, count: int) -> tuple[Threads, np.ndarray]:
-    """The threads that supply row addresses (lanes 0 .. 8 * count - 1 of each warp) and those addresses."""
+def _matrix_addresses(m: Machine, g: Threads, access: Access, rows: int) -> tuple[Threads, np.ndarray]:
+    """The threads that supply row addresses (lanes 0 .. rows - 1 of each warp) and those addresses."""
     address = access.of(m, g)
-    if count == 4:
+    if rows == LANES:
         return g, address
-    suppliers = g.lane < 8 * count
+    suppliers = g.lane < rows
     return m.sets.select(g, suppliers.reshape(g.shape)), address[suppliers]
 
 
 @operation("ldmatrix.sync.aligned")
 def ldmatrix(x: Operation) -> Step:
-    """Load 8x8 matrices of 16-bit elements: lane 8j + r supplies the address of row r of matrix j."""
-    count, transposed = _matrix_form(x)
-    dests = np.array([x.dest_of(item, "u32") for item in _items(x, 0, count)])
+    """Load 8x8 matrices of 16-bit elements, or 16x16 ones of bytes, row by row.
+
+    Of matrices with n rows, lane n j + r supplies the address of row r of matrix j.
+    """
+    of_bytes, count, transposed = _matrix_form(x, "m16n16")
+    if of_bytes and count == 4:
+        raise x.unmodelled(".m16n16.x4")
+    registers, height = (2 * count, 16) if of_bytes else (count, 8)
+    dests = np.array([x.dest_of(item, "u32") for item in _items(x, 0, registers)])
     access = Access(x, 1, "shared", 16)
 
     def step(m: Machine, g: Threads) -> None:
-        suppliers, address = _matrix_addresses(m, g, access, count)
-        rows = read(m, suppliers, "shared", address, 4, 4).reshape(g.warps, count, 8, 4)
-        g.scatter(m.banks[32], dests, fragments.rows_to_lanes(rows, transposed))
+        suppliers, address = _matrix_addresses(m, g, access, height * count)
+        rows = read(m, suppliers, "shared", address, 4, 4).reshape(g.warps, count, height, 4)
+        if of_bytes:
+            words = fragments.byte_rows_to_lanes(rows.view(np.uint8))
+        else:
+            words = fragments.rows_to_lanes(rows, transposed)
+        g.scatter(m.banks[32], dests, words)
 
     return x.converged(step)
 
 
 @operation("stmatrix.sync.aligned")
 def stmatrix(x: Operation) -> Step:
-    """Store 8x8 matrices of 16-bit elements, the inverse of ldmatrix."""
-    count, transposed = _matrix_form(x)
+    """Store 8x8 matrices of 16-bit elements, the inverse of ldmatrix, or 16x8 ones of bytes by columns."""
+    of_bytes, count, transposed = _matrix_form(x, "m16n8")
     access = Access(x, 0, "shared", 16)
     sources = np.array(_rows(x, 1, count))
 
     def step(m: Machine, g: Threads) -> None:
-        suppliers, address = _matrix_addresses(m, g, access, count)
-        rows = fragments.lanes_to_rows(g.gather(m.banks[32], sources), transposed)
+        suppliers, address = _matrix_addresses(m, g, access, 8 * count)
+        words = g.gather(m.banks[32], sources)
+        rows = fragments.lanes_to_byte_rows(words) if of_bytes else fragments.lanes_to_rows(words, transposed)
         write(m, suppliers, "shared", address, rows.reshape(-1, 4))
 
     return x.converged(step)

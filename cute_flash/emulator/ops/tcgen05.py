@@ -11,17 +11,19 @@ import numpy as np
 
 from ..base.errors import TensorMemoryError
 from ..base.formats import CANONICAL_NAN
+from ..core.code import Step
+from ..core.engine import Engine
 from ..core.engine import Operation as Pending
-from ..core.observe import Columns
+from ..core.events import Columns
 from ..core.state import LANES
-from ..translate.translation import Operation, Step, operation
-from ..units.tensor_memory import COLUMNS, POISON
+from ..translate.translation import Operation, operation
+from ..units.tensor_memory import COLUMNS, POISON, TensorMemory
 from .floating import extreme
 from .memory import Access, write
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
     from ..ptx.parse import Instruction
 
 
@@ -73,11 +75,11 @@ def alloc(x: Operation) -> Step:
             if group == 2 and m.cluster % 2:
                 raise m.warp_fault(TensorMemoryError, g, k, "this CTA has no peer: its cluster has odd size")
             if group == 2:
-                base = m.tensor.allocate_pair(cta, warp, columns)
+                base = m.part(TensorMemory).allocate_pair(cta, warp, columns)
             else:
-                base = m.tensor.allocate(cta, columns)
+                base = m.part(TensorMemory).allocate(cta, columns)
             if base is None:
-                m.park(here, one_warp(m, g, k, slice(None)), m.tensor.key(cta))
+                m.park(here, one_warp(m, g, k, slice(None)), m.part(TensorMemory).key(cta))
                 continue
             value = np.array([[base]], np.uint32)
             write(m, one_warp(m, g, k, slice(1)), access.space, address[k, :1], value)
@@ -100,7 +102,7 @@ def dealloc(x: Operation) -> Step:
         addresses = uniform(m, g, address, "addresses").tolist()
         for k, columns in enumerate(uniform(m, g, count, "numbers of columns").tolist()):
             cta, warp = int(g.cta_at[k]), int(g.warp_at[k])
-            freed = m.tensor.release(cta, addresses[k], columns)
+            freed = m.part(TensorMemory).release(cta, addresses[k], columns)
             if m.watch is not None:
                 m.watch.tensor_free(m, (cta, warp), freed)
 
@@ -116,7 +118,7 @@ def relinquish(x: Operation) -> Step:
 
     def step(m: Machine, g: Threads) -> None:
         for cta in g.cta_at.tolist():
-            m.tensor.relinquished[cta] = True
+            m.part(TensorMemory).relinquished[cta] = True
 
     return x.converged(step)
 
@@ -203,12 +205,12 @@ class _Target:
     def columns(self, m: Machine, g: Threads) -> tuple[np.ndarray, np.ndarray]:
         """(first lane, first column) of each warp, checked and told to observers."""
         address = uniform(m, g, self.row, "addresses") + self.offset
-        lane, column = m.tensor.starts(g, address, self.form.lanes)
+        lane, column = m.part(TensorMemory).starts(g, address, self.form.lanes)
         for k, (cta, first) in enumerate(zip(g.cta_at.tolist(), lane.tolist(), strict=True)):
             lanes = slice(first, first + self.form.lanes)
             for offset, count in self.form.windows:
                 columns = Columns(cta, lanes, int(column[k]) + offset, count)
-                m.tensor.check_columns(cta, columns.first, count, self.name)
+                m.part(TensorMemory).check_columns(cta, columns.first, count, self.name)
                 if m.watch is not None:
                     m.watch.tensor_access(m, (cta, int(g.warp_at[k])), columns, self.write)
         return lane, column
@@ -223,11 +225,12 @@ def _load(m: Machine, g: Threads, target: _Target) -> np.ndarray:
     """The register words that a load brings: (registers, warps, 32)."""
     lane, column = target.columns(m, g)
     index = target.index(g, lane, column)
-    if m.tensor.strict:
-        flags = m.tensor.written.reshape(-1)[index]
+    tensor = m.part(TensorMemory)
+    if tensor.strict:
+        flags = tensor.written.reshape(-1)[index]
         if not flags.all():
             raise _unwritten(m, int(index[~flags].min()))
-    words = m.tensor.words.reshape(-1)[index]
+    words = tensor.words.reshape(-1)[index]
     if words.shape[1] == 2:
         return words[:, 0] & np.uint32(0xFFFF) | words[:, 1] << np.uint32(16)
     return words[:, 0]
@@ -281,7 +284,7 @@ _NAN = np.array(CANONICAL_NAN[32], np.uint32).view(np.float32)
 def _unwritten(m: Machine, position: int) -> Exception:
     cta, rest = divmod(position, 128 * COLUMNS)
     lane, column = divmod(rest, COLUMNS)
-    return m.tensor.unwritten("tcgen05.ld", cta, lane, column)
+    return m.part(TensorMemory).unwritten("tcgen05.ld", cta, lane, column)
 
 
 @dataclass(eq=False)
@@ -302,9 +305,10 @@ class Store(Pending):
         return "tensor stores", *self.warp
 
     def land(self, m: Machine) -> None:
-        m.tensor.check_columns(self.warp[0], self.column, self.count, "tcgen05.st")
-        m.tensor.words.reshape(-1)[self.index] = self.words
-        m.tensor.written.reshape(-1)[self.index] = True
+        tensor = m.part(TensorMemory)
+        tensor.check_columns(self.warp[0], self.column, self.count, "tcgen05.st")
+        tensor.words.reshape(-1)[self.index] = self.words
+        tensor.written.reshape(-1)[self.index] = True
 
 
 @operation("tcgen05.st")
@@ -329,11 +333,11 @@ def store(x: Operation) -> Step:
         count = form.windows[0][1]
         for k, warp in enumerate(zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True)):
             pending = Store(index[:, :, k], words[:, :, k], warp, int(column[k]), count, where)
-            m.tensor.stores.setdefault(warp, []).append(pending)
-            m.engine.issue(pending)
+            m.part(TensorMemory).stores.setdefault(warp, []).append(pending)
+            m.part(Engine).issue(pending)
             if not pending.landed:
-                m.tensor.words.reshape(-1)[pending.index] = POISON
-                m.tensor.written.reshape(-1)[pending.index] = False
+                m.part(TensorMemory).words.reshape(-1)[pending.index] = POISON
+                m.part(TensorMemory).written.reshape(-1)[pending.index] = False
 
     return x.converged(step)
 
@@ -351,8 +355,8 @@ def wait(x: Operation) -> Step:
                 m.watch.tensor_loaded(m, g)
             return
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
-            for pending in m.tensor.stores.pop((cta, warp), ()):
-                m.engine.finish(pending)
+            for pending in m.part(TensorMemory).stores.pop((cta, warp), ()):
+                m.part(Engine).finish(pending)
         if m.watch is not None:
             m.watch.tensor_stored(m, g)
 

@@ -12,15 +12,16 @@ from ..ptx.operands import Address, Vector
 from ..translate.translation import Operation, operation
 from ..units import descriptors
 from ..units.bulk import issuers
+from ..units.mbarrier import MBarriers
 from ..units.tensor_formats import KINDS, form
 from ..units.tensor_memory import split
-from ..units.tensor_products import COPIES, Commit, Product, SharedToTensor, group
+from ..units.tensor_products import COPIES, Commit, Product, SharedToTensor, TensorUnit, group
 from .mbarrier import Word
 from .tcgen05 import cta_group
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 SCALES = {"scale_vec::1X": 1, "scale_vec::2X": 2, "scale_vec::4X": 4}
 BLOCKS = {"block16": 16, "block32": 32}
@@ -108,7 +109,7 @@ class _Mma:
         for k, (issuer, d, a, b, word, enable) in enumerate(columns):
             one = form(word, self.kind, self.ctas, self.scales)
             ctas = group(m, issuer.cta, self.ctas)
-            m.tensor_unit.collect(ctas[0], self.usage, (a, self.a.in_tensor_memory, one.a))
+            m.part(TensorUnit).collect(ctas[0], self.usage, (a, self.a.in_tensor_memory, one.a))
             locate = descriptors.locate
             where_a = a
             if not self.a.in_tensor_memory:
@@ -198,8 +199,8 @@ def commit(x: Operation) -> Callable:
                 targets = [first + rank for rank in range(m.cluster) if word >> rank & 1]
             else:
                 targets = [cta]
-            barriers = [m.mbarriers.find(target, address) for target in targets]
-            unit = m.tensor_unit.commit(issuer)
+            barriers = [m.part(MBarriers).find(target, address) for target in targets]
+            unit = m.part(TensorUnit).commit(issuer)
             Commit(issuer, group(m, issuer.cta, ctas), where, unit, barriers).begin(m)
 
     return step

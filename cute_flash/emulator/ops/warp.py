@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import BarrierError
+from ..base.formats import CANONICAL_NAN
+from ..core.code import Step
 from ..core.state import LANES
 from ..ptx.operands import Immediate
-from ..translate.translation import Operation, Step, operation
+from ..translate.translation import Operation, operation
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 _LANE = np.arange(LANES, dtype=np.int64)
+_NAN = np.array(CANONICAL_NAN[32], np.uint32).view(np.float32)
 
 
 def by_warp(g: Threads, values: np.ndarray) -> np.ndarray:
@@ -168,8 +171,10 @@ def match(x: Operation) -> Step:
 
 @operation("redux.sync")
 def redux(x: Operation) -> Step:
-    """Reduce an integer over the member lanes."""
+    """Reduce a word over the member lanes."""
     name = x.one_of("add", "min", "max", "and", "or", "xor")
+    if "f32" in x.modifiers:
+        return _redux_float(x, name)
     kind = x.type("u32", "s32", "b32")
     if (kind == "b32") != (name in ("and", "or", "xor")):
         raise x.unmodelled(f".{name}.{kind}")
@@ -191,6 +196,35 @@ def redux(x: Operation) -> Step:
         total = reduce(np.where(named(m, g), value, neutral), axis=1)
         total = total.astype(np.uint32).view(info.dtype)
         m.rows[view][d][g.index] = from_warps(g, np.repeat(total[:, None], LANES, axis=1))
+
+    return x.converged(step, row)
+
+
+def _redux_float(x: Operation, name: str) -> Step:
+    """The smallest or largest float of the member lanes, -0 < +0; NaN if all are, with .NaN if one is."""
+    magnitude, any_nan = x.flag("abs"), x.flag("NaN")
+    x.type("f32")
+    if name not in ("min", "max"):
+        raise x.unmodelled(f".{name}.f32")
+    d, a = x.dest(0, "f32"), x.source(1, "f32")
+    row, named = members(x, 2)
+
+    def step(m: Machine, g: Threads) -> None:
+        value = by_warp(g, m.rows["f32"][a][g.index])
+        if magnitude:
+            value = np.abs(value)
+        lanes = named(m, g)
+        nan = np.isnan(value)
+        # As integers, floats lie in order once the negative ones are turned round.
+        bits = np.ascontiguousarray(value).view(np.int32).astype(np.int64)
+        order = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        usable = lanes & ~nan
+        worst = (1 << 40) * (1 if name == "min" else -1)
+        best = getattr(np, name)(np.where(usable, order, worst), axis=1)
+        total = np.where(best < 0, best ^ 0x7FFFFFFF, best).astype(np.int32).view(np.float32)
+        undone = (lanes & nan).any(axis=1) if any_nan else ~usable.any(axis=1)
+        total = np.where(undone, _NAN, total)
+        m.rows["f32"][d][g.index] = from_warps(g, np.repeat(total[:, None], LANES, axis=1))
 
     return x.converged(step, row)
 

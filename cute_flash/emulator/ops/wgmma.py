@@ -9,17 +9,18 @@ import numpy as np
 
 from ..base.errors import WarpgroupError
 from ..base.formats import matrix_bits
+from ..core.code import Step
 from ..core.state import LANES
 from ..ptx.constants import known_predicate
 from ..ptx.operands import Register
-from ..translate.register_flight import Effect
-from ..translate.translation import Operation, Step, operation
+from ..translate.translation import Effect, Operation, operation
 from ..units.descriptors import Tile
 from ..units.products import ROWS, Form
+from ..units.warpgroup import Products
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 SHAPES = {f"m64n{n}k{k}": (n, k) for n in range(8, 257, 8) for k in (16, 32)}
 BYTES = ("e4m3", "e5m2")
@@ -96,7 +97,7 @@ def _issue(form: Form) -> Callable:
             keep = np.full(g.warps, form.keep)
         else:
             keep = _per_warp(m, g, "pred", form.keep[0]) ^ form.keep[1]
-        m.products.issue(g, form, (a, b, keep))
+        m.part(Products).issue(g, form, (a, b, keep))
 
     return step
 
@@ -115,14 +116,14 @@ def _per_warp(m: Machine, g: Threads, view: str, row: int) -> np.ndarray:
 def fence(x: Operation) -> Step:
     """Order the accesses to registers before products that use them: see register_flight.py."""
     x.effect = Effect("fence")
-    return x.converged(lambda m, g: m.products.check_warpgroups(g))
+    return x.converged(lambda m, g: m.part(Products).check_warpgroups(g))
 
 
 @operation("wgmma.commit_group.sync.aligned")
 def commit_group(x: Operation) -> Step:
     """Close the group of the products issued so far."""
     x.effect = Effect("commit")
-    return x.converged(lambda m, g: m.products.commit(g))
+    return x.converged(lambda m, g: m.part(Products).commit(g))
 
 
 @operation("wgmma.wait_group.sync.aligned")
@@ -135,6 +136,6 @@ def wait_group(x: Operation) -> Step:
         ready, late = m.whole_warps(g, here)
         if ready is None:
             return late
-        return late + m.products.wait(ready, keep, here)
+        return late + m.part(Products).wait(ready, keep, here)
 
     return x.control(step)

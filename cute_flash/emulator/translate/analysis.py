@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import UndefinedRegister
+from ..core.code import CONTROL, Step
 from ..ptx.operands import Register
 from ..ptx.parse import Instruction
-from .translation import CONTROL, Operation, Step
+from .translation import Operation
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 
 ENDS = ("ret", "exit", "trap")  # after these a thread goes nowhere

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..base.errors import RegisterInFlight
+from ..core.code import CONTROL, Step
 from ..ptx.operands import Register
 from .analysis import after_check, successors
-from .translation import CONTROL, Operation, Step
+from .translation import Operation
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 LOADS, WAIT = ("tcgen05.ld", "tcgen05.ld.red"), "tcgen05.wait::ld"
 

@@ -14,33 +14,23 @@ checked while running.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..base.errors import RegisterInFlight
+from ..core.code import CONTROL, Layout, Step
 from ..ptx.operands import Register
+from ..units.warpgroup import Products
 from .analysis import successors
-from .translation import CONTROL, Layout, Operation, Step
+from .translation import Operation
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
     from ..units.products import Form
 
 DEPTH = 8  # groups that the analysis tells apart; older ones count as one
-
-
-@dataclass(frozen=True, eq=False)
-class Effect:
-    """What an instruction does to products. kind: "product", "fence", "commit" or "wait" (all but `keep`)."""
-
-    kind: str
-    d: tuple[Register, ...] = ()
-    a: tuple[Register, ...] = ()
-    form: Form | None = None
-    keep: int = 0
 
 
 class State(NamedTuple):
@@ -226,7 +216,7 @@ def _is_move(operation: Operation) -> bool:
 
 
 def _untouched(rows: frozenset[int], form: Form | None) -> Callable:
-    return lambda m, g: m.products.check_untouched(g, rows, form)
+    return lambda m, g: m.part(Products).check_untouched(g, rows, form)
 
 
 def _fenced(registers: list[tuple[str, int]]) -> Callable:

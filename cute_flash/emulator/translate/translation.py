@@ -10,44 +10,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..base.errors import ParseError, UnmodelledInstruction
+from ..core.code import CONTROL, CONVERGED, Constant, Layout, Step
 from ..core.special import MODELLED
 from ..core.state import VIEWS
 from ..ptx.operands import Address, Immediate, Not, Pair, Register, Sink, Special, Symbol, Vector, float_bits
 from ..ptx.parse import EntryText, Instruction, Module
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
-    from .register_flight import Effect
+    from ..units.products import Form
 
 PlainStep = Callable[["Machine", "Threads"], None]
 OPERATIONS: dict[str, Callable[[Operation], Step | PlainStep]] = {}
-
-PLAIN, CONTROL, CONVERGED = "plain", "control", "converged"
-
-
-@dataclass(slots=True)
-class Step:
-    """One executable step.
-
-    kind PLAIN: run(machine, threads). CONTROL: run(machine, threads, here) returns [(step number, threads),
-    …] to go on with. CONVERGED: plain, but the lanes named by `members` (a row of the b32 bank, None for
-    all 32) must be present. where: the PTX instruction to name in messages. instructions: those it stands
-    for, in order (none for a helper step). multiply: an mma's operands, so that a run of them can become
-    one step.
-    """
-
-    run: Callable
-    kind: str = PLAIN
-    members: int | None = None
-    where: Instruction | None = None
-    instructions: tuple[Instruction, ...] = ()
-    multiply: object = None
 
 
 def operation(*names: str) -> Callable:
@@ -63,42 +43,15 @@ def operation(*names: str) -> Callable:
     return register
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """A row whose value the launch knows: given bits, a special register or a variable's address."""
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What an instruction does to products. kind: "product", "fence", "commit" or "wait" (all but `keep`)."""
 
-    kind: str  # "bits" | "special" | "symbol"
-    value: int | str
-    offset: int = 0
-
-
-@dataclass(slots=True)
-class Layout:
-    """How registers and constants are laid out.
-
-    counts: rows of the bank per width. constants: their numbers per width; number k is row -1 - k.
-    copies: constants that need a row of the bank itself because an instruction gathers rows, by (width, row).
-    """
-
-    counts: dict[int, int] = field(default_factory=dict)
-    constants: dict[int, dict[Constant, int]] = field(default_factory=dict)
-    copies: dict[tuple[int, int], Constant] = field(default_factory=dict)
-
-    def constant(self, width: int, constant: Constant) -> int:
-        known = self.constants.setdefault(width, {})
-        return -1 - known.setdefault(constant, len(known))
-
-    def new_row(self, width: int) -> int:
-        self.counts[width] = self.counts.get(width, 0) + 1
-        return self.counts[width] - 1
-
-    def copy(self, width: int, constant: Constant) -> int:
-        for (have, row), known in self.copies.items():
-            if have == width and known == constant:
-                return row
-        row = self.new_row(width)
-        self.copies[width, row] = constant
-        return row
+    kind: str
+    d: tuple[Register, ...] = ()
+    a: tuple[Register, ...] = ()
+    form: Form | None = None
+    keep: int = 0
 
 
 class Translation:

@@ -13,16 +13,17 @@ import numpy as np
 
 from ..base.errors import BarrierError, EmulatorError, Misaligned, OutOfBounds
 from ..base.formats import bf16_to_f32, f32_to_bf16
-from ..core.engine import Operation
+from ..core.engine import Engine, Operation
+from ..core.events import Span, Unit
+from ..core.machine import Machine, Part
 from ..core.memory import POISON
-from ..core.observe import Span, Unit
+from .mbarrier import MBarriers
 from .tensor_map import TensorMap
 
 if TYPE_CHECKING:
+    from ..core.events import Barrier
     from ..core.state import Threads
-    from ..machine.machine import Machine
     from ..ptx.parse import Instruction
-    from .mbarrier import Barrier
 
 ALIGNMENT = {"tensor": 128, "bytes": 16}
 
@@ -74,7 +75,7 @@ class Load(Operation):
             span = slice(target.address, target.address + self.nbytes)
             m.shared.bytes[target.cta, span] = POISON
             m.shared.written[target.cta, span] = 0
-        m.engine.issue(self)
+        m.part(Engine).issue(self)
 
     def land(self, m: Machine) -> None:
         data = self.source(m).reshape(-1, 16)
@@ -84,7 +85,7 @@ class Load(Operation):
             m.shared.written[cta].reshape(-1, 16)[at] = 1
             if barrier.phase != phase:
                 raise BarrierError(f"bytes of a copy issued in phase {phase} reach {barrier!r}")
-            m.mbarriers.deliver(barrier, self.nbytes)
+            m.part(MBarriers).deliver(barrier, self.nbytes)
 
     def abandoned(self, m: Machine) -> None:
         for cta, *_ in self.targets:
@@ -146,11 +147,11 @@ class Store(Operation):
     def begin(self, m: Machine) -> None:
         """Issue, into the group that the thread has open."""
         _check_span(m, self.address, self.nbytes)
-        group = m.bulk_groups.join(self)
+        group = m.part(BulkGroups).join(self)
         if m.watch is not None:
-            unit = m.bulk_groups.unit(self.issuer, group)
+            unit = m.part(BulkGroups).unit(self.issuer, group)
             m.watch.async_read(m, unit, self.issuer.cta, self.chunks(), 16)
-        m.engine.issue(self)
+        m.part(Engine).issue(self)
 
     def read(self, m: Machine) -> None:
         """Take the source as it is now."""
@@ -225,11 +226,11 @@ class Combine:
         return np.ascontiguousarray(self.function(*pair)).view(old.dtype)
 
 
-class BulkGroups:
+class BulkGroups(Part):
     """Groups of bulk stores, per thread."""
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         self.committed: dict[Issuer, int] = {}
         self.open: dict[Issuer, list[tuple[int, Store]]] = {}
 
@@ -257,7 +258,7 @@ class BulkGroups:
                 if number <= last and reading:
                     store.read(m)
                 elif number <= last:
-                    m.engine.finish(store)
+                    m.part(Engine).finish(store)
             if not reading and issuer in self.open:
                 self.open[issuer] = [entry for entry in self.open[issuer] if entry[0] > last]
             if m.watch is not None and issuer in self.open:

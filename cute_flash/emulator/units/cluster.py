@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..base.errors import BarrierError, EmulatorError
+from ..core.machine import Machine, Part
 from ..core.state import LANES
 
 if TYPE_CHECKING:
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 REGISTERS = 65536  # of a multiprocessor
 MOST_REGISTERS = 255  # of a thread, at launch
 
 
-class ClusterBarriers:
+class ClusterBarriers(Part):
     """barrier.cluster of every cluster: complete when all threads that have not exited have arrived."""
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         clusters = m.ctas // m.cluster
         self.phase = np.zeros(clusters, np.int64)
         self.arrived = np.zeros((m.warps, m.ctas), bool)
@@ -53,6 +52,11 @@ class ClusterBarriers:
             self.arrived[:, cluster * m.cluster : (cluster + 1) * m.cluster] = False
             m.wake(self.key(cluster))
 
+    def exited(self) -> list[tuple[int, Threads]]:
+        if self.arrived.any():
+            self.release()
+        return []
+
     def key(self, cluster: int) -> str:
         """What waits for a cluster's barrier is parked under."""
         return f"the barrier of cluster {cluster}"
@@ -66,21 +70,6 @@ class ClusterBarriers:
         return self.phase[g.cta_at // self.machine.cluster] > self.due[g.warp_at, g.cta_at]
 
 
-@dataclass
-class Unlaunched:
-    """The CTAs of a grid that have not started: first … total - 1, whole clusters of `cluster`."""
-
-    first: int
-    total: int
-    cluster: int
-
-    def take(self, ctas: int) -> int:
-        """Up to `ctas` of them start, or are taken over by running ones; the number of the first."""
-        first = self.first
-        self.first = min(first + ctas, self.total)
-        return first
-
-
 def _most(directives: dict[str, tuple[int, ...]], warps: int) -> int:
     """Registers per thread that a kernel with these directives can be compiled for."""
     block = directives.get("maxntid") or directives.get("reqntid")
@@ -90,7 +79,7 @@ def _most(directives: dict[str, tuple[int, ...]], warps: int) -> int:
     return min(most, *directives.get("maxnreg", (most,)))
 
 
-class RegisterPool:
+class RegisterPool(Part):
     """setmaxnreg: warps give registers back to their CTA, and take what others gave.
 
     What a CTA is launched with is the assembler's choice (Launch.registers). Where nobody tells, it is
@@ -98,7 +87,7 @@ class RegisterPool:
     """
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         told = m.launch.registers
         self.launched = -(-told // 8) * 8 if told else _most(m.code.directives, m.warps)
         self.held = np.full((m.warps, m.ctas), self.launched)
@@ -118,7 +107,7 @@ class RegisterPool:
         self.machine.wake(self.key(cta))
         return True
 
-    def check_warpgroups(self) -> None:
+    def ended(self) -> None:
         """All four warps of a warpgroup must have executed the same changes."""
         m = self.machine
         for first in range(0, m.warps, 4):

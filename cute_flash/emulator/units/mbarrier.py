@@ -7,46 +7,19 @@ uninitialised read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..base.errors import BarrierError
-
-if TYPE_CHECKING:
-    from ..machine.machine import Machine
+from ..core.events import Barrier
+from ..core.machine import Machine, Part
 
 MOST = (1 << 20) - 1  # arrivals, and bytes, of one phase
 SIZE = 8
 
 
-class Barrier:
-    """One mbarrier. phase: number of completed phases; pending: arrivals that the current one lacks; bytes:
-    what it still expects (negative: came early).
-    """
-
-    __slots__ = ("cta", "address", "number", "expected", "pending", "bytes", "phase")
-
-    def __init__(self, cta: int, address: int, number: int, expected: int):
-        self.cta, self.address, self.number = cta, address, number
-        self.expected = self.pending = expected
-        self.bytes = self.phase = 0
-
-    @property
-    def key(self) -> str:
-        """What waits for it are parked under."""
-        return f"mbarrier {self.address:#x} of CTA {self.cta}"
-
-    def __repr__(self) -> str:
-        return (
-            f"mbarrier {self.address:#x} (phase {self.phase}, {self.pending} of {self.expected} arrivals and "
-            f"{self.bytes} bytes outstanding)"
-        )
-
-
-class MBarriers:
+class MBarriers(Part):
     """All barriers of a wave, by (cta, address)."""
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         self.live: dict[tuple[int, int], Barrier] = {}
 
     def init(self, cta: int, address: int, count: int, warp: tuple[int, int]) -> None:

@@ -21,8 +21,8 @@ from .descriptors import WGMMA, Tile, locate, read
 
 if TYPE_CHECKING:
     from ..base.errors import EmulatorError
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from ..machine.machine import Machine
     from ..ptx.parse import Instruction
 
 WARPS = 4  # of a warpgroup

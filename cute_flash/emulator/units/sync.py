@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import BarrierError
+from ..core.events import Copy
+from ..core.machine import Machine, Part
 from ..core.memory import POISON
 from ..core.state import LANES
 
 if TYPE_CHECKING:
     from ..core.state import Threads
-    from ..machine.machine import Machine
-    from ..ptx.parse import Instruction
 
 NUMBERS = 16
 # A barrier phase is used by sync and arrive, or by red: PTX forbids a mixture.
@@ -52,11 +52,11 @@ class Waiting:
     on_release: Callable | None
 
 
-class NamedBarriers:
+class NamedBarriers(Part):
     """The 16 barriers of every CTA of a wave. Arrays are (ctas, NUMBERS[, warps])."""
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         shape = (m.ctas, NUMBERS)
         self.expected = np.zeros(shape, np.int64)  # threads; 0 while nobody has arrived
         self.everyone = np.zeros(shape, bool)  # no count was given
@@ -192,6 +192,9 @@ class NamedBarriers:
         self.holding[complete] = 0
         return going
 
+    def exited(self) -> list[tuple[int, Threads]]:
+        return self.release() if self.waiting else []
+
     def describe(self) -> list[str]:
         """One line per CTA and barrier that warps wait at, for the deadlock message."""
         m = self.machine
@@ -210,27 +213,7 @@ class NamedBarriers:
         return lines
 
 
-@dataclass(slots=True)
-class Copy:
-    """One cp.async instruction of a set of threads, as arrays with one entry per thread."""
-
-    thread: np.ndarray  # number of the thread in the wave
-    cta: np.ndarray
-    shared: np.ndarray  # destination address in its CTA
-    source: np.ndarray  # global address
-    filled: np.ndarray  # bytes that are read; the rest of the destination becomes zero
-    size: int
-    where: Instruction
-    group: np.ndarray | None = None  # how many groups the thread had committed at issue
-    landed: bool = False
-
-    def part(self, chosen: np.ndarray) -> Copy:
-        """The entries for which the bool array `chosen` is True."""
-        arrays = (a[chosen] for a in (self.thread, self.cta, self.shared, self.source, self.filled))
-        return Copy(*arrays, self.size, self.where, self.group[chosen], self.landed)
-
-
-class AsyncCopies:
+class AsyncCopies(Part):
     """cp.async copies, which wait in groups that every thread commits for itself.
 
     Eager copies land at issue. Late ones read global memory and land when a wait forces them; until then
@@ -238,7 +221,7 @@ class AsyncCopies:
     """
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         self.committed = np.zeros(m.warps * m.ctas * LANES, np.int64)
         self.pending: list[Copy] = []
 

@@ -1,4 +1,4 @@
-"""Tensor maps: the 128-byte descriptors of TMA, and the box of a tensor that a copy moves.
+"""Tensor maps: the 128-byte descriptors of TMA, read and written, and the box of a tensor that a copy moves.
 
 The layout of the bits is no part of the PTX ISA. It is what the CuTe DSL's host code writes; only the first
 64 bytes carry meaning.
@@ -23,6 +23,9 @@ FORMATS = {
 FOURS = 11  # the format of 4-bit elements: two of them are one element here
 SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}  # code -> bytes of a swizzled row
 MOST_BOX = 256
+MOST_RANK = 5
+# Format of the elements of a map -> its code here, by the driver's CUtensorMapDataType.
+DATA_TYPES = {0: 0, 1: 1, 2: 2, 3: 2, 4: 4, 6: 6, 7: 7, 8: 9, 9: 10, 13: FOURS}
 _ALWAYS = 1 << 1 | 1 << 18
 _KNOWN = _ALWAYS | 7 << 4 | 15 << 7 | 3 << 13 | 1 << 21
 
@@ -100,6 +103,7 @@ def swizzled(nbytes: int, start: int, swizzle: int) -> np.ndarray:
     return at ^ (at >> 7 & bits) << 4
 
 
+@lru_cache(maxsize=1024)
 def decode(words: bytes) -> TensorMap:
     """Read a map. UnmodelledInstruction where it holds something that this decoder does not know."""
     word = struct.unpack("<16I", words[:64])
@@ -125,3 +129,31 @@ def decode(words: bytes) -> TensorMap:
     if inner % 16 or (swizzle and inner > swizzle):
         raise EmulatorError(f"a box of {box} {name} elements does not fit a swizzle of {swizzle} bytes")
     return TensorMap(word[0] | word[1] << 32, element, name, sizes, strides, box, swizzle, packed)
+
+
+def encode(
+    data_type: int, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...],
+    swizzle: int,
+) -> bytes:  # fmt: skip
+    """A map as the driver makes it. data_type, swizzle: its codes; strides: bytes, of dimensions 1 and on.
+
+    Raises ValueError for what the driver refuses, UnmodelledInstruction for element types without a model.
+    """
+    if data_type not in DATA_TYPES:
+        raise UnmodelledInstruction(f"a tensor map of the driver's data type {data_type} is not modelled")
+    rank = len(sizes)
+    if not 1 <= rank <= MOST_RANK or swizzle not in SWIZZLES or address % 16:
+        raise ValueError(f"a tensor map of rank {rank} and swizzle {swizzle} at {address:#x}")
+    if not all(1 <= size <= 1 << 32 for size in sizes) or not all(1 <= n <= MOST_BOX for n in box):
+        raise ValueError(f"a tensor map of sizes {sizes} in boxes of {box}")
+    if any(stride % 16 or not 0 <= stride < 1 << 40 for stride in strides):
+        raise ValueError(f"a tensor map of strides {strides}")
+    units = [stride // 16 for stride in (*strides, *(0,) * (4 - len(strides)))]
+    words = [address & 0xFFFFFFFF, address >> 32]
+    words.append(_ALWAYS | rank - 1 << 4 | DATA_TYPES[data_type] << 7 | swizzle << 13)
+    words += [unit & 0xFFFFFFFF for unit in units]
+    words.append(sum((unit >> 32) << 4 * k for k, unit in enumerate(units)))
+    words += [size - 1 for size in (*sizes, *(1,) * (MOST_RANK - rank))]
+    held = bytearray(struct.pack("<13I", *words) + bytes(128 - 52))
+    held[55 : 55 + rank] = bytes(n - 1 for n in box)
+    return bytes(held)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import OutOfBounds, TensorMemoryError, UninitializedRead
-from ..core.observe import Columns
+from ..core.events import Columns
+from ..core.machine import Machine, Part
 
 if TYPE_CHECKING:
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 LANES, COLUMNS = 128, 512
 QUARTER = 32  # lanes that one warp of a warpgroup reaches
@@ -30,7 +30,7 @@ def split(address: int) -> tuple[int, int]:
     return address >> 16, address & 0xFFFF
 
 
-class TensorMemory:
+class TensorMemory(Part):
     """The tensor memories of a wave's CTAs and their allocators.
 
     words: uint32, written: bool, both (ctas, LANES, COLUMNS) and made on first use. strict: reads of words
@@ -38,7 +38,7 @@ class TensorMemory:
     """
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         self.strict = m.options.uninitialized == "error"
         self.room = np.zeros((m.ctas, COLUMNS), np.int64)
         self.blocks: list[dict[int, int]] = [{} for _ in range(m.ctas)]  # first column -> columns
@@ -122,7 +122,7 @@ class TensorMemory:
         self.machine.wake(self.key(cta))
         return Columns(cta, slice(0, LANES), base, columns)
 
-    def finish(self) -> None:
+    def ended(self) -> None:
         """Every thread has exited: nothing may still be allocated."""
         for cta, blocks in enumerate(self.blocks):
             for base, columns in blocks.items():

@@ -14,25 +14,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import EmulatorError, TensorMemoryError
-from ..core.engine import Operation
-from ..core.observe import Columns, Unit
+from ..core.engine import Engine, Operation
+from ..core.events import Columns, Unit
+from ..core.machine import Machine, Part
 from . import descriptors
 from .bulk import Issuer
+from .mbarrier import MBarriers
 from .tensor_formats import Form, Matrix, Piece, from_words, numbers, pieces, scale_factors
-from .tensor_memory import LANES, QUARTER, split
+from .tensor_memory import LANES, QUARTER, TensorMemory, split
 
 if TYPE_CHECKING:
-    from ..machine.machine import Machine
+    from ..core.events import Barrier
     from ..ptx.parse import Instruction
-    from .mbarrier import Barrier
 
 EVERY_LANE = slice(0, LANES)
 
 
-class TensorUnit:
+class TensorUnit(Part):
     """Per wave: how many commits each thread has made, and what the collector buffer of each CTA holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, m: Machine):
+        super().__init__(m)
         self.epochs: dict[Issuer, int] = {}
         self.collector: dict[int, tuple] = {}
 
@@ -116,7 +118,7 @@ class Commit(Work):
                 m.watch.mbarrier_use(m, (self.issuer.cta, self.issuer.warp), barrier, True)
         if m.watch is not None:
             m.watch.unit_commit(m, self.unit)
-        m.engine.issue(self)
+        m.part(Engine).issue(self)
 
     def abandoned(self, m: Machine) -> None:
         for barrier in self.barriers:
@@ -127,7 +129,7 @@ class Commit(Work):
         for barrier in self.barriers:
             if m.watch is not None:
                 m.watch.unit_arrive(m, self.unit, barrier)
-            m.mbarriers.arrive(barrier, 1, None)
+            m.part(MBarriers).arrive(barrier, 1, None)
 
 
 @dataclass(eq=False)
@@ -159,12 +161,12 @@ class Product(Work):
                 descriptors.check_bounds(m.shared, chunks, _fault(m, [cta]))
         if m.watch is not None:
             self._announce(m)
-        m.engine.issue(self)
+        m.part(Engine).issue(self)
 
     def _check_columns(self, m: Machine, cta: int) -> None:
         """Everything must be allocated, when the product is issued and still when it happens."""
         for columns, _ in self._columns(cta):
-            m.tensor.check_columns(cta, columns.first, columns.count, "tcgen05.mma")
+            m.part(TensorMemory).check_columns(cta, columns.first, columns.count, "tcgen05.mma")
 
     def _chunks(self) -> list[np.ndarray]:
         return [self.b] if isinstance(self.a, int) else [self.a, self.b]
@@ -190,7 +192,7 @@ class Product(Work):
         return found
 
     def _announce(self, m: Machine) -> None:
-        unit = m.tensor_unit.unit(self.issuer)
+        unit = m.part(TensorUnit).unit(self.issuer)
         for cta in self.ctas:
             for chunks in self._chunks():
                 m.watch.async_read(m, unit, cta, chunks.reshape(-1), descriptors.CHUNK)
@@ -222,8 +224,8 @@ class Product(Work):
         lane, first = split(self.a)
         lanes = slice(piece.lanes.start + lane, piece.lanes.stop + lane)
         columns = slice(first, first + form.a.tile.k * form.a.tile.bits // 32)
-        m.tensor.check_written(cta, lanes, columns, "tcgen05.mma")
-        a = from_words(m.tensor.words[cta, lanes, columns], form.a)
+        m.part(TensorMemory).check_written(cta, lanes, columns, "tcgen05.mma")
+        a = from_words(m.part(TensorMemory).words[cta, lanes, columns], form.a)
         return self._scale_a(m, cta, a) if form.scales else a
 
     def _scale_a(self, m: Machine, cta: int, a: np.ndarray) -> np.ndarray:
@@ -245,10 +247,11 @@ class Product(Work):
 
     def _scale_words(self, m: Machine, cta: int, lanes: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Words that hold scale factors."""
-        missing = ~m.tensor.written[cta, lanes, columns]
-        if m.tensor.strict and missing.any():
-            raise m.tensor.unwritten("tcgen05.mma", cta, int(lanes[missing][0]), int(columns[missing][0]))
-        return m.tensor.words[cta, lanes, columns]
+        tensor = m.part(TensorMemory)
+        missing = ~tensor.written[cta, lanes, columns]
+        if tensor.strict and missing.any():
+            raise tensor.unwritten("tcgen05.mma", cta, int(lanes[missing][0]), int(columns[missing][0]))
+        return tensor.words[cta, lanes, columns]
 
     def _accumulate(
         self, m: Machine, cta: int, piece: Piece, product: np.ndarray, skip: np.ndarray | None
@@ -257,9 +260,10 @@ class Product(Work):
         lane, first = split(self.d)
         lanes = slice(piece.lanes.start + lane, piece.lanes.stop + lane)
         columns = slice(first, first + product.shape[1])
-        place = m.tensor.words[cta, lanes, columns]
+        tensor = m.part(TensorMemory)
+        place = tensor.words[cta, lanes, columns]
         if self.keep:
-            m.tensor.check_written(cta, lanes, columns, "tcgen05.mma")
+            tensor.check_written(cta, lanes, columns, "tcgen05.mma")
             have = place.astype(np.uint16).view(np.float16) if self.form.half else place.view(np.float32)
             product += have if self.keep == 1 else have * np.float32(self.keep)
         words = product.view(np.uint32)
@@ -267,11 +271,11 @@ class Product(Work):
             words = product.astype(np.float16).view(np.uint16).astype(np.uint32)
         if skip is None:
             place[...] = words
-            m.tensor.written[cta, lanes, columns] = True
+            tensor.written[cta, lanes, columns] = True
             return
         stays = skip[lanes]
         place[~stays] = words[~stays]
-        m.tensor.written[cta, lanes, columns][~stays] = True
+        tensor.written[cta, lanes, columns][~stays] = True
 
 
 def _scaled(values: np.ndarray, factors: np.ndarray) -> np.ndarray:
@@ -300,26 +304,27 @@ class SharedToTensor(Work):
 
     def begin(self, m: Machine) -> None:
         """Issue."""
-        unit = m.tensor_unit.unit(self.issuer)
+        unit = m.part(TensorUnit).unit(self.issuer)
         for cta in self.ctas:
             columns = Columns(cta, EVERY_LANE, self.column, 4 * self.chunks.shape[2])
-            m.tensor.check_columns(cta, columns.first, columns.count, "tcgen05.cp")
+            m.part(TensorMemory).check_columns(cta, columns.first, columns.count, "tcgen05.cp")
             descriptors.check_bounds(m.shared, self.chunks, _fault(m, [cta]))
             if m.watch is not None:
                 m.watch.async_read(m, unit, cta, self.chunks.reshape(-1), descriptors.CHUNK)
                 m.watch.tensor_work(m, unit, columns, True)
-        m.engine.issue(self)
+        m.part(Engine).issue(self)
 
     def land(self, m: Machine) -> None:
         _, rows, width = self.chunks.shape
         tile = descriptors.Tile(rows, 4 * width, 32)
         columns = slice(self.column, self.column + 4 * width)
+        tensor = m.part(TensorMemory)
         for cta in self.ctas:
-            m.tensor.check_columns(cta, self.column, 4 * width, "tcgen05.cp")
+            tensor.check_columns(cta, self.column, 4 * width, "tcgen05.cp")
             words = descriptors.read(m.shared, np.array([cta]), self.chunks, tile, _fault(m, [cta]))[0]
             for number, targets in enumerate(self.quarters):
                 part = words[number * QUARTER : (number + 1) * QUARTER]
                 for target in targets:
                     lanes = slice(target * QUARTER, (target + 1) * QUARTER)
-                    m.tensor.words[cta, lanes, columns] = part
-                    m.tensor.written[cta, lanes, columns] = True
+                    tensor.words[cta, lanes, columns] = part
+                    tensor.written[cta, lanes, columns] = True

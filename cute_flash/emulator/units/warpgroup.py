@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import RegisterInFlight, WarpgroupError
-from ..core.engine import Operation
-from ..core.observe import Unit
+from ..core.engine import Engine, Operation
+from ..core.events import Unit
+from ..core.machine import Machine, Part
 from ..core.state import LANES
 from .descriptors import CHUNK
 from .products import WARPS, Crew, Form, Operands, addresses, multiply
 
 if TYPE_CHECKING:
     from ..core.state import Threads
-    from ..machine.machine import Machine
 
 # Of a product, per warp: descriptors of A (None where it is in registers) and of B, and whether to add to D.
 PerWarp = tuple[np.ndarray | None, np.ndarray, np.ndarray]
@@ -66,7 +66,7 @@ class Group(Operation):
 
     def land(self, m: Machine) -> None:
         """Compute the products, after those of older groups of the same warps."""
-        m.products.happen(self)
+        m.part(Products).happen(self)
 
 
 def _continues(one: Product, other: Product) -> bool:
@@ -75,11 +75,11 @@ def _continues(one: Product, other: Product) -> bool:
     return same and bool(other.keep.all()) and not other.fresh.any()
 
 
-class Products:
+class Products(Part):
     """The products of a wave. Arrays are (warps, ctas)."""
 
     def __init__(self, m: Machine):
-        self.machine = m
+        super().__init__(m)
         shape = m.sets.shape[:2]
         self.eager = m.options.asynchrony in ("eager", "late_copies")
         self.committed = np.zeros(shape, np.int64)
@@ -98,6 +98,9 @@ class Products:
                 self.crews.clear()
             found = self.crews[g] = Crew(g)
         return found
+
+    def ended(self) -> None:
+        self.ledger.check_complete()
 
     # Issue.
 
@@ -160,7 +163,7 @@ class Products:
         if mine:
             group = Group(g, mine, number)
             self.groups.append(group)
-            m.engine.issue(group)
+            m.part(Engine).issue(group)
         if KEY in m.parked.waiting:
             m.wake(KEY)
 
@@ -181,7 +184,7 @@ class Products:
         """Compute a group's products, after the older groups of its warps."""
         for other in self.groups[: self.groups.index(group)]:
             if not other.landed and (other.g.warp_mask & group.g.warp_mask).any():
-                self.machine.engine.finish(other)
+                self.machine.part(Engine).finish(other)
         products, at = group.products, 0
         while at < len(products):
             end = at + 1
@@ -275,7 +278,7 @@ class Products:
                 continue
             forced = group.number < over[group.g.warp_at, group.g.cta_at]
             if forced.any():
-                m.engine.finish(group if forced.all() else self._part_off(group, forced))
+                m.part(Engine).finish(group if forced.all() else self._part_off(group, forced))
         self.waited[g.warp_at, g.cta_at] = np.maximum(self.waited[g.warp_at, g.cta_at], target)
         if m.watch is not None:
             self._tell(g, target)
@@ -294,7 +297,7 @@ class Products:
         for inside, g in ((chosen, m.sets.of(mask)), (~chosen, m.sets.of(group.g.mask & ~mask))):
             products = [self._divided(product, g)[0] for product in group.products]
             parts.append(Group(g, [p for p in products if p is not None], group.number[inside]))
-        for held in (self.groups, m.engine.pending):
+        for held in (self.groups, m.part(Engine).pending):
             held[held.index(group) : held.index(group) + 1] = parts
         return parts[0]
 

@@ -1,108 +1,93 @@
-"""One wave of CTAs: its registers, memories, barriers and geometry, and how steps run on a set of threads."""
+"""One wave of CTAs: its registers, memories and mechanisms, and how steps run on a set of threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ..base.errors import EmulatorError, OutOfBounds
-from ..checks.races import RaceDetector
-from ..core.engine import Engine, Parked, Stalls, Waiter
-from ..core.memory import RANK_SHIFT, OwnedMemory, ParameterMemory
-from ..core.observe import Observers
-from ..core.special import value_of
-from ..core.state import LANES, STORAGE, Registers, Threads, ThreadSets
-from ..translate.translation import CONTROL
-from ..units.bulk import BulkGroups
-from ..units.cluster import ClusterBarriers, RegisterPool, Unlaunched
-from ..units.mbarrier import MBarriers
-from ..units.sync import AsyncCopies, NamedBarriers
-from ..units.tensor_map import TensorMap
-from ..units.tensor_memory import TensorMemory
-from ..units.tensor_products import TensorUnit
-from ..units.warpgroup import Products
+from .code import CONTROL, Code, Constant
+from .geometry import Geometry, Unlaunched
+from .memory import RANK_SHIFT, GlobalMemory, OwnedMemory, ParameterMemory
+from .parking import Parked, Waiter
+from .special import value_of
+from .state import LANES, STORAGE, Registers, Threads, ThreadSets
 
 if TYPE_CHECKING:
-    from ..core.memory import GlobalMemory
-    from ..translate.translation import Constant
-    from .execute import Launch, Options
-    from .program import Code
+    from ..base.options import Launch, Options
+    from .observe import Observers
 
 
-class Machine:
-    """One wave: registers, memories, barriers and geometry. Steps see it as `m`.
+class Part:
+    """A mechanism beside threads and memories; a wave makes one of each kind when it is first asked for."""
 
-    warps: per CTA; ctas: in the wave; live: bool (warps, ctas, 32), the threads that have not exited.
+    def __init__(self, m: Machine):
+        self.machine = m
+
+    def exited(self) -> list[tuple[int, Threads]]:
+        """Some threads have exited: the sets that go on because of that."""
+        return []
+
+    def describe(self) -> list[str]:
+        """A line for whoever waits here, for the message of a deadlock."""
+        return []
+
+    def ended(self) -> None:
+        """Every thread has exited: raise for what must not be left over."""
+
+
+AnyPart = TypeVar("AnyPart", bound=Part)
+
+
+class Machine(Geometry):
+    """One wave. Steps see it as `m`.
+
+    unlaunched: the grid's CTAs to come, of which this wave takes up to `ctas`. memory, shared, local, params:
+    the spaces. rows, banks: see `Registers`. watch: who looks on, or None.
+    progress: counts events that may let waiting threads go on. executed: warps that ran each step, as
+    differences: advance() notes where a run of steps begins and ends.
     """
 
     def __init__(
-        self, code: Code, launch: Launch, memory: GlobalMemory, options: Options, first: int, ctas: int
-    ):
-        self.code, self.launch, self.memory, self.options = code, launch, memory, options
-        self.first, self.ctas = first, ctas
-        threads = launch.block[0] * launch.block[1] * launch.block[2]
-        self.warps = -(-threads // LANES)
-        self.sets = ThreadSets(self.warps, ctas)
-        self.cluster = launch.cluster[0] * launch.cluster[1] * launch.cluster[2]
-        self.rank = np.arange(ctas) % self.cluster  # of each CTA in its cluster
-        self.live = np.broadcast_to(
-            (np.arange(self.warps * LANES) < threads).reshape(self.warps, 1, LANES), self.sets.shape
-        ).copy()
-        self.exits = 0
-        self.progress = 0  # counts events that may let waiting threads go on
+        self, code: Code, launch: Launch, memory: GlobalMemory, options: Options, unlaunched: Unlaunched,
+        *, ctas: int, watch: Observers | None,
+    ):  # fmt: skip
+        first = unlaunched.take(ctas)
+        super().__init__(code, launch, first, unlaunched.first - first)
+        self.memory, self.options, self.unlaunched, self.watch = memory, options, unlaunched, watch
+        self.sets = ThreadSets(self.warps, self.ctas)
+        self.exits = self.progress = 0
         self.random = np.random.default_rng([options.seed, first])
-        self.at = 0  # the running step, kept only while somebody watches
-        self.watch = watchers(options)
-        base = code.shared_base
-        self.shared = OwnedMemory("shared", ctas, base, code.shared_static + launch.shared_memory)
-        self.local = OwnedMemory("local", self.warps * ctas * LANES, 0, code.local_bytes)
+        shared = code.shared_static + launch.shared_memory
+        self.shared = OwnedMemory("shared", self.ctas, code.shared_base, shared)
+        self.local = OwnedMemory("local", self.warps * self.ctas * LANES, 0, code.local_bytes)
         self.shared.strict = self.local.strict = options.uninitialized == "error"
         self.params = ParameterMemory(launch.params)
-        self.barriers = NamedBarriers(self)
-        self.mbarriers = MBarriers(self)
-        self.cluster_barriers = ClusterBarriers(self)
-        self.copies = AsyncCopies(self)
-        self.bulk_groups = BulkGroups(self)
-        self.tensor_maps: dict[bytes, TensorMap] = {}
-        self.register_pool = RegisterPool(self)
-        self.unlaunched = Unlaunched(0, 0, self.cluster)
         self.refused: set[int] = set()  # CTAs that have been told that nothing is left to launch
-        self.tensor = TensorMemory(self)
-        self.tensor_unit = TensorUnit()
-        self.engine = Engine(self)
-        self.products = Products(self)
         self.parked = Parked(self)
-        self.stalls = Stalls(self)
+        self.parts: dict[type[Part], Part] = {}
         constants = {
             width: [self.constant(c, width) for c in values]
             for width, values in code.layout.constants.items()
         }
-        self.registers = Registers(code.layout.counts, constants, self.warps, ctas)
+        self.registers = Registers(code.layout.counts, constants, self.warps, self.ctas)
         self.rows, self.banks = self.registers.rows, self.registers.banks
         for (width, row), value in code.layout.copies.items():
             self.banks[width][row] = self.constant(value, width)
-        # Warps that ran each step, as differences: advance() notes where a run of steps begins and ends.
         self.executed = np.zeros(len(code.steps) + 1, np.int64)
-        if self.watch is not None:
-            self.watch.begin(self)
+        if watch is not None:
+            watch.begin(self)
 
-    # Geometry and constants.
+    def part(self, kind: type[AnyPart]) -> AnyPart:
+        """The wave's mechanism of a kind."""
+        found = self.parts.get(kind)
+        if found is None:
+            found = self.parts[kind] = kind(self)
+        return found
 
-    def cta_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, y, z of every CTA of the wave."""
-        return self.coordinates(np.arange(self.first, self.first + self.ctas))
-
-    def coordinates(self, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, y, z of CTAs by their numbers in the order of launch: the CTAs of a cluster are neighbours."""
-        size = self.launch.cluster
-        clusters = [n // c for n, c in zip(self.launch.grid, size, strict=True)]
-        which, rank = linear // self.cluster, linear % self.cluster
-        x = which % clusters[0] * size[0] + rank % size[0]
-        y = which // clusters[0] % clusters[1] * size[1] + rank // size[0] % size[1]
-        z = which // (clusters[0] * clusters[1]) * size[2] + rank // (size[0] * size[1])
-        return x, y, z
+    # Addresses and constants.
 
     def place(self, g: Threads, address: np.ndarray, remote: bool) -> tuple[np.ndarray, np.ndarray]:
         """(CTA of the wave, address in its memory) of each thread's shared address.
@@ -130,26 +115,6 @@ class Machine:
             return value
         return value_of(self, str(constant.value))
 
-    def cta_name(self, cta: int) -> str:
-        x, y, z = (int(v[cta]) for v in self.cta_index())
-        return f"({x}, {y}, {z})"
-
-    # Faults.
-
-    def fault(self, kind: type[EmulatorError], g: Threads, k: int, text: str) -> EmulatorError:
-        """The error for thread number k of the set."""
-        warp, cta, lane = int(g.warp[k]), int(g.cta[k]), int(g.lane[k])
-        return kind(f"{text} (CTA {self.cta_name(cta)}, warp {warp}, lane {lane})")
-
-    def warp_fault(self, kind: type[EmulatorError], g: Threads, k: int, text: str) -> EmulatorError:
-        """The error for warp number k of the set."""
-        return kind(f"{text} (CTA {self.cta_name(int(g.cta_at[k]))}, warp {int(g.warp_at[k])})")
-
-    def line(self, step: int) -> str:
-        """A step's PTX line for messages."""
-        instruction = self.code.steps[step].where
-        return f"PTX line {instruction.line}: {instruction.text}"
-
     # Asynchrony.
 
     def lands_at_issue(self, kind: str) -> bool:
@@ -168,6 +133,7 @@ class Machine:
 
     def wake(self, key: Hashable) -> None:
         """Let those go on who are parked under `key`."""
+        self.progress += 1
         self.parked.wake(key)
 
     # Execution.
@@ -177,15 +143,12 @@ class Machine:
         self.live &= ~g.mask
         self.exits += 1
         self.progress += 1
-        if self.cluster_barriers.arrived.any():
-            self.cluster_barriers.release()
-        return self.barriers.release() if self.barriers.waiting else []
+        return [going for part in list(self.parts.values()) for going in part.exited()]
 
     def finish(self) -> None:
         """Every thread has exited: check what must not be left over."""
-        self.register_pool.check_warpgroups()
-        self.products.ledger.check_complete()
-        self.tensor.finish()
+        for part in self.parts.values():
+            part.ended()
 
     def advance(self, pc: int, g: Threads, limit: int) -> list[tuple[int, Threads]]:
         """Run `g` from step pc up to its next control step (included) or up to step `limit`."""
@@ -261,9 +224,3 @@ class Machine:
         mask[g.warp_at[ready], g.cta_at[ready]] = have[ready]
         threads = self.sets.of(mask)
         return threads, [(-1 - pc, self.sets.without(g, threads))]
-
-
-def watchers(options: Options) -> Observers | None:
-    """The observers of a run as one, None when there are none."""
-    members = (*options.observers, *((RaceDetector(),) if options.races else ()))
-    return Observers(members) if members else None

@@ -1,100 +1,37 @@
-"""`run`: executes a launch wave by wave; and what goes into it and comes out of it."""
+"""`run`: executes a launch wave by wave."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..base.blas import one_thread
 from ..base.errors import EmulatorError
+from ..base.options import Launch, Options, Report
+from ..checks.races import RaceDetector
+from ..core.engine import Engine, Stalls
+from ..core.geometry import Unlaunched
+from ..core.machine import Machine
 from ..core.memory import GlobalMemory
+from ..core.observe import Observers
 from ..core.state import LANES
 from ..translate.translation import architecture
-from ..units.cluster import Unlaunched
+from ..units.sync import AsyncCopies
 from ..units.tensor_memory import NBYTES as TENSOR_BYTES
-from .machine import Machine
-from .schedule import SCHEDULES
+from .schedule import schedule_of
 
 if TYPE_CHECKING:
-    from .program import Code, Program
+    from ..core.code import Code
+    from .program import Program
 
 WAVE_BYTES = 64 << 20  # registers, shared and local memory of the CTAs that run together
 WAVE_CTAS = 256
 RACE_CTAS = 16  # the race detector keeps a history of every place in shared memory
 MOST_CLUSTER = 16
-ASYNCHRONY = ("eager", "late", "late_copies", "late_products", "random")
-UNINITIALIZED = ("error", "poison")
 DRIFT = 0.02  # chance per scheduling decision that a pending operation happens, when asynchrony is random
 SPINNING = 20000  # scheduling decisions without an event after which a pending operation happens by itself
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run.
-
-    asynchrony: when asynchronous copies and products happen: "eager" at issue, "late" when a wait forces
-    them, "random" anywhere between; "late_copies" with eager products, "late_products" with eager copies.
-    schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a
-    time). seed: of everything random. races: raise where accesses to shared memory conflict without an order.
-    observers: objects with hooks, see observe.py. ctas_per_wave: how many CTAs are resident together; None
-    lets their size decide. uninitialized: "error" raises where shared or local memory is read that nothing
-    has written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses. by_the_book:
-    with races, demand fences and waits that hardware is known to do without, see tensor_races.py.
-    """
-
-    asynchrony: str = "eager"
-    schedule: str = "lockstep"
-    seed: int = 0
-    races: bool = False
-    observers: tuple = ()
-    ctas_per_wave: int | None = None
-    uninitialized: str = "error"
-    by_the_book: bool = False
-
-    def __post_init__(self) -> None:
-        if self.by_the_book and not self.races:
-            raise ValueError("by_the_book is True and races is False; the race detector looks things up")
-        if self.asynchrony not in ASYNCHRONY:
-            raise ValueError(f"asynchrony is {self.asynchrony!r}; allowed: {', '.join(ASYNCHRONY)}")
-        if self.uninitialized not in UNINITIALIZED:
-            allowed = ", ".join(UNINITIALIZED)
-            raise ValueError(f"uninitialized is {self.uninitialized!r}; allowed: {allowed}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch. shared_memory: dynamic bytes. params: the parameter block as PTX lays it out.
-
-    registers: per thread, as the assembler has it; None where that is not known. Only setmaxnreg asks.
-    """
-
-    entry: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    cluster: tuple[int, int, int] = (1, 1, 1)
-    shared_memory: int = 0
-    params: bytes = b""
-    registers: int | None = None
-
-
-@dataclass
-class Report:
-    """What a run did.
-
-    instructions: warp instructions executed. opcodes, lines: the same by opcode and by PTX line; lines lists
-    every instruction of the entry, 0 where none ran. waves: batches of CTAs.
-    """
-
-    instructions: int = 0
-    seconds: float = 0.0
-    opcodes: dict[str, int] = field(default_factory=dict)
-    lines: dict[int, int] = field(default_factory=dict)
-    waves: int = 0
 
 
 def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options | None = None) -> Report:
@@ -120,9 +57,7 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     with np.errstate(all="ignore"), one_thread():
         unlaunched = Unlaunched(0, total, cluster)
         while unlaunched.first < total:
-            first = unlaunched.take(wave)
-            m = Machine(code, launch, memory, options, first, unlaunched.first - first)
-            m.unlaunched = unlaunched
+            m = Machine(code, launch, memory, options, unlaunched, ctas=wave, watch=watchers(options))
             _run_wave(m)
             executed += np.cumsum(m.executed[:-1])
             report.waves += 1
@@ -136,6 +71,12 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     return report
 
 
+def watchers(options: Options) -> Observers | None:
+    """The observers of a run as one, None when there are none."""
+    members = (*options.observers, *((RaceDetector(),) if options.races else ()))
+    return Observers(members) if members else None
+
+
 def _cta_bytes(code: Code, launch: Launch) -> int:
     """Host memory that one CTA of a wave takes."""
     threads = -(-(launch.block[0] * launch.block[1] * launch.block[2]) // LANES) * LANES
@@ -145,21 +86,22 @@ def _cta_bytes(code: Code, launch: Launch) -> int:
 
 
 def _run_wave(m: Machine) -> None:
-    schedule = SCHEDULES[m.options.schedule](m)
+    schedule = schedule_of(m)
     drifting = m.options.asynchrony == "random"
+    engine, copies, stalls = m.part(Engine), m.part(AsyncCopies), Stalls(m)
     turns, progress = 0, 0
-    while (choice := schedule.pick()) is not None or m.stalls.resolve(schedule.gathered()):
+    while (choice := schedule.pick()) is not None or stalls.resolve(schedule.gathered()):
         if choice is not None:
             pc, threads, limit = choice
             schedule.put(m.advance(pc, threads, limit))
-        if drifting and m.copies.pending:
-            m.copies.drift(DRIFT)
-        if drifting and m.engine.pending:
-            m.engine.drift(DRIFT)
+        if drifting and copies.pending:
+            copies.drift(DRIFT)
+        if drifting and engine.pending:
+            engine.drift(DRIFT)
         turns = turns + 1 if m.progress == progress else 0
         if turns > SPINNING:
             # Somebody polls for what a pending operation will bring.
-            m.engine.advance()
+            engine.advance()
             turns = 0
         progress = m.progress
         if m.parked.woken:

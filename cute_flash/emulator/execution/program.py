@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from .. import ops
 from ..base.errors import EmulatorError, UnmodelledInstruction
+from ..core.code import CONTROL, CONVERGED, PLAIN, Code, Step
 from ..ptx.parse import EntryText, Instruction, Module, Variable, parse
 from ..translate.analysis import Definedness, check_guard, is_branch, watch_registers
 from ..translate.load_flight import LoadFlight
 from ..translate.register_flight import RegisterFlight
-from ..translate.translation import CONTROL, CONVERGED, PLAIN, Layout, Operation, Step, Translation
+from ..translate.translation import Operation, Translation
 
 RESERVED_SHARED = 1024  # bytes at the start of shared memory that belong to the system from sm_90 on
 
@@ -27,30 +28,6 @@ class Entry:
     offsets: tuple[int, ...]
     param_bytes: int
     directives: dict[str, tuple[int, ...]]
-
-
-@dataclass
-class Code:
-    """An entry as executable steps.
-
-    runs[i] is steps[i].run. next_control[i]: first control step at or after i; next_converged the same for
-    steps that need whole warps. symbols: address of each variable in its own space (generic for global).
-    tensor_memory: whether the entry has tcgen05 instructions.
-    """
-
-    steps: list[Step]
-    layout: Layout
-    symbols: dict[str, int]
-    shared_base: int
-    shared_static: int
-    local_bytes: int
-    shared_granule: int
-    shared_symbols: frozenset[str]
-    directives: dict[str, tuple[int, ...]]
-    runs: list = field(default_factory=list)
-    next_control: list[int] = field(default_factory=list)
-    next_converged: list[int] = field(default_factory=list)
-    tensor_memory: bool = False
 
 
 class Program:

@@ -17,9 +17,11 @@ from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint8, c_uint16
 from typing import Any
 
 from ..base.errors import EmulatorError
+from ..base.options import Launch, Options
 from ..core.memory import GlobalMemory
+from ..units import tensor_map
 from . import cubin
-from .execute import Launch, Options, run
+from .execute import run
 from .program import Entry, Program
 
 _OK, _INVALID_VALUE, _UNKNOWN = 0, 1, 999  # cudaError_t
@@ -139,6 +141,25 @@ class Driver:
             state[0] = library.value
         return _OK
 
+    def tensor_map_encode_tiled(
+        self, words, data_type, rank, address, sizes, strides, box, steps, interleave, swizzle, _, fill
+    ) -> int:  # fmt: skip
+        """cuTensorMapEncodeTiled of the driver; the promotion to L2 has no effect on results."""
+        if interleave or fill or any(step != 1 for step in steps[:rank]):
+            text = f"interleave {interleave}, element strides {steps[:rank]}, fill {fill}"
+            raise EmulatorError(f"host code encodes a tensor map with {text}, which is not modelled")
+        shape = tuple(sizes[:rank]), tuple(strides[: rank - 1]), tuple(box[:rank])
+        try:
+            ctypes.memmove(words, tensor_map.encode(data_type, address or 0, *shape, swizzle), 128)
+        except ValueError:
+            return _INVALID_VALUE
+        return _OK
+
+    def assert_success(self, code) -> None:
+        """What host code calls with the result of a driver's function that must not fail."""
+        if code:
+            raise EmulatorError(f"a function of the emulated driver that must not fail returned {code}")
+
     def set_error(self, set_parts, code) -> None:
         parts = (c_char_p * 1)(f"CUDA error {code} from the emulated driver".encode())
         set_parts(b"RuntimeError", parts, 1)
@@ -173,7 +194,8 @@ def _standin(result: Any, arguments: tuple, method: Callable) -> Callable[[Drive
             try:
                 return method(driver, *args)
             except BaseException as error:
-                driver._now.error = error
+                # The first error counts: what host code does after it may fail in consequence.
+                driver._now.error = getattr(driver._now, "error", None) or error
                 return None if result is None else _UNKNOWN
 
         return prototype(call)
@@ -209,6 +231,13 @@ _STANDINS = {
     "_cudaLaunchKernelEx": _standin(
         c_int, (POINTER(_Config), c_void_p, POINTER(c_void_p)), Driver.launch
     ),
+    "_cuTensorMapEncodeTiled": _standin(
+        c_int,
+        (c_void_p, c_int, c_uint32, c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint32),
+         POINTER(c_uint32), c_int, c_int, c_int, c_int),
+        Driver.tensor_map_encode_tiled,
+    ),
+    "cuda_dialect_assert_success": _standin(None, (c_int,), Driver.assert_success),
     "cuda_dialect_init_library_once": _standin(
         c_int, (POINTER(c_void_p), _INIT, _LOAD, c_void_p), Driver.init_once
     ),
@@ -264,7 +293,9 @@ _CUDA = 2  # kDLCUDA
 # DLPack's type code and bits, by the last word of the dtype's name
 _DTYPES = {
     "float16": (2, 16), "bfloat16": (4, 16), "float32": (2, 32), "float64": (2, 64),
-    "int8": (0, 8), "int16": (0, 16), "int32": (0, 32), "int64": (0, 64), "uint8": (1, 8), "bool": (6, 8),
+    "int8": (0, 8), "int16": (0, 16), "int32": (0, 32), "int64": (0, 64), "bool": (6, 8),
+    "uint8": (1, 8), "uint16": (1, 16), "uint32": (1, 32), "uint64": (1, 64),
+    "float8_e4m3fn": (10, 8), "float8_e5m2": (12, 8), "float8_e8m0fnu": (14, 8),
 }
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from ..core.machine import Machine
     from ..core.state import Threads
-    from .machine import Machine
 
 NO_LIMIT = 1 << 60
 SLICES = (1, 2, 5, 20, 100, NO_LIMIT)  # steps per turn of a warp; short ones interleave, long ones run ahead
@@ -142,4 +142,6 @@ def whole_wave(m: Machine) -> Threads:
     return m.sets.of(m.live.copy())
 
 
-SCHEDULES = {"lockstep": lambda m: Lockstep(m, {0: whole_wave(m)}), "random": OneWarpAtATime}
+def schedule_of(m: Machine) -> Lockstep | OneWarpAtATime:
+    """The schedule of a wave whose threads all stand at the first step."""
+    return OneWarpAtATime(m) if m.options.schedule == "random" else Lockstep(m, {0: whole_wave(m)})

@@ -1,0 +1,75 @@
+"""What goes into a run and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ASYNCHRONY = ("eager", "late", "late_copies", "late_products", "random")
+SCHEDULES = ("lockstep", "random")
+UNINITIALIZED = ("error", "poison")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    asynchrony: when asynchronous copies and products happen: "eager" at issue, "late" when a wait forces
+    them, "random" anywhere between; "late_copies" with eager products, "late_products" with eager copies.
+    schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a time). seed: of
+    everything random. races: raise where accesses to shared memory conflict without an order. observers:
+    objects with hooks, see core/observe.py. ctas_per_wave: how many CTAs are resident together; None lets
+    their size decide. uninitialized: "error" raises where shared or local memory is read that nothing has
+    written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses. by_the_book: with
+    races, demand fences and waits that hardware is known to do without, see checks/tensor_races.py.
+    """
+
+    asynchrony: str = "eager"
+    schedule: str = "lockstep"
+    seed: int = 0
+    races: bool = False
+    observers: tuple = ()
+    ctas_per_wave: int | None = None
+    uninitialized: str = "error"
+    by_the_book: bool = False
+
+    def __post_init__(self) -> None:
+        if self.by_the_book and not self.races:
+            raise ValueError("by_the_book is True and races is False; the race detector looks things up")
+        if self.asynchrony not in ASYNCHRONY:
+            raise ValueError(f"asynchrony is {self.asynchrony!r}; allowed: {', '.join(ASYNCHRONY)}")
+        if self.uninitialized not in UNINITIALIZED:
+            allowed = ", ".join(UNINITIALIZED)
+            raise ValueError(f"uninitialized is {self.uninitialized!r}; allowed: {allowed}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. shared_memory: dynamic bytes. params: the parameter block as PTX lays it out.
+
+    registers: per thread, as the assembler has it; None where that is not known. Only setmaxnreg asks.
+    """
+
+    entry: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    shared_memory: int = 0
+    params: bytes = b""
+    registers: int | None = None
+
+
+@dataclass
+class Report:
+    """What a run did.
+
+    instructions: warp instructions executed. opcodes, lines: the same by opcode and by PTX line; lines lists
+    every instruction of the entry, 0 where none ran. waves: batches of CTAs.
+    """
+
+    instructions: int = 0
+    seconds: float = 0.0
+    opcodes: dict[str, int] = field(default_factory=dict)
+    lines: dict[int, int] = field(default_factory=dict)
+    waves: int = 0
