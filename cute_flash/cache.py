@@ -1,11 +1,12 @@
 """Compiled kernels on disk: one file per kernel, looked up in a bundle, then in the user's cache.
 
     CUTE_FLASH_BUNDLE=DIR   made by `python -m cute_flash compile`; read-only, searched first
-    CUTE_FLASH_CACHE=DIR    default ~/.cache/cute_flash; 0 turns the cache off
+    CUTE_FLASH_CACHE=DIR    default $XDG_CACHE_HOME/cute_flash or ~/.cache/cute_flash; 0 turns the cache off
 
 A file is a stored zip of the host object, the PTX, the cubin, a description and the SHA-256 of each. It
 is written beside its final name and renamed, under a lock, so that of racing processes one compiles. A
-file that does not match its sums is never used: it is compiled again, with a warning.
+file that does not match its sums is never used: it is compiled again, with a warning. Nor is one that
+others could have written (trust.py). Whatever a directory cannot do is a warning, and never fails a call.
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 import tempfile
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from . import arch
+from . import arch, trust
 
 SUFFIX = ".kernel"
 _OFF = "0"
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _SUMS = "SHA256SUMS"
+FOLDER_MODE = 0o755  # whatever the umask: what others can write is not loaded from
+_PATIENCE = 120.0  # seconds to wait for another process that compiles the same kernel
 # `from ..module import names`: the module and the names
 _RELATIVE = re.compile(r"^\s*from \.+([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
 
@@ -58,12 +63,12 @@ class CorruptArtifact(Exception):
 
 
 def key_of(kernel: str, sources: str, *parts: Any) -> str:
-    """The name of a kernel's file: readable, then a digest of the parts and the sources.
+    """The name of a kernel's file: the kernel's, then digests of its sources and of all that it depends on.
 
     Versions of the compiler are not in it: a bundle serves where no compiler is installed.
     """
     digest = hashlib.sha256("\0".join([kernel, sources, *map(repr, parts)]).encode())
-    return f"{kernel}-{digest.hexdigest()[:24]}"
+    return f"{kernel}-{sources[:8]}-{digest.hexdigest()[:24]}"
 
 
 @functools.cache
@@ -101,27 +106,21 @@ def sources(root: Path, tree: str | None = None) -> list[Path]:
 
 def get(key: str, build: Callable[[], Artifact]) -> Artifact:
     """The kernel `key` from the bundle, from the cache, or from `build`, whose result is then kept."""
-    bundle, root = os.environ.get("CUTE_FLASH_BUNDLE"), cache_directory()
-    found = _read_if_whole(Path(bundle) / (key + SUFFIX)) if bundle else None
+    found = _from_bundle(key)
     if found is not None:
         return found
-    if root is None:
+    path = _place_of(key)
+    if path is None:
         return build()
-    path = root / compiler_tag() / (key + SUFFIX)
     found = _read_if_whole(path)
     if found is not None:
         return found
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115, closed by `_locked`
-    except OSError as error:
-        warnings.warn(f"kernels are not kept: the cache {root} cannot be written ({error})", stacklevel=2)
-        return build()
-    with _locked(lock):
+    with _turn(path) as can_be_kept:
         found = _read_if_whole(path)  # another process may have been faster
         if found is None:
             found = build()
-            write(path, found)
+            if can_be_kept:
+                _keep(path, found)
     return found
 
 
@@ -134,37 +133,87 @@ def write(path: Path, artifact: Artifact) -> None:
         with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w") as archive:
             for name, data in {**files, _SUMS: sums.encode()}.items():
                 archive.writestr(name, data)
-        os.chmod(temporary, 0o644)  # mkstemp's is 0600; bundles are there to be shared
+        with contextlib.suppress(OSError):  # mkstemp's is 0600; bundles are there to be shared
+            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
 
 
 def read(path: Path) -> Artifact:
-    """A kernel's file, checked; CorruptArtifact where a part is missing or does not match its sum."""
+    """A kernel's file, checked; CorruptArtifact where it is not what was written, OSError where it cannot be
+    read."""
+    with open(path, "rb") as file:
+        return _read(file)
+
+
+def _read(file: IO[bytes]) -> Artifact:
+    whole = io.BytesIO(file.read())  # so that errors beyond here are of the content
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(whole) as archive:
             data = {name: archive.read(name) for name in archive.namelist()}
         sums = {name: digest for digest, name in (s.split() for s in data.pop(_SUMS).decode().splitlines())}
         actual = {name: hashlib.sha256(part).hexdigest() for name, part in data.items()}
         if sums != actual or not data:
-            raise CorruptArtifact(f"{path}: the parts do not match {_SUMS}")
+            raise CorruptArtifact(f"{file.name}: the parts do not match {_SUMS}")
         return Artifact(
             data["kernel.o"], data["kernel.ptx"], data["kernel.cubin"], json.loads(data["kernel.json"])
         )
-    except _ABSENT:
+    except CorruptArtifact:
         raise
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise CorruptArtifact(f"{path}: {error}") from error
+    except Exception as error:  # whatever a parser says of bytes that it does not understand
+        raise CorruptArtifact(f"{file.name}: {error or type(error).__name__}") from error
+
+
+def bundle_directory() -> Path | None:
+    """The directory that CUTE_FLASH_BUNDLE names, whether it is there or not; None where it is not set."""
+    named = os.environ.get("CUTE_FLASH_BUNDLE", "")
+    return Path(os.path.expanduser(named)) if named else None
 
 
 def cache_directory() -> Path | None:
-    """Where compiled kernels are kept, or None where they are not."""
+    """Where compiled kernels are kept; None where they are not: turned off, or, with a warning, no home."""
     named = os.environ.get("CUTE_FLASH_CACHE", "")
     if named == _OFF:
         return None
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "cute_flash"
+    try:
+        if named:
+            return Path(named).expanduser()
+        given = Path(os.environ.get("XDG_CACHE_HOME", ""))  # which must be absolute, says its specification
+        return (given if given.is_absolute() else Path.home() / ".cache") / "cute_flash"
+    except RuntimeError as error:
+        _tell("home", f"kernels are not kept: {error} Set CUTE_FLASH_CACHE to a directory, or to 0")
+        return None
+
+
+def kernels_in(folder: Path) -> list[Path]:
+    """The kernels' files of a directory, which need not exist."""
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def fault_of_bundle(key: str) -> str | None:
+    """Why CUTE_FLASH_BUNDLE has no kernel `key`, if anything is wrong with it; None too where it is not set.
+
+    A bundle that has kernels of these sources, but not this one, was made for other calls: that is no fault.
+    """
+    folder = bundle_directory()
+    if folder is None:
+        return None
+    if not os.path.isdir(folder):
+        return f"CUTE_FLASH_BUNDLE names no directory: {folder}"
+    names = [path.stem for path in kernels_in(folder)]
+    if not names:
+        return f"CUTE_FLASH_BUNDLE names a directory without kernels: {folder}"
+    kernel = key.partition("-")[0]
+    same = [name for name in names if name.startswith(f"{kernel}-")]
+    if same and not any(name.startswith(key.rpartition("-")[0]) for name in same):
+        return (
+            f"the kernels in CUTE_FLASH_BUNDLE ({folder}) were compiled from other sources: none of its "
+            f"{len(same)} {kernel} can be used. Make it with the cute_flash that is installed here"
+        )
+    return None
 
 
 @functools.cache
@@ -184,19 +233,97 @@ def compiler_tag() -> str:
     return "-".join(f"{name.rpartition('-')[2]}{version}" for name, version in versions().items())
 
 
-def _read_if_whole(path: Path) -> Artifact | None:
+def _from_bundle(key: str) -> Artifact | None:
+    folder = bundle_directory()
+    if folder is None or _is_refused(folder, folder):
+        return None
+    found = _read_if_whole(folder / (key + SUFFIX))
+    if found is None and (fault := fault_of_bundle(key)):
+        _tell(folder, fault)
+    return found
+
+
+def _place_of(key: str) -> Path | None:
+    """Where the cache has a kernel's file; None where there is no cache."""
+    root = cache_directory()
+    if root is None or _is_refused(root, root) or _is_refused(root, root / compiler_tag()):
+        return None
+    return root / compiler_tag() / (key + SUFFIX)
+
+
+def _is_refused(about: Path, folder: Path) -> bool:
+    """Whether nothing is loaded from there, with a warning that says why."""
     try:
-        return read(path)
+        why = trust.reason_against(folder)
+    except OSError as error:
+        why = str(error)
+    if why is None:
+        return False
+    _tell(about, f"{about} is not used, as kernels are native code: {why}. {trust.VARIABLE}=1 trusts it")
+    return True
+
+
+def _read_if_whole(path: Path) -> Artifact | None:
+    """A file's kernel, if it is there, can be trusted and is whole."""
+    try:
+        with open(path, "rb") as file:
+            why = trust.reason_against(file.fileno(), path)
+            if why is None:
+                return _read(file)
     except _ABSENT:
         return None
+    except OSError as error:
+        why = f"it cannot be read ({error})"
     except CorruptArtifact as error:
+        why = str(error)
         warnings.warn(f"corrupt kernel file ignored: {error}", stacklevel=3)
         return None
+    _tell(path.parent, f"kernel file ignored: {why}")
+    return None
 
 
 @contextlib.contextmanager
-def _locked(file: Any) -> Iterator[None]:
-    """Hold the lock until the block ends or the process dies."""
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _turn(path: Path) -> Iterator[bool]:
+    """Wait until no other process compiles this kernel; yields whether it can be kept."""
+    folder, lock = path.parent, None
+    try:
+        for made in (folder.parent, folder):
+            made.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115, closed below
+        _lock(lock)
+    except OSError as error:
+        if lock is None:
+            _tell(folder, f"kernels are not kept: the cache {folder} cannot be written ({error})")
+        else:
+            _tell(folder, f"the cache {folder} has no locks ({error}): racing processes compile the same")
+    with lock or contextlib.nullcontext():
+        yield lock is not None
+
+
+def _lock(file: IO) -> None:
+    """Hold a lock until the file is closed or the process dies; OSError where there is none to be had."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError(f"another process has held it for {_PATIENCE:.0f} s") from None
+        time.sleep(0.02)
+
+
+def _keep(path: Path, artifact: Artifact) -> None:
+    try:
+        write(path, artifact)
+    except OSError as error:
+        _tell(path.parent, f"kernels are not kept: the cache {path.parent} cannot be written ({error})")
+
+
+def _tell(about: Path | str, text: str) -> None:
+    """Warn of a fault, the first time that it concerns this directory."""
+    if about not in _told:
+        _told.add(about)
+        warnings.warn(text, stacklevel=3)
+
+
+_told: set[Path | str] = set()

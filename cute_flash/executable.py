@@ -194,10 +194,11 @@ def _member(spec: Spec, problem: Any) -> dict[str, Any]:
 def _no_compiler(key: str, problem: Any, device: Device) -> str:
     arch = device.target.replace("_", "").removesuffix("a")
     known = problem.known_sizes()
+    fault = f" ({found})" if (found := cache.fault_of_bundle(key)) else ""
     dims = f"{known.get('head_dim', known['head_dim_v'])}x{known['head_dim_v']}"
     return (
-        f"the kernel {key} for {problem} on {device.target} is neither in CUTE_FLASH_BUNDLE nor in the "
-        "cache, and nvidia-cutlass-dsl, which compiles it, is not installed. Install it, or run on a machine "
-        f"that has it: python -m cute_flash compile --arch {arch} --dtype {problem.dtype} --head-dim {dims} "
-        "--features … DIR, and set CUTE_FLASH_BUNDLE to a copy of DIR"
+        f"the kernel {key} for {problem} on {device.target} is neither in CUTE_FLASH_BUNDLE{fault} nor in "
+        "the cache, and nvidia-cutlass-dsl, which compiles it, is not installed. Install it, or run on a "
+        f"machine that has it: python -m cute_flash compile --arch {arch} --dtype {problem.dtype} "
+        f"--head-dim {dims} --features … DIR, and set CUTE_FLASH_BUNDLE to a copy of DIR"
     )

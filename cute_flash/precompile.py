@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> int:
     """Compile what the arguments name; 1 where a kernel does not exist."""
-    arguments.directory.mkdir(parents=True, exist_ok=True)
+    arguments.directory.mkdir(cache.FOLDER_MODE, parents=True, exist_ok=True)
     wanted = list(_wanted(arguments))
     failed = 0
     for number, (device, problem, words) in enumerate(wanted, start=1):
