@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 
+from . import overlap
 from .request import Call
 
 ALIGNMENT = 16  # bytes: the widest load a kernel does
+_NAMES = {  # of the interface, where an operator's differ
+    "sink": "learnable_sink",
+    "block_counts": "block_mask.counts",
+    "block_indices": "block_mask.indices",
+}
 
 
 def check(call: Call, out: torch.Tensor) -> None:
@@ -26,6 +33,27 @@ def check(call: Call, out: torch.Tensor) -> None:
         _check_lengths(call)
     if call.block_counts is not None:
         _check_lists(call)
+
+
+def check_out(call: Call, out: torch.Tensor) -> None:
+    """A place for the result is not an input's too: some of it is written while the rest is computed."""
+    if overlap.overlaps_itself(out):
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}: several elements in one place; "
+            "allowed: memory where each has its own"
+        )
+    for name, tensor in _tensors(call):
+        if overlap.overlap(out, tensor):
+            raise ValueError(f"out overlaps {name} in memory; allowed: memory that no input uses")
+
+
+def _tensors(call: Call) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of everything that a kernel reads."""
+    for name, value in call._asdict().items():
+        if name == "rule_tensors":
+            yield from (("a rule's tensor", tensor) for tensor in value)
+        elif isinstance(value, torch.Tensor):
+            yield _NAMES.get(name, name), value
 
 
 def _check_addresses(call: Call, out: torch.Tensor) -> None:

@@ -138,7 +138,8 @@ def place_of(device: torch.device) -> Place:
         raise RuntimeError(
             f"the tensors are on {device}, and kernels run on CUDA devices. Move the tensors to a GPU; or "
             'emulate one: `with cute_flash.emulated("sm80"):` or CUTE_FLASH_EMULATE=sm80 (slow, for '
-            "development); or use torch.nn.functional.scaled_dot_product_attention on the CPU"
+            "development); or use torch.nn.functional.scaled_dot_product_attention on the CPU. "
+            "`with emulated` holds for the thread that entered it, the variable for all threads"
         )
     return Place(active.device, "emulator")
 

@@ -12,8 +12,9 @@ import functools
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
-from . import contents, rules
+from . import contents, flops, rules
 from .arch.combine import CombineOperands
 from .arch.problem import Operands, Problem, Sizes
 from .dispatch import Place, Plan, Step, place_of, plan
@@ -57,23 +58,33 @@ def _lse_shape(call: Call) -> tuple[int, ...]:
 
 
 def _forward(*arguments):
-    out = _new_out(*arguments)
-    return out, _fill(out, *arguments)
+    call, out = Call(*arguments), _new_out(*arguments)
+    if _has_no_sequence(call):
+        out.zero_()
+    return out, _fill(out, call)
 
 
 def _forward_out(out, *arguments):
-    lse = _fill(out, *arguments)
+    call = Call(*arguments)
+    contents.check_out(call, out)
+    lse = _fill(out, call)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)  # as every in-place operator does
     return lse
 
 
-def _fill(out, *arguments):
-    call = Call(*arguments)
+def _fill(out, call):
     lse = _new_lse(call)
-    if out.numel():
+    if _has_no_sequence(call):
+        lse.fill_(-torch.inf)
+    elif out.numel():
         _launch(call, out, lse)
     return lse
+
+
+def _has_no_sequence(call: Call) -> bool:
+    """Whether no row of a packed q belongs to any sequence: there is no block to launch."""
+    return call.cu_seqlens_q is not None and (call.max_seqlen_q == 0 or call.cu_seqlens_q.shape[0] == 1)
 
 
 def _forward_fake(*arguments):
@@ -154,11 +165,19 @@ def _operands(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Operands:
     )
 
 
+def _no_vmap(*_):
+    raise NotImplementedError(
+        "torch.vmap over cute_flash does not exist: make the mapped dimension part of batch or of heads, "
+        "which a call takes any number of"
+    )
+
+
 def _register(name: str, schema: str, run, fake) -> None:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"cute_flash::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"cute_flash::{name}", _no_vmap, lib=_LIBRARY)
 
 
 _register("forward", f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake)
@@ -166,3 +185,7 @@ _register(
     "forward_out", f"forward_out(Tensor(a!) out, {_ARGUMENTS}) -> Tensor lse", _forward_out, _forward_out_fake
 )
 _register("probabilities", f"probabilities({_ARGUMENTS}) -> Tensor", _probabilities, _probabilities_fake)
+register_flop_formula([torch.ops.cute_flash.forward, torch.ops.cute_flash.probabilities], get_raw=True)(
+    flops.of_forward
+)
+register_flop_formula(torch.ops.cute_flash.forward_out, get_raw=True)(flops.of_forward_out)

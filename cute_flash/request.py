@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import rules, scalars
 from .arch.rule import Rule
@@ -88,6 +89,7 @@ class _Sizes(NamedTuple):
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Call:
     """Check a call on dense batches."""
+    q, k, v = _as_autocast_has_it(q, k, v)
     _check_qkv(q, k, v, ("batch", "seqlen", "heads", "head_dim"))
     batch, seqlen_q, heads, _ = q.shape
     batch_k, seqlen_k, _, _ = k.shape
@@ -99,6 +101,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, options: Options) -> Call:
     """Check a call on packed sequences."""
+    q, k, v = _as_autocast_has_it(q, k, v)
     _check_qkv(q, k, v, ("total", "heads", "head_dim"))
     cu_q, cu_k, longest_q, longest_k, used_q, used_k = packing
     for name, tensor in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
@@ -150,7 +153,7 @@ def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
         for rule in (*masks, *scores):
             _check_tables(rule, q, sizes)
     _check_out(options.out, q, v)
-    _check_no_grad(q, k, v, options, encoded.tensors)
+    _check_no_derivative(q, k, v, options, encoded.tensors)
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
     splits = scalars.num_splits(options.num_splits, options.deterministic)
@@ -210,6 +213,20 @@ def _check_block_mask(block_mask: Any, q: torch.Tensor, sizes: _Sizes) -> None:
         )
 
 
+def _as_autocast_has_it(*tensors: Any) -> tuple:
+    """q, k and v in autocast's dtype, where it is on: all but float64, as for torch's own attention."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else None
+    if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
+
+
 def _check_qkv(q: Any, k: Any, v: Any, dims: tuple[str, ...]) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
@@ -225,6 +242,9 @@ def _check_qkv(q: Any, k: Any, v: Any, dims: tuple[str, ...]) -> None:
     if q.device.type not in ("cuda", "cpu", "meta"):
         raise NotImplementedError(f"q is on {q.device}; allowed: CUDA devices, or the CPU with `emulated`")
     (*_, heads, head_dim), (*rows, heads_kv, head_dim_k), (*rows_v, heads_v, _) = q.shape, k.shape, v.shape
+    for name, dim in (("q", head_dim), ("v", v.shape[-1])):
+        if dim == 0:
+            raise ValueError(f"{name} has head_dim 0; allowed: 8 to 256 by 8")
     if head_dim_k != head_dim:
         raise ValueError(f"k has head_dim {head_dim_k}, q has {head_dim}: they must be equal")
     if rows_v != rows or heads_v != heads_kv:
@@ -303,14 +323,23 @@ def _check_out(out: Any, q: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"out has shape {_shape(out)}; allowed: {wanted}")
 
 
-def _check_no_grad(q, k, v, options: Options, tables: list[torch.Tensor]) -> None:
-    if not torch.is_grad_enabled():
+def _check_no_derivative(q, k, v, options: Options, tables: list[torch.Tensor]) -> None:
+    """Neither a gradient nor a tangent is asked for, which would be silently zero."""
+    backward, tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not (backward or tangents):
         return
     given = (q, k, v, options.learnable_sink, options.out, *tables)
     for index, tensor in enumerate(given):
-        if tensor is not None and tensor.requires_grad:
-            named = ("q", "k", "v", "learnable_sink", "out")
-            name = named[index] if index < len(named) else "a rule's tensor"
+        if tensor is None:
+            continue
+        named = ("q", "k", "v", "learnable_sink", "out")
+        name = named[index] if index < len(named) else "a rule's tensor"
+        if tangents and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a tangent (forward-mode differentiation: jvp, jacfwd, make_dual), and there is "
+                "no derivative yet: detach it"
+            )
+        if backward and tensor.requires_grad:
             raise NotImplementedError(
                 f"{name} requires a gradient, and there is no backward yet: call within torch.no_grad(), "
                 "or detach it"

@@ -1,0 +1,36 @@
+"""What torch's FlopCounterMode counts for a call: two products, as for scaled_dot_product_attention.
+
+    2 * heads * seqlen_q * seqlen_k * (head_dim + head_dim_v)    of each sequence
+
+Like torch's, the count knows no masks: a causal call counts every pair of query and key. Of packed
+sequences it takes the lengths in cu_seqlens, for which it waits for the GPU, and where they cannot be read
+(meta and fake tensors) the longest of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def of_forward(*arguments: Any, out_val: Any = None) -> int:
+    """Floating-point operations of the operators `forward` and `probabilities`, from their arguments."""
+    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, longest_q, longest_k, *_ = arguments
+    per_pair = 2 * q.shape[-2] * (q.shape[-1] + v.shape[-1])
+    if cu_seqlens_q is None:
+        return per_pair * q.shape[0] * q.shape[1] * k.shape[1]
+    lengths = zip(_lengths(cu_seqlens_q, longest_q), _lengths(cu_seqlens_k, longest_k), strict=True)
+    return per_pair * sum(rows_q * rows_k for rows_q, rows_k in lengths)
+
+
+def of_forward_out(out: torch.Tensor, *arguments: Any, out_val: Any = None) -> int:
+    """The same of `forward_out`."""
+    return of_forward(*arguments)
+
+
+def _lengths(cu_seqlens: torch.Tensor, longest: int) -> list[int]:
+    try:
+        return cu_seqlens.diff().tolist()
+    except RuntimeError:  # a meta or fake tensor, which has no numbers
+        return [longest] * (cu_seqlens.shape[0] - 1)
