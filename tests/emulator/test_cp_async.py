@@ -7,7 +7,14 @@ import struct
 import numpy as np
 import pytest
 
-from cute_flash.emulator import DataRace, Misaligned, OutOfBounds, UninitializedRead, UnmodelledInstruction
+from cute_flash.emulator import (
+    DataRace,
+    Deadlock,
+    Misaligned,
+    OutOfBounds,
+    UninitializedRead,
+    UnmodelledInstruction,
+)
 
 from .evaluate import aligned, launch, module
 
@@ -234,3 +241,106 @@ def test_checks_happen_at_issue():
 def test_sizes_that_ptx_does_not_have(code):
     with pytest.raises(UnmodelledInstruction, match="copy of"):
         run(code, aligned(np.zeros(4)), aligned(np.zeros(4)), 64)
+
+
+# Two warps copy a word per thread; an mbarrier tracks the copies; thread t reads what thread 63 - t copied.
+TRACKED = """
+    .reg .b32 %bar;
+    .reg .b64 %state;
+    mov.b32 %bar, {at};
+    setp.eq.u32 %p, %t, 0;
+    @%p mbarrier.init.shared.b64 [%bar], {count};
+    bar.sync 0;
+    mad.lo.u32 %s0, %t, 4, {data};
+    mul.lo.u32 %s1, %t, 4;
+    sub.u32 %s1, {last}, %s1;
+    mad.wide.u32 %d0, %t, 4, %in;
+    mad.wide.u32 %d1, %t, 4, %out;
+    cp.async.ca.shared.global [%s0], [%d0], 4;
+    {arrive}
+    {wait}
+    ld.shared.u32 %r0, [%s1];
+    st.global.u32 [%d1], %r0;
+    {end}
+"""
+WAIT = """
+    again: mbarrier.test_wait.parity.shared.b64 %p, [%bar], 0;
+    @!%p bra again;
+"""
+NOINC = "cp.async.mbarrier.arrive.noinc.shared.b64 [%bar];"
+COUNTED = "cp.async.mbarrier.arrive.shared::cta.b64 [%bar];\nmbarrier.arrive.shared.b64 %state, [%bar];"
+
+
+def tracked(arrive: str, wait: str = WAIT, count: int = 64, end: str = "", target: str = "sm_80", **options):
+    """(what was copied, what was read)."""
+    source, target_array = aligned(np.arange(1, 65, dtype=np.uint32)), aligned(np.zeros(64, np.uint32))
+    at, data = (1024, 0) if target == "sm_80" else (2048, 1024)
+    code = HEAD + TRACKED.format(
+        at=at, data=data, last=data + 63 * 4, count=count, arrive=arrive, wait=wait, end=end
+    )
+    arrays = [source, target_array]
+    options = {"races": True, **options}
+    launch(module(code, PARAMS, target), arrays, block=64, shared=2048, **options)
+    return source, target_array[::-1]
+
+
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.parametrize("arrive", [NOINC, COUNTED])
+def test_an_mbarrier_tracks_copies(arrive, options):
+    for races in (True, False):
+        source, got = tracked(arrive, races=races, **options)
+        assert (got == source).all()
+
+
+def test_what_an_arrival_follows():
+    """A copy that nobody waits for, and one behind the arrival, may still be under way."""
+    with pytest.raises(DataRace, match="the copy of warp 1 that an mbarrier tracks|without an order"):
+        tracked(NOINC, wait="")
+    late = f"{NOINC}\ncp.async.ca.shared.global [%s0+512], [%d0], 4;"
+    read = WAIT + "add.u32 %s1, %s1, 512;"
+    with pytest.raises(DataRace, match="still under way there"):
+        tracked(late, wait=read)
+    _, got = tracked(late, wait=read, races=False, asynchrony="late")
+    assert (got == 0xFFFFFFFF).all()
+
+
+def test_an_arrival_speaks_for_the_copies_alone():
+    """What its thread has stored before is not made known; an arrival of the thread itself does that."""
+    store = "st.shared.u32 [%s0+512], %t;"
+    read = WAIT + "ld.shared.u32 %r1, [%s1+512];"
+    with pytest.raises(DataRace, match="without an order to the write of warp"):
+        tracked(store + NOINC, wait=read)
+    tracked(store + COUNTED, wait=read)
+
+
+def test_the_count_of_an_mbarrier_that_tracks_copies():
+    """.noinc takes an arrival of the count; without it the phase waits for one more, and that is all."""
+    with pytest.raises(Deadlock, match="wait for mbarrier"):
+        tracked(NOINC, count=65, wait=WAIT.replace("test_wait", "try_wait"))
+    alone = "cp.async.mbarrier.arrive.shared.b64 [%bar];"
+    once = "@%p mbarrier.arrive.shared.b64 %state, [%bar];"
+    source, got = tracked(alone + "bar.sync 0;" + once, count=1)
+    assert (got == source).all()
+
+
+def test_units_that_read_what_was_copied_need_a_proxy_fence():
+    """cp.async writes through the generic proxy, whoever tells that it is over."""
+    store = """
+        setp.ne.u32 %p, %t, 32;
+        @%p bra done;
+        {fence}
+        cp.async.bulk.global.shared::cta.bulk_group [%out], [%s2], 128;
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0;
+        done:
+    """
+    wait = WAIT + "mov.b32 %s2, 1024;" + store
+    options = {"target": "sm_90a", "end": "bar.sync 0;"}
+    tracked(NOINC, wait=wait.format(fence="fence.proxy.async.shared::cta;"), **options)
+    with pytest.raises(DataRace, match="that an mbarrier tracks: no fence.proxy.async between"):
+        tracked(NOINC, wait=wait.format(fence=""), **options)
+
+
+def test_an_mbarrier_of_another_cta_tracks_nothing():
+    with pytest.raises(UnmodelledInstruction, match="shared::cluster"):
+        tracked(NOINC.replace("shared", "shared::cluster"), target="sm_90a")

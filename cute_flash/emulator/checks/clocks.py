@@ -19,19 +19,25 @@ class Clocks:
 
     Warps are numbered through their cluster: rank * warps per CTA + warp. known[cluster, warp, agent]: the
     latest epoch of an agent (a warp, a unit, a barrier) that the warp knows to be over, its own epoch for
-    itself. fenced[cluster, warp, kind, warp]: the same where a fence is needed besides.
+    itself. fenced[cluster, warp, kind, agent]: the same where a fence is needed besides, for agents of the
+    generic proxy: the first `generic` ones, the warps and then what each of them copies for mbarriers.
     """
 
     def __init__(self, m: Machine):
         self.m = m
         self.warps = m.cluster * m.warps
         clusters = m.ctas // m.cluster
+        self.generic = 2 * self.warps
         self.agents = Agents(self.warps)
-        self.known = np.zeros((clusters, self.warps, 2 * self.warps), np.int32)
+        self.known = np.zeros((clusters, self.warps, 2 * self.generic), np.int32)
         self.known[:, range(self.warps), range(self.warps)] = 1
-        self.fenced = np.zeros((clusters, self.warps, 2, self.warps), np.int32)
+        self.fenced = np.zeros((clusters, self.warps, 2, self.generic), np.int32)
         self.by_the_book = m.options.by_the_book
         self.meetings = Meetings(clusters, self.warps)
+
+    def copies(self, warp: tuple[int, int]) -> int:
+        """The number of what (cta, warp) copies for mbarriers."""
+        return self.warps + self.one(warp)[1]
 
     def agent(self, unit: Unit) -> int:
         """The number of a unit."""

@@ -99,11 +99,11 @@ class History:
 
 
 class Agents:
-    """Names of agents, numbered as they appear; the warps of a cluster come first."""
+    """Names of agents, numbered as they appear; a cluster's warps come first, then the copies of each."""
 
     def __init__(self, warps: int):
         self.warps = warps
-        self.names = [("warp", k) for k in range(warps)]
+        self.names: list[tuple] = [(name, k) for name in ("warp", "copies") for k in range(warps)]
         self.numbers: dict[tuple, int] = {}
 
     def number(self, *name: object) -> int:

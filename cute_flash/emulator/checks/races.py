@@ -6,7 +6,8 @@ barrier passes knowledge on: from who arrives to who leaves. An access races wit
 agent whose epoch the accessing warp does not know, unless both only read or both are atomic. Of a warp some
 of whose lanes arrive, others learn what those lanes know (meetings.py).
 
-    cp.async            a write of its thread's warp, under way until the thread waits for it
+    cp.async            a write of its thread's warp, under way until the thread waits for it; where an
+                        mbarrier tracks it, a write of the warp's copies, in an epoch that the arrival ends
     bulk load           a write in an epoch of the mbarrier that it signals: its phase
     store, product      a read by a unit, in an epoch that ends with the wait for its group
 
@@ -108,6 +109,13 @@ class RaceDetector(Observer):
         self.copier[cell] = NOBODY
         self._record_write(cell, *self.clocks.who(cta, warp), self.copy_step[cell])
 
+    def copy_tracked(self, m: Machine, unit: Unit, copy: Copy) -> None:
+        cell, _ = self._cells(copy.cta, copy.shared, copy.size)
+        agent = self.clocks.copies((unit.cta, unit.warp))
+        self.copier[cell] = NOBODY
+        self.writer[cell], self.written[cell] = agent, unit.epoch
+        self.write_step[cell] = self.copy_step[cell]
+
     # Accesses of units.
 
     def async_read(self, m: Machine, unit: Unit, cta: int, address: np.ndarray, size: int) -> None:
@@ -181,7 +189,7 @@ class RaceDetector(Observer):
                 word.fenced = True
         if barriers_only:
             return
-        known = self.clocks.known[cluster, warp][:, : self.clocks.warps]
+        known = self.clocks.known[cluster, warp][:, : self.clocks.generic]
         self.clocks.fenced[cluster, warp, PROXY] = np.maximum(self.clocks.fenced[cluster, warp, PROXY], known)
         self.clocks.known[cluster, warp, warp] += 1
 
@@ -244,7 +252,8 @@ class RaceDetector(Observer):
         self._publish(warp, self.words[barrier.cta, barrier.address].arriving, lanes)
 
     def unit_arrive(self, m: Machine, unit: Unit, barrier: Barrier) -> None:
-        into, closed = self.words[barrier.cta, barrier.address].arriving, self.closed[unit]
+        into = self.words[barrier.cta, barrier.address].arriving
+        closed = self._copied(unit) if unit.name == "copies" else self.closed[unit]
         into.clock = wider(into.clock, self.clocks.known.shape[2])
         into.join(closed.clock, closed.fenced)
 
@@ -261,9 +270,15 @@ class RaceDetector(Observer):
 
     # Knowledge.
 
+    def _copied(self, unit: Unit) -> Released:
+        """What the end of a warp's tracked copies teaches: nothing but that."""
+        released = self._nothing()
+        released.clock[self.clocks.copies((unit.cta, unit.warp))] = unit.epoch
+        return released
+
     def _nothing(self) -> Released:
-        agents, warps = self.clocks.known.shape[2], self.clocks.warps
-        return Released(np.zeros(agents, np.int32), np.zeros((2, warps), np.int32))
+        agents, generic = self.clocks.known.shape[2], self.clocks.generic
+        return Released(np.zeros(agents, np.int32), np.zeros((2, generic), np.int32))
 
     def _publish(self, warp: tuple[int, int], into: Released, lanes: int = EVERY_LANE) -> None:
         """A warp's knowledge joins a barrier's; its next epoch begins."""
@@ -362,7 +377,7 @@ class RaceDetector(Observer):
     def _check_proxy(self, a: UnitAccess) -> None:
         """A generic write before an asynchronous access needs a proxy fence between."""
         writer = self.writer[a.cell]
-        generic = (writer != NOBODY) & (writer < self.clocks.warps)
+        generic = (writer != NOBODY) & (writer < self.clocks.generic)
         if not np.count_nonzero(generic):
             return
         k = np.flatnonzero(generic)
@@ -375,6 +390,8 @@ class RaceDetector(Observer):
     def _named(self, agent: int, noun: str) -> str:
         if agent < self.clocks.warps:
             return f"the {noun} of warp {agent % self.m.warps}"
+        if agent < self.clocks.generic:
+            return f"the copy of warp {agent % self.m.warps} that an mbarrier tracks"
         name = self.clocks.agents.names[agent]
         if name[0] == "barrier":
             return f"the {noun} of a copy that signals mbarrier {name[2]:#x}"

@@ -14,8 +14,9 @@ class Unit(NamedTuple):
     """Who works asynchronously on shared memory: a queue of a CTA, whose work completes in numbered steps.
 
     name, number: ("bulk", thread) for bulk stores, ("products", warpgroup) for wgmma, ("tensor", thread) for
-    tcgen05. epoch: the step that the work belongs to; whoever learns that the step is over (`unit_done`, or
-    an mbarrier's phase) may touch what it touched. cta, warp: who issued it.
+    tcgen05, ("copies", warp) for cp.async that an mbarrier tracks. epoch: the step that the work belongs to;
+    whoever learns that the step is over (`unit_done`, or an mbarrier's phase) may touch what it touched. cta,
+    warp: who issued it.
     """
 
     cta: int
@@ -79,8 +80,9 @@ class Copy:
     where: Instruction
     group: np.ndarray | None = None  # how many groups the thread had committed at issue
     landed: bool = False
+    tracked: int = 0  # number of the arrival at an mbarrier that follows it, for its warp; 0: none does
 
     def part(self, chosen: np.ndarray) -> Copy:
         """The entries for which the bool array `chosen` is True."""
         arrays = (a[chosen] for a in (self.thread, self.cta, self.shared, self.source, self.filled))
-        return Copy(*arrays, self.size, self.where, self.group[chosen], self.landed)
+        return Copy(*arrays, self.size, self.where, self.group[chosen], self.landed, self.tracked)

@@ -39,6 +39,9 @@ class Observer:
     def copy_done(self, m: Geometry, copy: Copy) -> None:
         """The threads of `copy` have waited for it."""
 
+    def copy_tracked(self, m: Geometry, unit: Unit, copy: Copy) -> None:
+        """From now on an mbarrier tells when these copies are over: the unit arrives at it then."""
+
     def async_read(self, m: Geometry, unit: Unit, cta: int, address: np.ndarray, size: int) -> None:
         """A unit begins to read `size` bytes at each address of `cta`'s shared memory (async proxy)."""
 

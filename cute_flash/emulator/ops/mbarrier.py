@@ -11,6 +11,7 @@ from ..core.code import Step
 from ..core.events import Barrier
 from ..translate.translation import Operation, operation
 from ..units.mbarrier import MBarriers
+from ..units.sync import AsyncCopies
 from .memory import Access
 
 if TYPE_CHECKING:
@@ -117,6 +118,25 @@ def arrive(x: Operation) -> Callable:
             told = None if relaxed else warp
             m.part(MBarriers).arrive(barrier, 1 if expecting else n, told, lanes[barrier, warp])
         m.rows["u64"][state][g.index] = np.array(phases, np.uint64).reshape(g.shape)
+
+    return step
+
+
+@operation("cp.async.mbarrier.arrive")
+def arrive_with_copies(x: Operation) -> Callable:
+    """Arrive when the thread's copies so far are over; with .noinc the barrier's count has this arrival."""
+    counted = x.flag("noinc")
+    word, where = Word(x, 0), x.instruction
+    if word.remote:
+        raise x.unmodelled(".shared::cluster")
+    x.type("b64")
+
+    def step(m: Machine, g: Threads) -> None:
+        barriers = word.barriers(m, g)
+        _use(m, g, barriers)
+        for barrier in barriers if not counted else ():
+            m.part(MBarriers).await_one_more(barrier)
+        m.part(AsyncCopies).track(g, barriers, where)
 
     return step
 

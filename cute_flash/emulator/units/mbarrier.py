@@ -60,6 +60,12 @@ class MBarriers(Part):
         barrier.pending -= count
         self._step(barrier)
 
+    def await_one_more(self, barrier: Barrier) -> None:
+        """The current phase also waits for an arrival that its count does not have."""
+        barrier.pending += 1
+        if barrier.pending > MOST:
+            raise BarrierError(f"{barrier!r}: more than {MOST} arrivals")
+
     def expect(self, barrier: Barrier, nbytes: int) -> None:
         """The current phase also waits for `nbytes` bytes."""
         barrier.bytes += nbytes

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import BarrierError
-from ..core.events import Copy
+from ..core.engine import Engine, Operation
+from ..core.events import Barrier, Copy, Unit
 from ..core.machine import Machine, Part
 from ..core.memory import POISON
 from ..core.state import LANES
+from .mbarrier import MBarriers
 
 if TYPE_CHECKING:
     from ..core.state import Threads
+    from ..ptx.parse import Instruction
 
 NUMBERS = 16
 # A barrier phase is used by sync and arrive, or by red: PTX forbids a mixture.
@@ -213,8 +216,30 @@ class NamedBarriers(Part):
         return lines
 
 
+@dataclass(eq=False)
+class TrackedCopies(Operation):
+    """Arrivals at mbarriers that follow the copies that the threads of one warp have issued before.
+
+    lanes: numbers of the threads in the wave; barriers: where each arrives.
+    """
+
+    unit: Unit
+    lanes: np.ndarray
+    barriers: list[Barrier]
+    where: Instruction
+
+    kind = "copy"
+
+    def land(self, m: Machine) -> None:
+        m.part(AsyncCopies).complete(self)
+        for barrier in self.barriers:
+            if m.watch is not None:
+                m.watch.unit_arrive(m, self.unit, barrier)
+            m.part(MBarriers).arrive(barrier, 1, None)
+
+
 class AsyncCopies(Part):
-    """cp.async copies, which wait in groups that every thread commits for itself.
+    """cp.async copies, which wait in groups that every thread commits for itself, or that mbarriers track.
 
     Eager copies land at issue. Late ones read global memory and land when a wait forces them; until then
     their destination holds poison. Random ones land at issue, at a wait or at any scheduling point between.
@@ -223,6 +248,7 @@ class AsyncCopies(Part):
     def __init__(self, m: Machine):
         super().__init__(m)
         self.committed = np.zeros(m.warps * m.ctas * LANES, np.int64)
+        self.arrivals = np.zeros((m.warps, m.ctas), np.int64)  # that have been asked for, per warp
         self.pending: list[Copy] = []
 
     def issue(self, g: Threads, copy: Copy) -> None:
@@ -281,13 +307,50 @@ class AsyncCopies(Part):
                 finished = copy if count == len(done) else copy.part(done)
                 if not finished.landed:
                     self.land(finished)
-                if m.watch is not None:
+                if m.watch is not None and not finished.tracked:
                     m.watch.copy_done(m, finished)
             if count == 0:
                 remaining.append(copy)
             elif count < len(done):
                 remaining.append(copy.part(~done))
         self.pending = remaining
+
+    def track(self, g: Threads, barriers: list[Barrier], where: Instruction) -> None:
+        """Each thread of `g` arrives at its barrier when all copies that it has issued so far are over."""
+        m = self.machine
+        flat, held = g.flat, np.array(barriers, object)
+        for k, (warp, cta) in enumerate(zip(g.warp_at.tolist(), g.cta_at.tolist(), strict=True)):
+            mine = g.slot == k
+            self.arrivals[warp, cta] += 1
+            unit = Unit(cta, "copies", warp, int(self.arrivals[warp, cta]), warp)
+            arrival = TrackedCopies(unit, flat[mine], held[mine].tolist(), where)
+            for copy in self._split(arrival.lanes, range(1)):
+                copy.tracked = unit.epoch
+                if m.watch is not None:
+                    m.watch.copy_tracked(m, unit, copy)
+            m.part(Engine).issue(arrival)
+
+    def complete(self, arrival: TrackedCopies) -> None:
+        """Land what an arrival waits for; later copies of its threads are left alone."""
+        done = self._split(arrival.lanes, range(1, arrival.unit.epoch + 1))
+        for copy in done:
+            if not copy.landed:
+                self.land(copy)
+        gone = {id(copy) for copy in done}
+        self.pending = [copy for copy in self.pending if id(copy) not in gone]
+
+    def _split(self, lanes: np.ndarray, tracked: range) -> list[Copy]:
+        """The pending copies of some threads that arrivals of these numbers track, apart from all others."""
+        member = np.zeros(self.committed.shape, bool)
+        member[lanes] = True
+        found, pending = [], []
+        for copy in self.pending:
+            mine = member[copy.thread] if copy.tracked in tracked else np.zeros(len(copy.thread), bool)
+            parts = [copy] if mine.all() or not mine.any() else [copy.part(mine), copy.part(~mine)]
+            found += parts[:1] if mine.any() else []
+            pending += parts
+        self.pending = pending
+        return found
 
     def drift(self, chance: float) -> None:
         """Land each pending copy with the given probability (random asynchrony)."""
