@@ -16,6 +16,7 @@ from cute_flash.emulator import (
     UninitializedRead,
     UnmodelledInstruction,
 )
+from cute_flash.emulator.ops.turns import UPDATES, in_turn
 
 from .evaluate import aligned, evaluate, launch, module
 
@@ -265,6 +266,77 @@ def test_additions_to_places_of_their_own():
     launch(module(code, ".param .u64 out"), [words])
     lane = np.arange(32, dtype=np.float32)
     assert (words == before + np.concatenate([lane, lane])).all()
+
+
+KINDS = {"u32": np.uint32, "s32": np.int32, "u64": np.uint64, "f32": np.float32, "f64": np.float64}
+UPDATED = {name.split(".")[0]: function for name, function in ATOMICS.items()} | {
+    "add": lambda old, b: old + b,
+    "flushed add": lambda old, b: flushed(flushed(old) + flushed(b)),
+    "cas": lambda old, b, c: c if old == b else old,
+}
+
+
+def flushed(value: np.float32) -> np.float32:
+    small = abs(value) < np.float32(2.0**-126)
+    return np.copysign(np.float32(0), value) if small else value
+
+
+FLOATS = (("add", "f32"), ("flushed add", "f32"), ("exch", "f32"), ("add", "f64"), ("exch", "f64"))
+WHOLE = tuple((name, kind) for name in UPDATED if name != "flushed add" for kind in ("u32", "s32", "u64"))
+
+
+@pytest.mark.parametrize(("name", "kind"), FLOATS + WHOLE)
+@pytest.mark.parametrize("spread", [1, 3, 70, 1000])
+def test_turns(name, kind, spread):
+    """What the threads of a set find and leave, one after the other, to the last bit."""
+    random, n = np.random.default_rng(spread), 400
+    places = random.integers(0, spread, n) * 8
+    if spread == 70:
+        places[::2] = 16  # many meet in one place, and few in others
+
+    def draw() -> np.ndarray:
+        if kind[0] == "f":
+            return (random.standard_normal(n) * 2.0 ** random.integers(-30, 30, n)).astype(KINDS[kind])
+        return random.integers(0, 5 if name == "cas" else 90, n).astype(KINDS[kind])
+
+    memory = dict(zip(range(0, 8 * max(spread, n), 8), draw(), strict=False))
+    memory |= {int(place): memory.get(int(place), memory[0]) for place in places}
+    operands = [draw() for _ in range(2 if name == "cas" else 1)]
+    if name == "flushed add":
+        operands[0][::7] = np.float32(1e-39) * np.arange(len(operands[0][::7]))
+        memory[int(places[0])] = np.float32(3e-38)
+    found = np.array([memory[int(place)] for place in places])
+    old, new = in_turn(places, found, operands, UPDATES[name])
+    with np.errstate(over="ignore"):
+        for k, place in enumerate(places.tolist()):
+            assert old[k].tobytes() == memory[place].tobytes()
+            result = UPDATED[name](memory[place], *(b[k] for b in operands))
+            memory[place] = KINDS[kind](result)
+            assert new[k].tobytes() == memory[place].tobytes()
+
+
+@pytest.mark.parametrize("space", ["shared", "generic"])
+def test_updates_of_shared_memory_in_many_ctas(space):
+    """CTAs use the same addresses, each in its own memory; both warps of a CTA meet there."""
+    out = aligned(np.zeros(3, np.uint32))
+    atom = "red.shared.add.u32 [8], %r0;" if space == "shared" else "red.add.u32 [%d1], %r0;"
+    code = TID + f"""
+        ld.param.u64 %out, [out];
+        mov.u32 %r1, %ctaid.x;
+        add.u32 %r0, %r1, 1;
+        setp.eq.u32 %p, %t, 0;
+        mov.u64 %d1, 8;
+        cvta.shared.u64 %d1, %d1;
+        @%p st.shared.u32 [8], 5;
+        bar.sync 0;
+        {atom}
+        bar.sync 0;
+        ld.shared.u32 %r2, [8];
+        mad.wide.u32 %d0, %r1, 4, %out;
+        @%p st.global.u32 [%d0], %r2;
+    """
+    launch(module(code, ".param .u64 out"), [out], grid=3, block=64, shared=16, races=space == "shared")
+    assert out.tolist() == [5 + 64, 5 + 128, 5 + 192]
 
 
 def test_subnormal_sums_in_global_and_shared_memory():

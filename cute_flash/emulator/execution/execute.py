@@ -20,6 +20,7 @@ from ..core.state import LANES
 from ..translate.translation import architecture
 from ..units.sync import AsyncCopies
 from ..units.tensor_memory import NBYTES as TENSOR_BYTES
+from .polling import Polling
 from .schedule import schedule_of
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ WAVE_CTAS = 256
 RACE_CTAS = 16  # the race detector keeps a history of every place in shared memory
 MOST_CLUSTER = 16
 DRIFT = 0.02  # chance per scheduling decision that a pending operation happens, when asynchrony is random
-SPINNING = 20000  # scheduling decisions without an event after which a pending operation happens by itself
 
 
 def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options | None = None) -> Report:
@@ -88,22 +88,17 @@ def _cta_bytes(code: Code, launch: Launch) -> int:
 def _run_wave(m: Machine) -> None:
     schedule = schedule_of(m)
     drifting = m.options.asynchrony == "random"
-    engine, copies, stalls = m.part(Engine), m.part(AsyncCopies), Stalls(m)
-    turns, progress = 0, 0
+    engine, copies, stalls, polling = m.part(Engine), m.part(AsyncCopies), Stalls(m), Polling(m, schedule)
     while (choice := schedule.pick()) is not None or stalls.resolve(schedule.gathered()):
         if choice is not None:
             pc, threads, limit = choice
-            schedule.put(m.advance(pc, threads, limit))
+            going = m.advance(pc, threads, limit)
+            schedule.put(going)
+            polling.decided(going)
         if drifting and copies.pending:
             copies.drift(DRIFT)
         if drifting and engine.pending:
             engine.drift(DRIFT)
-        turns = turns + 1 if m.progress == progress else 0
-        if turns > SPINNING:
-            # Somebody polls for what a pending operation will bring.
-            engine.advance()
-            turns = 0
-        progress = m.progress
         if m.parked.woken:
             schedule.put(m.parked.take())
     m.finish()

@@ -25,7 +25,7 @@ class Lockstep:
     """Lowest step first; everything that meets merges.
 
     A set may spin on memory that another one will write. So after PATIENCE turns in which there was a
-    choice, the next set in order is preferred for as many turns.
+    choice, or when the set is found to poll, the next set in order is preferred for as many turns.
     """
 
     def __init__(self, m: Machine, ready: dict[int, Threads]):
@@ -52,6 +52,14 @@ class Lockstep:
     def gathered(self) -> dict[int, Threads]:
         """The sets that wait for lanes, by step."""
         return self.gathering
+
+    def count(self) -> int:
+        """How many sets can run."""
+        return len(self.ready)
+
+    def pass_on(self) -> None:
+        """The set that ran last polls: the next one goes first."""
+        self.choices += PATIENCE - self.choices % PATIENCE
 
     def retry(self) -> bool:
         """Wake the sets that wait for lanes, if threads have exited since: they may have waited for those."""
@@ -118,6 +126,16 @@ class OneWarpAtATime:
                 have = found.get(pc)
                 found[pc] = threads if have is None else self.machine.sets.union(have, threads)
         return found
+
+    def count(self) -> int:
+        """How many sets can run."""
+        return sum(queue.count() for queue in self.queues.values())
+
+    def pass_on(self) -> None:
+        """The warp that ran last polls: its turn is over, and the next of its sets goes first."""
+        if self.turn is not None:
+            self.queues[self.turn[0]].pass_on()
+        self.turn = None
 
     def pick(self) -> tuple[int, Threads, int] | None:
         """As Lockstep.pick, for one warp."""

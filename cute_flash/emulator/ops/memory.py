@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import EmulatorError, OutOfBounds
-from ..base.formats import flush
 from ..core.memory import UNSIGNED, WINDOW_SHIFT, WINDOWS
 from ..ptx.operands import Symbol
 from ..translate.translation import Operation, operation
+from .turns import UPDATES, in_turn
 
 if TYPE_CHECKING:
     from ..core.machine import Machine
@@ -195,24 +195,9 @@ def st(x: Operation) -> Callable:
     return step
 
 
-# (old value, operands) -> new value of an atomic operation, on arrays.
-UPDATES: dict[str, Callable] = {
-    "add": lambda old, b: old + b,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "exch": lambda old, b: b,
-    "inc": lambda old, b: np.where(old >= b, 0, old + 1).astype(old.dtype),
-    "dec": lambda old, b: np.where((old == 0) | (old > b), b, old - 1).astype(old.dtype),
-    "cas": lambda old, b, c: np.where(old == b, c, old),
-}
-
-
 @operation("atom", "red")
 def atom(x: Operation) -> Callable:
-    """Read-modify-write; threads that meet at one address take turns in lane order."""
+    """Read-modify-write; threads that meet at one address take turns, by warp, CTA and lane."""
     x.without_effect(*ORDERINGS, "noftz")
     space = x.one_of("global", "shared", "shared::cta", default="")
     name = x.one_of(*UPDATES)
@@ -224,43 +209,38 @@ def atom(x: Operation) -> Callable:
     access = Access(x, int(returns), space, int(kind[1:]) // 8)
     d = x.dest(0, view) if returns else None
     sources = [x.source(int(returns) + 1 + k, view) for k in range(2 if name == "cas" else 1)]
-    update = UPDATES[name]
-    if kind == "f32" and access.space == "global":
-        # The ISA says that global f32 additions flush subnormal numbers and shared ones do not.
-        update = _flushed_add
-
-    def turn(m: Machine, g: Threads, address: np.ndarray, operands: list[np.ndarray]) -> np.ndarray:
-        dtype = operands[0].dtype
-        old = read(m, g, access.space, address, dtype.itemsize, 1, atomic=True).view(dtype)[:, 0]
-        new = np.ascontiguousarray(update(old, *operands)).view(UNSIGNED[dtype.itemsize])
-        write(m, g, access.space, address, new[:, None], atomic=True)
-        return old
+    # The ISA says that global f32 additions flush subnormal numbers and shared ones do not.
+    update = UPDATES["flushed add" if kind == "f32" and access.space == "global" else name]
 
     def step(m: Machine, g: Threads) -> None:
         address = access.of(m, g)
         operands = [np.ascontiguousarray(m.rows[view][a][g.index].reshape(-1)) for a in sources]
-        place = address + (g.cta << 32 if access.space == "shared" else 0)
-        if len(np.unique(place)) == g.size:
-            old = turn(m, g, address, operands)
-        else:
-            old = np.empty_like(operands[0])
-            for k in range(g.size):
-                one = slice(k, k + 1)
-                old[one] = turn(m, _single(m, g, k), address[one], [o[one] for o in operands])
+        dtype = operands[0].dtype
+        found = read(m, g, access.space, address, dtype.itemsize, 1, atomic=True).view(dtype)[:, 0]
+        old, new = in_turn(_places(m, g, access.space, address), found, operands, update)
+        words = np.ascontiguousarray(new).view(UNSIGNED[dtype.itemsize])
+        write(m, g, access.space, address, words[:, None], atomic=True)
         if d is not None:
             m.rows[view][d][g.index] = old.reshape(g.shape)
 
     return step
 
 
-def _flushed_add(old: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return flush(flush(old) + flush(b))
-
-
-def _single(m: Machine, g: Threads, k: int) -> Threads:
-    mask = np.zeros(m.sets.shape, bool)
-    mask[g.warp[k], g.cta[k], g.lane[k]] = True
-    return m.sets.of(mask)
+def _places(m: Machine, g: Threads, space: str, address: np.ndarray) -> np.ndarray:
+    """A number for each thread's address that is the same where two touch the same memory."""
+    if space == "global":
+        return address
+    if space == "shared":
+        owner, local = m.place(g, address, False)
+        return (owner + 1 << WINDOW_SHIFT) + local
+    places = np.empty_like(address)
+    for name, members, some in _resolve(m, g, address):
+        within = address[members] - WINDOWS[name]
+        if name == "shared":
+            owner, local = m.place(some, within, True)
+            within = (owner + 1 << WINDOW_SHIFT) + local
+        places[members] = within
+    return places
 
 
 def _window(space: str) -> str:
