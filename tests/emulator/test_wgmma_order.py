@@ -231,7 +231,8 @@ def test_operands_must_be_there():
     for wrong, error, what in (
         (word + 128, UninitializedRead, "of an operand was never written"),
         (word | 0x3FC0, OutOfBounds, "an operand's bytes at shared"),
-        (word + 8, UnmodelledInstruction, "starts in row 1 of its pattern"),
+        (word + 8, UninitializedRead, "of an operand was never written"),
+        (word | 1 << 49, UnmodelledInstruction, "base offset 1 is not modelled"),
     ):
         with pytest.raises(error, match=f"{what}.*warp 0.*\n.*PTX line|{what}.*\n.*PTX line"):
             case.run(case.code().replace(f"mov.b64 %db0, {word};", f"mov.b64 %db0, {wrong};"))

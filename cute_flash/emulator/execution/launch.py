@@ -141,10 +141,9 @@ class Driver:
             state[0] = library.value
         return _OK
 
-    def tensor_map_encode_tiled(
-        self, words, data_type, rank, address, sizes, strides, box, steps, interleave, swizzle, _, fill
-    ) -> int:  # fmt: skip
+    def tensor_map_encode_tiled(self, words, data_type, rank, address, *layout) -> int:
         """cuTensorMapEncodeTiled of the driver; the promotion to L2 has no effect on results."""
+        sizes, strides, box, steps, interleave, swizzle, _, fill = layout
         if interleave or fill or any(step != 1 for step in steps[:rank]):
             text = f"interleave {interleave}, element strides {steps[:rank]}, fill {fill}"
             raise EmulatorError(f"host code encodes a tensor map with {text}, which is not modelled")
