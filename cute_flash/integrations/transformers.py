@@ -13,9 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..api import flash_attn_func, flash_attn_varlen_func
+from ..extras import missing
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise missing("transformers", "transformers", error) from error
 
 NAME = "cute_attention"
 
