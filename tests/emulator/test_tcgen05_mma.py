@@ -99,7 +99,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Case:
-    """One product: formats, shape, layouts and options. shift: scale-input-d; skip: disable-output-lane."""
+    """One product: formats, shape, layouts and options. shift: scale-input-d; skip: disable-output-lane.
+
+    stationary: .ws, with what follows it.
+    """
 
     a: str = "bf16"
     b: str = "bf16"
@@ -115,6 +118,7 @@ class Case:
     shift: int | None = None
     skip: bool = False
     lane: int = 0
+    stationary: bool = False
 
     @property
     def kind(self) -> str:
@@ -133,7 +137,10 @@ class Case:
         rows = self.m // self.ctas
         if rows == 128:
             return [(r, 0, self.n, r) for r in range(128)]
-        if self.ctas == 2:
+        if self.stationary and rows == 32:
+            quarter = self.n // 4
+            return [(r, h * quarter, quarter, 32 * h + r) for h in range(4) for r in range(32)]
+        if self.ctas == 2 or self.stationary:
             half = self.n // 2
             return [(r, h * half, half, 64 * h + r) for h in (0, 1) for r in range(64)]
         return [(r, 0, self.n, r // 16 * 32 + r % 16 + self.lane) for r in range(64)]
@@ -192,6 +199,7 @@ def issue(case: Case, a: int, b: int, skipped: np.ndarray | None = None) -> str:
         mask = ", {" + ", ".join(f"{w:#x}" for w in words) + "}"
     operand = "[%r1]" if case.a_in_tensor_memory else "%s0"
     tail = "" if case.shift is None else f", {case.shift}"
+    form = f"tcgen05.mma{'.ws' if case.stationary else ''}.cta_group::{case.ctas}.kind::{case.kind}"
     return f"""
     mov.b64 %s0, {a:#x};
     mov.b64 %s1, {b:#x};
@@ -199,7 +207,7 @@ def issue(case: Case, a: int, b: int, skipped: np.ndarray | None = None) -> str:
     add.u32 %r1, %tm, {case.lane << 16 | A_AT};
     mov.b32 %r2, {case.descriptor:#x};
     setp.eq.u32 %p0, {int(case.add)}, 1;
-    @%issuer tcgen05.mma.cta_group::{case.ctas}.kind::{case.kind} [%r0], {operand}, %s1, %r2{mask}, %p0{tail};
+    @%issuer {form} [%r0], {operand}, %s1, %r2{mask}, %p0{tail};
     {tensor.commit(case.ctas)}
     """
 
@@ -346,3 +354,78 @@ def test_the_result_is_that_of_decode():
     """The helpers here and the definitions agree about what a pattern stands for."""
     patterns, numbers = codes("bf16", (4, 16), 1)
     assert [decode(int(p), FORMATS["bf16"]) for p in patterns.reshape(-1)] == numbers.reshape(-1).tolist()
+
+
+# Weight-stationary products.
+
+STATIONARY = Case(stationary=True)
+
+
+@pytest.mark.parametrize("m", [32, 64, 128])
+@pytest.mark.parametrize("n", [64, 128, 256])
+@pytest.mark.parametrize("add", [False, True])
+def test_stationary_shapes(m, n, add):
+    check(replace(STATIONARY, m=m, n=n, add=add))
+
+
+@pytest.mark.parametrize("case", [
+    Case("f16", "f16", half=True), Case("tf32", "tf32"), Case("e4m3", "e5m2", negate=(True, False)),
+    Case("e2m3", "e4m3", add=False), Case(a_layout=Layout(128, True)), Case(b_layout=Layout(16)),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("m", [32, 64])
+def test_stationary_formats_and_layouts(case, m):
+    check(replace(case, stationary=True, m=m))
+
+
+@pytest.mark.parametrize("name", ["bf16", "tf32", "e4m3"])
+@pytest.mark.parametrize("m", [32, 64, 128])
+def test_stationary_a_in_tensor_memory(name, m):
+    """Each part of the lanes has its own copy of A."""
+    case = Case(name, name, stationary=True, m=m, a_in_tensor_memory=True)
+    check(case)
+    if m == 32:
+        code, images, before, after = prepare(case)
+        before[0, 96:, A_AT] ^= 0x80808080  # another A for the last quarter of the columns
+        got = tensor.run(code, images, before)
+        assert (got[0, :96] == after[0, :96]).all() and (got[0, 96:, D_AT:] != after[0, 96:, D_AT:]).any()
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=str)
+def test_stationary_in_any_order(options):
+    check(replace(STATIONARY, m=32), **options)
+    check(replace(STATIONARY, m=64, a_in_tensor_memory=True), **options)
+
+
+@pytest.mark.parametrize("usage", ["use", "lastuse"])
+def test_stationary_collectors(usage):
+    """Four buffers hold matrices B; a use needs the fill of the same matrix in the same one."""
+    code, images, before, after = prepare(replace(STATIONARY, add=False))
+    line = next(line for line in code.splitlines() if "tcgen05.mma" in line)
+    use = line.replace("kind::f16", f"kind::f16.collector::b2::{usage}")
+    for other in ("", line.replace("kind::f16", "kind::f16.collector::b1::fill")):
+        with pytest.raises(TensorMemoryError, match=f"b2::{usage} of a matrix B that no product"):
+            tensor.run(code.replace(line, f"{other}\n{use}"), images, before)
+    fill = line.replace("kind::f16", "kind::f16.collector::b2::fill")
+    assert np.array_equal(tensor.run(code.replace(line, f"{fill}\n{use}"), images, before), after)
+
+
+def test_stationary_zero_column_masks():
+    """Bit 39 of the descriptor says whether any column of B is left out."""
+    code, images, before, after = prepare(STATIONARY)
+    for word in (0, 1 << 38, 1 << 40):
+        masked = code.replace(", %p0;", f", %p0, {word};")
+        assert np.array_equal(tensor.run(masked, images, before), after)
+    with pytest.raises(UnmodelledInstruction, match="a zero-column mask"):
+        tensor.run(code.replace(", %p0;", f", %p0, {1 << 39};"), images, before)
+
+
+@pytest.mark.parametrize("case", [
+    replace(STATIONARY, n=32), replace(STATIONARY, n=192), replace(STATIONARY, m=16),
+    replace(STATIONARY, ctas=2, m=256), replace(STATIONARY, skip=True),
+], ids=str)  # fmt: skip
+def test_stationary_forms_that_there_are_not(case):
+    skipped = np.zeros(128 * case.ctas, bool) if case.skip else None
+    with pytest.raises(UnmodelledInstruction):
+        tensor.run(issue(case, 1 << 46, 1 << 46, skipped), ctas=case.ctas)
+    with pytest.raises(TensorMemoryError, match="D begins in lane 16"):
+        tensor.run(issue(replace(STATIONARY, m=64, lane=16), 1 << 46, 1 << 46))

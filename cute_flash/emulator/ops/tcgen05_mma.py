@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..base.errors import EmulatorError, TensorMemoryError
+from ..base.errors import EmulatorError, TensorMemoryError, UnmodelledInstruction
 from ..ptx.operands import Address, Vector
 from ..translate.translation import Operation, operation
 from ..units import descriptors
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SCALES = {"scale_vec::1X": 1, "scale_vec::2X": 2, "scale_vec::4X": 4}
 BLOCKS = {"block16": 16, "block32": 32}
 USAGES = ("fill", "use", "lastuse", "discard")
+NON_ZERO_MASK = 39  # bit of a zero-column mask descriptor; without it no column is left out
 
 
 class _Value:
@@ -48,13 +49,18 @@ class _Value:
 
 
 class _Mma:
-    """The operands of one tcgen05.mma."""
+    """The operands of one tcgen05.mma, or of one that is weight-stationary."""
 
-    def __init__(self, x: Operation):
+    def __init__(self, x: Operation, stationary: bool):
+        self.stationary = stationary
         self.ctas = cta_group(x)
         self.kind = x.one_of(*(f"kind::{name}" for name in KINDS)).removeprefix("kind::")
         self.scales = self._scales(x)
-        self.usage = x.one_of(*(f"collector::a::{u}" for u in USAGES), default="discard").split("::")[-1]
+        if stationary and (self.ctas == 2 or self.scales):
+            raise x.unmodelled(f".cta_group::{self.ctas} with kind::{self.kind}")
+        buffers = [f"b{k}" for k in range(4)] if stationary else ["a"]
+        usages = [f"collector::{buffer}::{usage}" for buffer in buffers for usage in USAGES]
+        self.buffer, self.usage = x.one_of(*usages, default=usages[3]).split("::")[1:]
         self.where = x.instruction
         self.d, self.a = _Value(x, 0), _Value(x, 1, "u32" if self._bracketed(x) else "u64")
         self.b, self.descriptor = _Value(x, 2, "u64"), _Value(x, 3)
@@ -67,13 +73,15 @@ class _Mma:
             position = 6
         self.mask: list[int] = []
         if isinstance(x.operand(position), Vector):
-            if self.scales or len(x.vector(position)) != 4 * self.ctas:
+            if self.scales or stationary or len(x.vector(position)) != 4 * self.ctas:
                 raise x.unmodelled("this disable-output-lane")
             self.mask = [x.source_of(item, "u32") for item in x.vector(position)]
             position += 1
         self.enable = x.predicate(position)
-        self.shift = 0
-        if x.count() > position + 1:
+        self.shift, self.zero_columns = 0, None
+        if stationary and x.count() > position + 1:
+            self.zero_columns = _Value(x, position + 1, "u64")
+        elif x.count() > position + 1:
             self.shift = x.integer(position + 1)
             if self.kind not in ("f16", "tf32") or not 0 <= self.shift <= 15:
                 raise x.unmodelled(f"scale-input-d {self.shift} with kind::{self.kind}")
@@ -105,11 +113,15 @@ class _Mma:
         )  # fmt: skip
         masks = [m.rows["u32"][row][g.index].reshape(-1) for row in self.mask]
         factors = list(zip(*(f.of(m, g) for f in self.factors), strict=True)) or [(0, 0)] * g.size
+        masks_of_b = self.zero_columns.of(m, g) if self.zero_columns is not None else []
+        if any(word >> NON_ZERO_MASK & 1 for word in masks_of_b):
+            raise UnmodelledInstruction("a zero-column mask that leaves columns of B out is not modelled")
         found = []
         for k, (issuer, d, a, b, word, enable) in enumerate(columns):
-            one = form(word, self.kind, self.ctas, self.scales)
+            one = form(word, self.kind, self.ctas, self.scales, self.stationary)
             ctas = group(m, issuer.cta, self.ctas)
-            m.part(TensorUnit).collect(ctas[0], self.usage, (a, self.a.in_tensor_memory, one.a))
+            matrix = (b, False, one.b) if self.stationary else (a, self.a.in_tensor_memory, one.a)
+            m.part(TensorUnit).collect(ctas[0], self.buffer, self.usage, matrix)
             locate = descriptors.locate
             where_a = a
             if not self.a.in_tensor_memory:
@@ -132,7 +144,7 @@ def _lanes(words: list[int], ctas: int) -> np.ndarray:
 def _check_lanes(product: Product) -> None:
     """D and A begin in lane 0; rows in 16s may begin in lane 16."""
     one = product.form
-    allowed = (0, 16) if one.a.tile.rows == 64 and one.ctas == 1 else (0,)
+    allowed = (0, 16) if one.a.tile.rows == 64 and one.ctas == 1 and not one.stationary else (0,)
     places = [("D", product.d)] + ([("A", product.a)] if isinstance(product.a, int) else [])
     for name, address in places:
         if split(address)[0] not in allowed:
@@ -141,10 +153,13 @@ def _check_lanes(product: Product) -> None:
         raise EmulatorError(f"a matrix A of {one.a.format} in tensor memory is not modelled")
 
 
-@operation("tcgen05.mma")
+@operation("tcgen05.mma", "tcgen05.mma.ws")
 def mma(x: Operation) -> Callable:
-    """D = A B + D 2**-s in tensor memory; A in shared or tensor memory, B in shared memory."""
-    operands = _Mma(x)
+    """D = A B + D 2**-s in tensor memory; A in shared or tensor memory, B in shared memory.
+
+    Weight-stationary ones (.ws) keep B in a collector buffer and spread D over all lanes.
+    """
+    operands = _Mma(x, x.name.endswith(".ws"))
 
     def step(m: Machine, g: Threads) -> None:
         for product in operands.products(m, g):

@@ -1,7 +1,7 @@
 """What tcgen05.mma multiplies: instruction descriptors, element formats, and which lane holds which row.
 
 Instruction descriptors are those of the PTX ISA's tables for kind::f16, tf32, f8f6f4 and for the
-block-scaled kinds. Sparse matrices, weight-stationary products (.ws), .ashift and kind::i8 have no model.
+block-scaled kinds. Sparse matrices, .ashift and kind::i8 have no model.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Matrix(NamedTuple):
 
 
 class Form(NamedTuple):
-    """One tcgen05.mma. n: columns of D in all; half: D is f16; scales: factors per row; ue8m0: their type."""
+    """One tcgen05.mma. n: columns of D in all; half: D is f16; scales: factors per row; ue8m0: their type.
+
+    stationary: a weight-stationary product (.ws).
+    """
 
     kind: str
     ctas: int
@@ -64,11 +67,14 @@ class Form(NamedTuple):
     half: bool = False
     scales: int = 0
     ue8m0: bool = False
+    stationary: bool = False
 
 
 @lru_cache(maxsize=256)
-def form(word: int, kind: str, ctas: int, scales: int) -> Form:
+def form(word: int, kind: str, ctas: int, scales: int, stationary: bool = False) -> Form:
     """Decode an instruction descriptor. scales: factors per row of a block-scaled kind, else 0.
+
+    stationary: of a weight-stationary product.
 
     Raises UnmodelledInstruction for fields or shapes that the instruction does not have.
     """
@@ -82,7 +88,10 @@ def form(word: int, kind: str, ctas: int, scales: int) -> Form:
     sizes = (128,) if traits.scales else (64, 128)
     if ctas == 2:
         sizes = (256,) if traits.scales else (128, 256)
-    if m not in sizes or not 8 * ctas <= n <= 256 or n % (8 * ctas):
+    widths = range(8 * ctas, 257, 8 * ctas)
+    if stationary:
+        sizes, widths = (32, 64, 128), (64, 128, 256)
+    if m not in sizes or n not in widths:
         raise field.refuse(f"M {m} and N {n} with {ctas} CTA{'s'[: ctas - 1]}")
     d = "f32" if traits.scales else traits.accumulators.get(field.at(4, 2))
     formats = [traits.formats.get(field.at(7, 3)), traits.formats.get(field.at(10, 3 - (traits.bits == 4)))]
@@ -104,7 +113,7 @@ def form(word: int, kind: str, ctas: int, scales: int) -> Form:
         Matrix(name, Tile(rows // ctas, traits.k, traits.bits, mn_major), bool(field.at(bit, 1)), scale)
         for name, rows, mn_major, bit, scale in zip(formats, (m, n), turned, (13, 14), ids, strict=True)
     )
-    return Form(kind, ctas, n, a, b, d == "f16", scales, ue8m0)
+    return Form(kind, ctas, n, a, b, d == "f16", scales, ue8m0, stationary)
 
 
 class _Fields(NamedTuple):
@@ -199,15 +208,14 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def pieces(rows: int, ctas: int, n: int) -> tuple[Piece, ...]:
-    """Where the rows of one CTA go (PTX ISA, data path layouts A, B, D and F)."""
-    if rows == 128:
-        return (Piece(slice(0, 128), slice(0, n), slice(0, 128)),)
-    if ctas == 2:
-        half = n // 2
-        return (
-            Piece(slice(0, 64), slice(0, half), slice(0, 64)),
-            Piece(slice(0, 64), slice(half, n), slice(64, 128)),
+def pieces(rows: int, ctas: int, n: int, stationary: bool = False) -> tuple[Piece, ...]:
+    """Where the rows of one CTA go (PTX ISA, data path layouts A, B, D, E, F and G)."""
+    if rows == 128 or ctas == 2 or stationary:
+        # All lanes are used: fewer rows than lanes take turns with their share of the columns.
+        width = n * rows // 128
+        return tuple(
+            Piece(slice(0, rows), slice(k * width, (k + 1) * width), slice(k * rows, (k + 1) * rows))
+            for k in range(128 // rows)
         )
     return tuple(
         Piece(slice(r, r + 16), slice(0, n), slice(2 * r, 2 * r + 16)) for r in range(0, 64, 16)

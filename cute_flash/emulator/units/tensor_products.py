@@ -36,7 +36,7 @@ class TensorUnit(Part):
     def __init__(self, m: Machine):
         super().__init__(m)
         self.epochs: dict[Issuer, int] = {}
-        self.collector: dict[int, tuple] = {}
+        self.collector: dict[tuple[int, str], tuple] = {}  # (cta, name of the buffer) -> matrix
 
     def unit(self, issuer: Issuer) -> Unit:
         """A thread's work since its last commit, as observers see it."""
@@ -49,14 +49,16 @@ class TensorUnit(Part):
         self.epochs[issuer] += 1
         return unit
 
-    def collect(self, cta: int, usage: str, matrix: tuple) -> None:
-        """Apply .collector::a::usage. Raises where a use has no fill with the same matrix before it."""
-        if usage in ("use", "lastuse") and self.collector.get(cta) != matrix:
-            raise TensorMemoryError(f".collector::a::{usage} of a matrix A that no product has filled in")
+    def collect(self, cta: int, buffer: str, usage: str, matrix: tuple) -> None:
+        """Apply .collector::buffer::usage. Raises where a use has no fill with the same matrix before it."""
+        if usage in ("use", "lastuse") and self.collector.get((cta, buffer)) != matrix:
+            name = buffer[0].upper()
+            text = f".collector::{buffer}::{usage} of a matrix {name} that no product has filled in"
+            raise TensorMemoryError(text)
         if usage == "fill":
-            self.collector[cta] = matrix
+            self.collector[cta, buffer] = matrix
         elif usage != "use":
-            self.collector.pop(cta, None)
+            self.collector.pop((cta, buffer), None)
 
 
 def group(m: Machine, cta: int, ctas: int) -> list[int]:
@@ -151,7 +153,7 @@ class Product(Work):
 
     def __post_init__(self) -> None:
         form = self.form
-        self.pieces = pieces(form.a.tile.rows, form.ctas, form.n)
+        self.pieces = pieces(form.a.tile.rows, form.ctas, form.n, form.stationary)
 
     def begin(self, m: Machine) -> None:
         """Issue, after the checks that do not depend on when it happens."""
