@@ -3,6 +3,10 @@
 Host code calls `cudaX` by the name `_cudaX`, with the same arguments. Three functions are not part of
 the CUDA runtime and are provided here: one that loads the kernels at the first call, one that undoes
 it, one that turns an error code into a Python exception.
+
+What Python asks of CUDA goes through cuda.pathfinder and cuda.bindings. ctypes is left for what these do not
+give: addresses that machine code can jump to, into the very runtime that torch uses (cuda.bindings.runtime is
+a CUDA runtime of its own, linked in), and functions of ours that machine code can call.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from ctypes import POINTER, c_char_p, c_int, c_int32, c_void_p
 from pathlib import Path
 from typing import Any
 
+from . import cuda_devices
 from .objectfile import MachineCode, address_of
 
 # The host code's name -> the runtime's. All of them exist since CUDA 12.8.
@@ -27,7 +32,7 @@ _FUNCTIONS = {
     "_cudaFuncSetAttribute": "cudaFuncSetAttribute",
     "_cudaKernelSetAttributeForDevice": "cudaKernelSetAttributeForDevice",
 }
-_NOT_INITIALIZED = 3  # cudaErrorInitializationError
+_INVALID_VALUE, _NOT_INITIALIZED = 1, 3  # CUDA_ERROR_...
 
 _INIT = ctypes.CFUNCTYPE(c_int, c_void_p)
 _LOAD = ctypes.CFUNCTYPE(c_int, c_void_p, c_int)
@@ -57,8 +62,6 @@ class CudaRuntime:
             raise RuntimeError(
                 f"{library._name} has no {', '.join(missing)}: torch must be built with CUDA 12.8 or newer"
             )
-        for name in ("cudaGetErrorName", "cudaGetErrorString"):
-            getattr(self._runtime, name).restype = c_char_p
         self._lock = threading.Lock()
         self._callbacks = {
             "_cuKernelGetAttribute": ctypes.CFUNCTYPE(c_int, c_void_p, c_int, c_void_p, c_int)(
@@ -75,38 +78,43 @@ class CudaRuntime:
         self.symbols |= {name: address_of(callback) for name, callback in self._callbacks.items()}
         self.symbols["cuda_dialect_init_library_once"] = self._once.address
 
-    def describe(self, code: int) -> str:
-        """An error code as a sentence."""
-        name, text = self._runtime.cudaGetErrorName(code), self._runtime.cudaGetErrorString(code)
-        return f"CUDA error {code} ({name.decode()}): {text.decode()}"
-
     def _load_once(self, state: Any, init: Any, load: Any, set_error: Any) -> int:
         """Load the kernels on every visible device; wrong only if that fails on all of them."""
         with self._lock:
             if state[0]:
                 return 0
-            library, count = c_void_p(0), c_int(0)
+            library = c_void_p(0)
             codes = [init(ctypes.byref(library))]
             if not codes[0]:
-                codes = [self._runtime.cudaGetDeviceCount(ctypes.byref(count))]
-            if not codes[0] and count.value:
-                codes = [load(ctypes.byref(library), device) for device in range(count.value)]
+                try:
+                    devices = cuda_devices.count()
+                except RuntimeError as error:
+                    set_error(b"RuntimeError", str(error).encode())
+                    return -1
+                codes = [load(ctypes.byref(library), device) for device in range(devices)] or codes
             if all(codes):
-                set_error(b"RuntimeError", self.describe(codes[-1]).encode())
+                set_error(b"RuntimeError", cuda_devices.runtime_error(codes[-1]).encode())
                 return -1
             state[0] = library.value
             return 0
 
     def _kernel_get_attribute(self, value: int, attribute: int, kernel: int, device: int) -> int:
         """cuKernelGetAttribute is the driver's, which is there only where a GPU is."""
+        from cuda.bindings import driver
+
         try:
-            driver = ctypes.CDLL("libcuda.so.1")
-        except OSError:
+            asked = driver.CUfunction_attribute(attribute), driver.CUkernel(kernel), driver.CUdevice(device)
+            code, found = driver.cuKernelGetAttribute(*asked)
+        except ValueError:
+            return _INVALID_VALUE
+        except RuntimeError:
             return _NOT_INITIALIZED
-        return driver.cuKernelGetAttribute(c_void_p(value), attribute, c_void_p(kernel), device)
+        if not code.value:
+            c_int.from_address(value).value = found
+        return code.value
 
     def _set_raised_error(self, set_parts: Any, code: int) -> None:
-        set_parts(b"RuntimeError", (c_char_p * 1)(self.describe(code).encode()), 1)
+        set_parts(b"RuntimeError", (c_char_p * 1)(cuda_devices.runtime_error(code).encode()), 1)
 
 
 @functools.cache
@@ -117,21 +125,20 @@ def symbols() -> dict[str, int]:
 
 @functools.cache
 def _runtime() -> CudaRuntime:
-    return CudaRuntime(ctypes.CDLL(_loaded_library() or _library_of_torch()))
+    return CudaRuntime(ctypes.CDLL(library_of_torch()))
 
 
-def _loaded_library() -> str | None:
-    """Path of the libcudart that this process has loaded, if any."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.partition("/")[2]
-        if Path(path).name.startswith("libcudart.so"):
-            return f"/{path}"
-    return None
-
-
-def _library_of_torch() -> str:
+def library_of_torch() -> str:
+    """The path, or the name, of the CUDA runtime that torch uses, loaded or to be loaded."""
     import torch
+    from cuda import pathfinder
 
     if torch.version.cuda is None:
         raise RuntimeError("this torch is built without CUDA: its tensors cannot lie on a GPU")
-    return f"libcudart.so.{torch.version.cuda.partition('.')[0]}"
+    name = f"libcudart.so.{torch.version.cuda.partition('.')[0]}"
+    try:
+        found = pathfinder.load_nvidia_dynamic_lib("cudart").abs_path
+    except pathfinder.DynamicLibNotFoundError:
+        return name
+    # Beside a CUDA 13 in the same process or on the same system, torch's CUDA 12 is not what is found.
+    return found if f"{Path(found).name}.".startswith(f"{name}.") else name

@@ -9,11 +9,14 @@ import struct
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_void_p
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda import pathfinder
+from cuda.bindings import driver
 
-from cute_flash import cuda_runtime, dispatch, executable, objectfile, precompile, rules
+from cute_flash import cuda_devices, cuda_runtime, dispatch, executable, objectfile, precompile, rules
 from cute_flash.__main__ import main
 from cute_flash.arch.problem import Operands, Problem
 from cute_flash.emulator.execution.launch import View
@@ -195,11 +198,6 @@ class Runtime:
         self._define("cudaDeviceGetAttribute", (POINTER(c_int), c_int, c_int), self._zero)
         self._define("cudaFuncSetAttribute", (c_void_p, c_int, c_int), lambda *_: None)
         self._define("cudaKernelSetAttributeForDevice", (c_void_p, c_int, c_int, c_int), lambda *_: None)
-        self._define("cudaGetDeviceCount", (POINTER(c_int),), self._two)
-        self._texts = [ctypes.create_string_buffer(text) for text in (b"cudaErrorMade", b"made up")]
-        name, text = map(ctypes.addressof, self._texts)
-        self.cudaGetErrorName = CFUNCTYPE(c_void_p, c_int)(lambda code: name)
-        self.cudaGetErrorString = CFUNCTYPE(c_void_p, c_int)(lambda code: text)
 
     def _define(self, name, types, body):
         def call(*arguments):
@@ -216,9 +214,6 @@ class Runtime:
     def _zero(self, value, *_):
         value[0] = 0
 
-    def _two(self, value, *_):
-        value[0] = 2
-
     def _launch(self, config, *_):
         self.threads.append(config[3])
 
@@ -230,6 +225,7 @@ def cuda(monkeypatch, tiny):
 
     made = Runtime()
     monkeypatch.setattr(cuda_runtime.CudaRuntime, "_kernel_get_attribute", lambda *_: 0)
+    monkeypatch.setattr(cuda_devices, "count", lambda: 2)
     bound = cuda_runtime.CudaRuntime(made)
     function = objectfile.load(tiny.object, tiny.description["function"], bound.symbols)
     q, lse = torch.zeros(1, 2, 3, 64).half(), torch.zeros(1, 3, 2)
@@ -260,11 +256,11 @@ def test_a_kernel_that_one_device_cannot_load_is_no_error(cuda):
     assert made.threads == [64]
 
 
-@pytest.mark.parametrize("function", ["cudaLibraryLoadData", "cudaGetDeviceCount", "cudaLibraryGetKernel"])
+@pytest.mark.parametrize("function", ["cudaLibraryLoadData", "cudaLibraryGetKernel"])
 def test_loading_that_fails_is_an_exception_and_tried_again(cuda, function):
     made, call, _ = cuda
     made.fails[function] = 98
-    with pytest.raises(RuntimeError, match=r"CUDA error 98 \(cudaErrorMade\): made up"):
+    with pytest.raises(RuntimeError, match=r"CUDA error 98 \(cudaErrorInvalidDeviceFunction\): inv"):
         call()
     assert not made.threads
     made.fails.clear()
@@ -272,10 +268,44 @@ def test_loading_that_fails_is_an_exception_and_tried_again(cuda, function):
     assert made.threads == [64]
 
 
+def test_a_driver_that_fails_is_an_exception_and_asked_again(cuda, monkeypatch):
+    made, call, _ = cuda
+    with monkeypatch.context() as failing:
+        failing.setattr(cuda_devices, "count", lambda: cuda_devices.checked((driver.CUresult(100),)))
+        with pytest.raises(RuntimeError, match=r"CUDA driver error 100 \(CUDA_ERROR_NO_DEVICE\)"):
+            call()
+    assert not made.threads
+    call()
+    assert made.threads == [64]
+
+
+def test_errors_beyond_those_known_have_a_number():
+    assert "CUDA error 12345, which is newer" in cuda_devices.runtime_error(12345)
+
+
+@pytest.mark.parametrize(
+    "code, attribute, answer", [(0, 0, (0, 7)), (400, 0, (400, -1)), (0, 999, (1, -1)), (None, 0, (3, -1))]
+)
+def test_attributes_of_kernels_are_the_driver_s(monkeypatch, code, attribute, answer):
+    """(returned code, what is written); None: there is no driver."""
+
+    def asked(attribute, kernel, device):
+        assert (int(kernel), int(device)) == (5, 1)
+        if code is None:
+            raise RuntimeError("no libcuda.so.1")
+        return driver.CUresult(code), None if code else 7
+
+    monkeypatch.setattr(driver, "cuKernelGetAttribute", asked)
+    runtime, value = cuda_runtime.CudaRuntime(Runtime()), c_int(-1)
+    address = runtime.symbols["_cuKernelGetAttribute"]
+    function = CFUNCTYPE(c_int, POINTER(c_int), c_int, c_void_p, c_int)(address)
+    assert (function(ctypes.byref(value), attribute, 5, 1), value.value) == answer
+
+
 def test_a_launch_that_fails_is_an_exception(cuda):
     made, call, _ = cuda
     made.fails["cudaLaunchKernelExC"] = 701
-    with pytest.raises(RuntimeError, match=r"CUDA error 701 \(cudaErrorMade\)"):
+    with pytest.raises(RuntimeError, match=r"CUDA error 701 \(cudaErrorLaunchOutOfResources\)"):
         call()
 
 
@@ -307,7 +337,31 @@ def test_an_old_cuda_runtime_is_named():
 def test_torch_without_cuda_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(RuntimeError, match="built without CUDA"):
-        cuda_runtime._library_of_torch()
+        cuda_runtime.library_of_torch()
+
+
+@pytest.mark.parametrize(
+    "version, found, used",
+    [
+        ("12.8", "/site/libcudart.so.12", "/site/libcudart.so.12"),
+        ("13.0", "/site/libcudart.so.13", "/site/libcudart.so.13"),
+        ("13.0", "/toolkit/libcudart.so.13.0.96", "/toolkit/libcudart.so.13.0.96"),
+        ("12.8", "/site/libcudart.so.13", "libcudart.so.12"),
+        ("12.8", None, "libcudart.so.12"),
+    ],
+)
+def test_the_cuda_runtime_is_torch_s(monkeypatch, version, found, used):
+    """Also where pathfinder finds that of another CUDA, or none."""
+
+    def load(name):
+        assert name == "cudart"
+        if found is None:
+            raise pathfinder.DynamicLibNotFoundError("none")
+        return SimpleNamespace(abs_path=found)
+
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", load)
+    assert cuda_runtime.library_of_torch() == used
 
 
 # The command line.
