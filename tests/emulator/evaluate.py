@@ -53,16 +53,16 @@ def prepare(
 
 
 def evaluate(
-    code: str, *inputs: np.ndarray, outputs: tuple, target: str = "sm_80", block: int = BLOCK
+    code: str, *inputs: np.ndarray, outputs: tuple, target: str = "sm_80", block: int = BLOCK, **options
 ) -> tuple[np.ndarray, ...]:
-    """Run `code` once per element.
+    """Run `code` once per element; options: the emulator's.
 
     inputs are its registers %a, %b, … (bool ones are predicates), all of one length; outputs are the numpy
     dtypes of its results %x, %y, …. Other registers it needs it declares itself. Returns the results as
     arrays.
     """
     call = prepare(code, inputs, outputs, target, block)
-    launch(call.text, call.arrays, grid=call.grid, block=block)
+    launch(call.text, call.arrays, grid=call.grid, block=block, **options)
     results = (array[: len(inputs[0])] for array in call.arrays[len(inputs) :])
     return tuple(r.astype(bool) if dtype is bool else r for r, dtype in zip(results, outputs, strict=True))
 

@@ -21,6 +21,7 @@ class Options:
     their size decide. uninitialized: "error" raises where shared or local memory is read that nothing has
     written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses. by_the_book: with
     races, demand fences and waits that hardware is known to do without, see checks/tensor_races.py.
+    permissive: accept what PTX leaves undefined or forbids and hardware is known to take, see README.md.
     """
 
     asynchrony: str = "eager"
@@ -31,10 +32,13 @@ class Options:
     ctas_per_wave: int | None = None
     uninitialized: str = "error"
     by_the_book: bool = False
+    permissive: bool = False
 
     def __post_init__(self) -> None:
         if self.by_the_book and not self.races:
             raise ValueError("by_the_book is True and races is False; the race detector looks things up")
+        if self.by_the_book and self.permissive:
+            raise ValueError("by_the_book and permissive are both True, and they are opposites")
         if self.asynchrony not in ASYNCHRONY:
             raise ValueError(f"asynchrony is {self.asynchrony!r}; allowed: {', '.join(ASYNCHRONY)}")
         if self.uninitialized not in UNINITIALIZED:

@@ -32,7 +32,7 @@ class Clocks:
         self.known = np.zeros((clusters, self.warps, 2 * self.generic), np.int32)
         self.known[:, range(self.warps), range(self.warps)] = 1
         self.fenced = np.zeros((clusters, self.warps, 2, self.generic), np.int32)
-        self.by_the_book = m.options.by_the_book
+        self.by_the_book, self.permissive = m.options.by_the_book, m.options.permissive
         self.meetings = Meetings(clusters, self.warps)
 
     def copies(self, warp: tuple[int, int]) -> int:

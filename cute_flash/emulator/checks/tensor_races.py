@@ -12,6 +12,9 @@ arrival (a commit implies it); what a warp has heard of is ordered before its ow
 tcgen05.fence::after_thread_sync. flash-attn-4's forward kernels for sm_100, right on hardware, have none of
 the three, so a kernel without them is not known to be wrong.
 
+`Options(permissive=True)` takes a warp-wide tcgen05.wait for what it is on hardware: the accesses of all its
+lanes are over. Who hears of the warp afterwards, from one lane or by a relaxed arrival, knows of them.
+
 State is kept per cell: one column of 16 lanes.
 """
 
@@ -54,7 +57,7 @@ class Marks:
 
 class Who(NamedTuple):
     """Who accesses tensor memory: agent and epoch; the warp that issues it, its epoch, and the epochs that it
-    knows to be over, by agent.
+    knows to be over, by agent. ordered: those whose work it knows to be issued.
     """
 
     agent: int
@@ -62,6 +65,7 @@ class Who(NamedTuple):
     warp: int
     issue: int
     known: np.ndarray
+    ordered: np.ndarray
     text: str
 
     @property
@@ -80,6 +84,7 @@ class TensorRaces:
         self.storing: dict[tuple[int, int], list[tuple]] = {}  # (cta, warp) -> cells of its stores
         self.loading: dict[tuple[int, int], list[tuple]] = {}  # the same of loads
         self.seen: dict[tuple[int, int], np.ndarray] = {}  # (cluster, warp) -> epochs before its last fence
+        self.unwaited: set[tuple[int, int]] = set()  # (cta, warp) with loads since its last wait for them
 
     def access(self, warp: tuple[int, int], columns: Columns, write: bool) -> None:
         """A load or the issue of a store."""
@@ -91,6 +96,7 @@ class TensorRaces:
             self.under_way.note(where, who, self.m.at)
             self.storing.setdefault(warp, []).append(where)
             return
+        self.unwaited.add(warp)
         if self.clocks.by_the_book:
             self.loading.setdefault(warp, []).append(where)
             who = who._replace(epoch=UNDER_WAY)
@@ -102,6 +108,22 @@ class TensorRaces:
             who = self._warp(warp)
             for where in self.loading.pop(warp, ()):
                 self._reads(who).epoch[where] = who.epoch
+            self.unwaited.discard(warp)
+            self._over(warp)
+
+    def _over(self, warp: tuple[int, int]) -> None:
+        """A warp has waited: permissive, its accesses are over if none is left to wait for."""
+        if self.clocks.permissive and warp not in self.unwaited and warp not in self.storing:
+            cluster, number = self.clocks.one(warp)
+            self.clocks.fenced[cluster, number, TENSOR, number] = self.clocks.known[cluster, number, number]
+            self.clocks.known[cluster, number, number] += 1
+
+    def _waited(self, cluster: int, warp: int, known: np.ndarray) -> np.ndarray:
+        """`known` and, permissive, what others have waited for before this warp heard of them."""
+        if not self.clocks.permissive:
+            return known
+        fenced = self.clocks.fenced[cluster, warp, TENSOR]
+        return np.concatenate([np.maximum(known[: len(fenced)], fenced), known[len(fenced) :]])
 
     def fence(self, cluster: int, warp: int) -> None:
         """What a warp knows now is ordered before its accesses from now on."""
@@ -128,6 +150,7 @@ class TensorRaces:
             for where in self.storing.pop(warp, ()):
                 self.writes.note(where, who, int(self.under_way.step[where].flat[0]))
                 self.under_way.agent[where] = NOBODY
+            self._over(warp)
 
     def work(self, unit: Unit, columns: Columns, write: bool) -> None:
         """A product or a copy is issued."""
@@ -137,7 +160,7 @@ class TensorRaces:
         issue = int(clocks.known[cluster, number, number])
         text = f"issued by CTA {self.m.cta_name(unit.cta)}, warp {unit.warp}"
         known = self._known(cluster, number, clocks.by_the_book)
-        who = Who(agent, unit.epoch, number, issue, known, text)
+        who = Who(agent, unit.epoch, number, issue, self._waited(cluster, number, known), known, text)
         verb = "writes" if write else "reads"
         self._check(who, where, f"a product or copy {verb} {_named(columns)}", write)
         (self.writes if write else self._reads(who)).note(where, who, self.m.at)
@@ -153,7 +176,8 @@ class TensorRaces:
         cluster, number = self.clocks.one(warp)
         epoch = int(self.clocks.known[cluster, number, number])
         text = f"CTA {self.m.cta_name(warp[0])}, warp {warp[1]}"
-        return Who(number, epoch, number, epoch, self._known(cluster, number, by_the_book), text)
+        known = self._known(cluster, number, by_the_book)
+        return Who(number, epoch, number, epoch, self._waited(cluster, number, known), known, text)
 
     def _reads(self, who: Who) -> Marks:
         if who.agent not in self.reads:
@@ -181,7 +205,7 @@ class TensorRaces:
             # Work of the tensor unit follows work that it is ordered behind, finished or not.
             units = agent >= self.clocks.warps
             issuer = marks.warp[where]
-            late &= ~(units & ((marks.issue[where] <= known[issuer]) | (issuer == who.warp)))
+            late &= ~(units & ((marks.issue[where] <= who.ordered[issuer]) | (issuer == who.warp)))
         if late.any():
             raise self._race(who, what, noun, marks, where, late)
 

@@ -93,6 +93,9 @@ class Observer:
     def mbarrier_arrive(self, m: Geometry, warp: tuple[int, int], barrier: Barrier, lanes: int) -> None:
         """Some lanes of (cta, warp), as bits, arrive at a barrier; called for each of them."""
 
+    def mbarrier_arrive_relaxed(self, m: Geometry, warp: tuple[int, int], barrier: Barrier) -> None:
+        """A lane of (cta, warp) arrives at a barrier and releases nothing."""
+
     def mbarrier_complete(self, m: Geometry, barrier: Barrier) -> None:
         """A barrier's phase is complete."""
 

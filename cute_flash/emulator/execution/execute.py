@@ -41,7 +41,7 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     ValueError where the launch does not fit the program.
     """
     options = options or Options()
-    code = program.code(launch.entry)
+    code = program.code(launch.entry, options.permissive)
     _check_launch(program, launch)
     report = Report()
     began = time.perf_counter()

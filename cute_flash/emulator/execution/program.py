@@ -9,12 +9,14 @@ import numpy as np
 from .. import ops
 from ..base.errors import EmulatorError, UnmodelledInstruction
 from ..core.code import CONTROL, CONVERGED, PLAIN, Code, Step
-from ..ptx.parse import EntryText, Instruction, Module, Variable, parse
+from ..ptx.parse import EntryText, Instruction, Variable, parse
 from ..translate.analysis import Definedness, check_guard, is_branch, watch_registers
 from ..translate.load_flight import LoadFlight
 from ..translate.register_flight import RegisterFlight
 from ..translate.translation import Operation, Translation
 
+# Instructions that do nothing but write registers: if nobody uses the result, undefined sources do no harm.
+ONLY_REGISTERS = tuple(m.__name__ for m in (ops.arith, ops.bits, ops.compare, ops.convert, ops.floating))
 RESERVED_SHARED = 1024  # bytes at the start of shared memory that belong to the system from sm_90 on
 
 
@@ -42,16 +44,18 @@ class Program:
         self.target = self.module.target
         self.storage: dict[str, np.ndarray] = {}
         self.entries: dict[str, Entry] = {}
-        self._code: dict[str, Code] = {}
+        self._code: dict[tuple[str, bool], Code] = {}
         for name, entry in self.module.entries.items():
             self.entries[name] = _interface(entry)
-            self._code[name] = _translate(self, self.module, entry)
+            self._code[name, False] = _translate(self, entry, permissive=False)
 
-    def code(self, name: str) -> Code:
+    def code(self, name: str, permissive: bool = False) -> Code:
         """The executable form of an entry; KeyError names the entries there are."""
-        if name not in self._code:
-            raise KeyError(f"no entry {name}; this program has {', '.join(self._code)}")
-        return self._code[name]
+        if name not in self.entries:
+            raise KeyError(f"no entry {name}; this program has {', '.join(self.entries)}")
+        if (name, permissive) not in self._code:
+            self._code[name, permissive] = _translate(self, self.module.entries[name], permissive)
+        return self._code[name, permissive]
 
 
 def _interface(entry: EntryText) -> Entry:
@@ -73,7 +77,8 @@ def _place(variables: list[Variable], at: int) -> tuple[dict[str, int], int]:
     return places, at
 
 
-def _translate(program: Program, module: Module, entry: EntryText) -> Code:
+def _translate(program: Program, entry: EntryText, permissive: bool) -> Code:
+    module = program.module
     translation = Translation(module, entry)
     variables = [*module.variables.values(), *entry.variables.values()]
     reserved = RESERVED_SHARED if translation.architecture() >= 90 else 0
@@ -90,7 +95,7 @@ def _translate(program: Program, module: Module, entry: EntryText) -> Code:
     for variable in variables:
         if variable.space in ("global", "const"):
             symbols[variable.name] = _storage(program, variable)
-    steps = _steps(translation, entry.instructions)
+    steps = _steps(translation, entry.instructions, permissive)
     code = Code(
         steps, translation.layout, symbols, reserved, end - reserved, local_bytes, translation.shared_granule,
         frozenset(v.name for v in (*static, *dynamic)), entry.directives,
@@ -121,9 +126,11 @@ def _next(steps: list[Step], kind: str) -> list[int]:
     return table
 
 
-def _steps(translation: Translation, instructions: list[Instruction]) -> list[Step]:
+def _steps(translation: Translation, instructions: list[Instruction], permissive: bool) -> list[Step]:
     """Translate every instruction, add the checks of registers, guards and folded runs, and link branches
     to steps.
+
+    permissive: check what reaches memory or control, not what only reaches registers.
     """
     operations, steps = [], []
     for instruction in instructions:
@@ -133,6 +140,8 @@ def _steps(translation: Translation, instructions: list[Instruction]) -> list[St
         except EmulatorError as error:
             raise error.at(instruction.line, instruction.text) from None
         operations.append(operation)
+        if permissive and operation.function.__module__ in ONLY_REGISTERS and not operation.copies:
+            operation.only_moves()
     if not steps or steps[-1].kind != CONTROL:
         raise UnmodelledInstruction("an entry that does not end in a branch, ret or exit")
     definedness = Definedness(operations)
@@ -140,7 +149,7 @@ def _steps(translation: Translation, instructions: list[Instruction]) -> list[St
     for operation, step, needs in zip(operations, steps, definedness.needs, strict=True):
         step.where, step.instructions = operation.instruction, (operation.instruction,)
         watch_registers(operation, step, flags, needs)
-    RegisterFlight(operations, definedness.starts).instrument(steps, translation.layout)
+    RegisterFlight(operations, definedness.starts, permissive).instrument(steps, translation.layout)
     LoadFlight(operations, definedness.starts).instrument(steps)
     return _link(translation, operations, steps, (set(definedness.starts), flags))
 

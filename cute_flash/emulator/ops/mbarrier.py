@@ -72,7 +72,9 @@ def init(x: Operation) -> Callable:
     count = _number(x, 1)
 
     def step(m: Machine, g: Threads) -> None:
-        for (cta, address), n, warp in zip(word.places(m, g), count(m, g), g.warp.tolist(), strict=True):
+        asked = zip(word.places(m, g), count(m, g), g.warp.tolist(), strict=True)
+        # Lanes of a warp that all write the same word of a barrier leave that word.
+        for (cta, address), n, warp in dict.fromkeys(asked) if m.options.permissive else asked:
             m.part(MBarriers).init(cta, address, n, (cta, warp))
 
     return step
@@ -116,6 +118,8 @@ def arrive(x: Operation) -> Callable:
             if expecting:
                 m.part(MBarriers).expect(barrier, n)
             told = None if relaxed else warp
+            if relaxed and m.watch is not None:
+                m.watch.mbarrier_arrive_relaxed(m, warp, barrier)
             m.part(MBarriers).arrive(barrier, 1 if expecting else n, told, lanes[barrier, warp])
         m.rows["u64"][state][g.index] = np.array(phases, np.uint64).reshape(g.shape)
 

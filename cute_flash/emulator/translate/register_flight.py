@@ -9,6 +9,9 @@ which products may be under way (not committed, and a stack of committed groups,
 registers may have been used since the last fence. A plain mov only passes its source's state on: compilers
 place copies between a fence and a product, and ptxas removes them. Only what the analysis cannot clear is
 checked while running.
+
+Permissive, a mov of a constant soils an accumulator only for a product that is added to it: to others the
+value is dead, and ptxas removes the mov.
 """
 
 from __future__ import annotations
@@ -34,32 +37,37 @@ DEPTH = 8  # groups that the analysis tells apart; older ones count as one
 
 
 class State(NamedTuple):
-    """dirty: bits of registers used since a fence. open, groups (youngest first): of products."""
+    """dirty: bits of registers used since a fence. open, groups (youngest first): of products.
+
+    preset: permissive, bits of registers that have been set to a constant since a fence, and not used else.
+    """
 
     dirty: int
     open: int = 0
     groups: tuple[int, ...] = ()
+    preset: int = 0
 
     def merged(self, other: State) -> State:
         longer, shorter = sorted((self.groups, other.groups), key=len, reverse=True)
         shorter = shorter + (0,) * (len(longer) - len(shorter))
         groups = tuple(one | two for one, two in zip(longer, shorter, strict=True))
-        return State(self.dirty | other.dirty, self.open | other.open, groups)
+        return State(self.dirty | other.dirty, self.open | other.open, groups, self.preset | other.preset)
 
 
 class RegisterFlight:
     """The analysis of one entry.
 
     touches[i]: registers of operation i that a product under way may own. unfenced[i]: registers of product
-    i that may have been used without a fence since.
+    i that may have been used without a fence since; preset[i]: those for which that matters if it adds.
     """
 
-    def __init__(self, operations: list[Operation], starts: list[int]):
-        self.operations, self.starts = operations, starts
+    def __init__(self, operations: list[Operation], starts: list[int], permissive: bool = False):
+        self.operations, self.starts, self.permissive = operations, starts, permissive
         self.effects = [operation.effect for operation in operations]
         self.products = [i for i, e in enumerate(self.effects) if e is not None and e.kind == "product"]
         self.touches: dict[int, list[Register]] = {}
         self.unfenced: dict[int, list[Register]] = {}
+        self.preset: dict[int, list[Register]] = {}
         if not self.products:
             return
         self._number_registers()
@@ -135,22 +143,30 @@ class RegisterFlight:
         effect = self.effects[i]
         if effect is None:
             writes = self.writes[i]
+            if self.permissive and _is_constant(self.operations[i]):
+                return state._replace(preset=state.preset | writes)
             if not self.copies[i]:
                 used = writes | self.reads[i]
                 return state._replace(dirty=state.dirty | used) if used & ~state.dirty else state
             if self.copies[i] & state.dirty:
                 return state._replace(dirty=state.dirty | writes)
+            if self.copies[i] & state.preset:
+                return state._replace(preset=state.preset | writes)
             guarded = self.operations[i].instruction.guard is not None
-            return state if guarded else state._replace(dirty=state.dirty & ~writes)
+            if guarded:
+                return state
+            return state._replace(dirty=state.dirty & ~writes, preset=state.preset & ~writes)
         if effect.kind == "fence":
-            return state._replace(dirty=0)
+            return state._replace(dirty=0, preset=0)
         if effect.kind == "product":
-            return state._replace(open=state.open | 1 << self.number_of[i])
+            # What a product does not add to, it overwrites.
+            number = self.number_of[i]
+            return state._replace(open=state.open | 1 << number, preset=state.preset & ~self.d[number])
         if effect.kind == "commit":
             groups = (state.open, *state.groups)
             if len(groups) > DEPTH:
                 groups = (*groups[: DEPTH - 1], groups[-2] | groups[-1])
-            return State(state.dirty, 0, groups)
+            return State(state.dirty, 0, groups, state.preset)
         return state._replace(groups=state.groups[: effect.keep])
 
     def _collect(self, i: int, state: State) -> None:
@@ -163,9 +179,14 @@ class RegisterFlight:
         elif effect.kind == "product":
             bits = self._conflicts(i, under_way)
             number = self.number_of[i]
-            dirty = state.dirty & (self.d[number] | self.a[number])
+            dirty = state.dirty & (self.d[number] | self.a[number]) | state.preset & self.a[number]
+            preset = state.preset & self.d[number] & ~dirty
+            if effect.form.keep is True:
+                dirty, preset = dirty | preset, 0
             if dirty:
                 self.unfenced[i] = self._registers(dirty)
+            if preset and effect.form.keep is not False:
+                self.preset[i] = self._registers(preset)
         else:
             return
         if bits:
@@ -185,7 +206,8 @@ class RegisterFlight:
 
     def tracked(self) -> set[Register]:
         """Registers whose uses must be noted while running."""
-        found = {register for registers in self.unfenced.values() for register in registers}
+        suspects = [*self.unfenced.values(), *self.preset.values()]
+        found = {register for registers in suspects for register in registers}
         grown = bool(found)
         while grown:
             before = len(found)
@@ -205,7 +227,10 @@ class RegisterFlight:
                 checks.append(_untouched(rows, None if self.effects[i] is None else self.effects[i].form))
             if i in self.unfenced:
                 checks.append(_fenced([(r.name, clean[r]) for r in self.unfenced[i]]))
-            note = _note(operation, clean)
+            if i in self.preset:
+                registers = [(r.name, clean[r]) for r in self.preset[i]]
+                checks.append(_fenced(registers, self.effects[i].form.keep))
+            note = _note(operation, clean, self.permissive)
             if checks or note is not None:
                 step.run = _around(checks, step.run, note, step.kind == CONTROL)
                 step.multiply = None
@@ -215,14 +240,22 @@ def _is_move(operation: Operation) -> bool:
     return operation.name == "mov" and bool(operation.copies)
 
 
+def _is_constant(operation: Operation) -> bool:
+    return operation.name == "mov" and not operation.copies
+
+
 def _untouched(rows: frozenset[int], form: Form | None) -> Callable:
     return lambda m, g: m.part(Products).check_untouched(g, rows, form)
 
 
-def _fenced(registers: list[tuple[str, int]]) -> Callable:
+def _fenced(registers: list[tuple[str, int]], adds: tuple[int, bool] | None = None) -> Callable:
+    """adds: the predicate under which it matters, None if it always does."""
+
     def check(m: Machine, g: Threads) -> None:
         for name, row in registers:
             clean = m.rows["pred"][row][g.index]
+            if adds is not None:
+                clean = clean | (m.rows["pred"][adds[0]][g.index] == adds[1])
             if not clean.all():
                 k = int(np.flatnonzero(~clean.reshape(-1))[0])
                 text = f"a product uses {name}, which something else used without a wgmma.fence since"
@@ -231,12 +264,17 @@ def _fenced(registers: list[tuple[str, int]]) -> Callable:
     return check
 
 
-def _note(operation: Operation, clean: dict[Register, int]) -> Callable | None:
-    """What keeps the clean-rows after an operation: a fence cleans, a use soils, a mov passes on."""
-    if not clean or (operation.effect is not None and operation.effect.kind != "fence"):
+def _note(operation: Operation, clean: dict[Register, int], permissive: bool) -> Callable | None:
+    """What keeps the clean-rows after an operation: a fence cleans, a use soils, a mov passes on.
+
+    Permissive, a product cleans its accumulator, too.
+    """
+    effect = operation.effect
+    product = effect is not None and effect.kind == "product"
+    if not clean or (effect is not None and effect.kind != "fence" and not (product and permissive)):
         return None
-    if operation.effect is not None:
-        everything = np.array(sorted(clean.values()))
+    if effect is not None:
+        everything = sorted(clean[r] for r in effect.d if r in clean) if product else sorted(clean.values())
 
         def fence(m: Machine, g: Threads) -> None:
             for row in everything:
