@@ -1,26 +1,33 @@
 # make demo   a small real model with torch's attention and with cute_flash's, compared
-# make test   every test; no GPU needed
+# make test   every test; no GPU needed. Of the proofs that tests/proofs.txt has a tenth, drawn anew in every run
+# make prove  every proof, and tests/proofs.txt anew
 # make lint   ruff
 #
 # PYTHON   the interpreter (>= 3.10) that .venv is made from
 # ARCH     the GPU that is emulated where none is found: sm80 for the demo, all trees for the tests
 # JOBS     test processes
+# SEED     draws the tenth of the proofs that an earlier run drew
 
 PYTHON ?= python3
 JOBS ?= auto
 
 venv := .venv
 python := $(venv)/bin/python
+pytest := $(python) -m pytest -n $(JOBS) --dist worksteal
 install := $(python) -m pip install --disable-pip-version-check -c constraints.txt
 requirements := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test lint
+.PHONY: demo test prove lint
 
 demo: $(venv)/.demo
 	HF_HUB_OFFLINE=1 $(python) -m cute_flash demo --arch $(or $(ARCH),sm80)
 
 test: $(venv)/.test
-	$(python) -m pytest -n $(JOBS) --dist worksteal $(if $(ARCH),--arch $(ARCH))
+	$(pytest) $(if $(ARCH),--arch $(ARCH)) $(if $(SEED),--proof-seed $(SEED))
+
+prove: $(venv)/.test
+	rm -f tests/proofs.txt
+	$(pytest) --prove tests/emulator/test_negative.py tests/test_schedules.py
 
 lint: $(venv)/.test
 	$(python) -m ruff check .

@@ -12,7 +12,7 @@ from tests.test_house import offenders
 
 CACHE = "CUTE_FLASH_CACHE"
 MOST_KEPT = 1 << 30  # bytes: some runs' worth
-pytest_plugins = ("tests.costs",)
+pytest_plugins = ("tests.costs", "tests.proofs")
 
 
 def pytest_addoption(parser):

@@ -6,16 +6,19 @@ Copies and products happen at any time that waits allow, warps run in any order:
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
 from cute_flash import dispatch
 from cute_flash.arch.problem import Sizes
 from tests.cases import Case
-from tests.emulator.negative.subjects import SUBJECTS, objection, ptx_of
+from tests.emulator.negative.subjects import SUBJECTS
+from tests.emulator.negative.trial import Subject, dependencies, objection, ptx_of
 from tests.harness import Call, answer_for
 
 SEEDS = range(20)
+RIGHT = "right"
 # A few row blocks and KV blocks each, some cut by the mask and some not; heads that share keys.
 CAUSAL = Case("", ((70, 200),), heads=(2, 1), mask="causal")
 WHOLE = Case("", ((70, 140),), heads=(3, 3))
@@ -48,17 +51,36 @@ def few_multiprocessors(monkeypatch):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_right_answers_in_any_order(family, seed, few_multiprocessors):
+def test_right_answers_in_any_order(family, seed, few_multiprocessors, proven):
     device, case = FAMILIES[family]
-    Call.make(case).check(device, **order(seed, races=True, by_the_book=True))
+    options = order(seed, races=True, by_the_book=True)
+
+    def trial() -> str:
+        Call.make(case).check(device, **options)
+        return RIGHT
+
+    assert proven(trial, (repr(options).encode(), *ground(family))) == RIGHT
+
+
+@cache
+def ground(name: str) -> tuple[bytes, ...]:
+    """All that the answers of a family, or of a subject of sm100, depend on but for the order of events."""
+    if name not in FAMILIES:
+        return tuple(dependencies(SUBJECTS["sm100", name], "sm100"))
+    device, case = FAMILIES[name]
+    return tuple(dependencies(Subject(case, None, {}), device))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", ["pair", "queue"])
-def test_right_answers_whatever_tuning_thinks_of_it(name, seed):
+def test_right_answers_whatever_tuning_thinks_of_it(name, seed, proven):
     """Two CTAs that multiply together; one that asks for tiles."""
-    orders = (order(seed, races=True, by_the_book=True),)
-    assert not objection(SUBJECTS["sm100", name], "sm100", lambda ptx: ptx, orders)
+    subject, orders = SUBJECTS["sm100", name], (order(seed, races=True, by_the_book=True),)
+
+    def trial() -> str:
+        return objection(subject, "sm100", lambda ptx: ptx, orders) or RIGHT
+
+    assert proven(trial, (repr(orders).encode(), *ground(name))) == RIGHT
 
 
 def test_families_are_what_their_names_say(few_multiprocessors):
@@ -87,6 +109,6 @@ WAITS = {
 def test_a_missing_wait_shows_in_some_order(key):
     """In the values alone: the detector does not look."""
     subject, (name, site) = SUBJECTS[key], WAITS[key]
-    mutants = {number: text for number, _, text in subject.mutations[name].mutants(ptx_of(key))}
+    mutants = {number: text for number, _, text in subject.mutations[name].mutants(ptx_of(subject, key[0]))}
     orders = tuple(order(seed) for seed in SEEDS)
     assert objection(subject, key[0], lambda _: mutants[site], orders)

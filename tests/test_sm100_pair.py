@@ -15,7 +15,7 @@ from cute_flash.arch.sm100 import tuning
 from cute_flash.arch.sm100.forward import Forward
 from tests.cases import CASES, RAGGED, Case
 from tests.emulator.negative.mutations import everywhere
-from tests.emulator.negative.subjects import Subject, objection
+from tests.emulator.negative.trial import Subject, objection
 from tests.harness import Call, answer_for
 from tests.test_resources import resources
 

@@ -13,7 +13,7 @@ from cute_flash.arch.problem import Problem
 from cute_flash.arch.sm100.forward import Forward
 from tests.cases import CASES, Case
 from tests.emulator.negative.mutations import everywhere
-from tests.emulator.negative.subjects import Subject, objection
+from tests.emulator.negative.trial import Subject, objection
 from tests.harness import Call, answer_for
 
 B300 = replace(dispatch.EMULATED["sm100"], capability=(10, 3))

@@ -2,15 +2,18 @@
 
 The emulator must notice each, but for those on the list of harmless ones.
 
-A mutant runs until something objects: an EmulatorError, or the accuracy rule (see negative/subjects.py).
+A mutant runs until something objects: an EmulatorError, or the accuracy rule (see negative/trial.py).
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from .negative.harmless import HARMLESS
-from .negative.subjects import SUBJECTS, objection, ptx_of, unnoticed
+from .negative.subjects import SUBJECTS
+from .negative.trial import ATTEMPTS, dependencies, objection, ptx_of, unnoticed
 
 EVERY = [(*key, mutation) for key, subject in SUBJECTS.items() for mutation in subject.mutations]
 # What is not there to be changed: only kernels that take turns arrive at a barrier without a wait, and only
@@ -27,14 +30,30 @@ def test_unchanged_kernel_meets_no_objection(tree, name):
     assert objection(SUBJECTS[tree, name], tree, lambda ptx: ptx) == ""
 
 
+@cache
+def ground(tree: str, name: str) -> tuple[str, tuple[bytes, ...]]:
+    """The PTX of the kernel that is changed, and all that a verdict on a change of it depends on."""
+    subject = SUBJECTS[tree, name]
+    return ptx_of(subject, tree), (repr(ATTEMPTS).encode(), *dependencies(subject, tree))
+
+
 @pytest.mark.parametrize("tree, name, mutation", EVERY)
-def test_every_change_is_noticed(tree, name, mutation):
+def test_every_change_is_noticed(tree, name, mutation, proven):
     subject, reasons = SUBJECTS[tree, name], HARMLESS.get((tree, name, mutation), {})
-    sites = list(subject.mutations[mutation].mutants(ptx_of((tree, name))))
-    assert bool(sites) == ((tree, name, mutation) not in ABSENT)
-    found = unnoticed((tree, name), mutation)
+    ptx, inputs = ground(tree, name)
+    mutants = list(subject.mutations[mutation].mutants(ptx))
+    assert bool(mutants) == ((tree, name, mutation) not in ABSENT)
+    texts = (text.encode() for _, _, text in mutants)
+    outcome = proven(lambda: said(unnoticed(subject, tree, mutants), len(mutants)), (*inputs, *texts))
+    found = {number: line for number, line, _ in mutants if str(number) in outcome.split()[3:]}
+    assert outcome == said(list(found), len(mutants))
     assert {site: line for site, line in found.items() if site not in reasons} == {}
     assert not reasons.keys() - found.keys(), "take these off the list of harmless ones"
+
+
+def said(sites: list[int], count: int) -> str:
+    """An outcome in words."""
+    return " ".join(map(str, (f"unnoticed of {count}:", *sites)))
 
 
 def test_only_changes_that_are_tried_are_called_harmless():

@@ -14,7 +14,8 @@ import tempfile
 import time
 
 from .harmless import HARMLESS
-from .subjects import SUBJECTS, ptx_of, unnoticed
+from .subjects import SUBJECTS
+from .trial import ptx_of, unnoticed
 
 
 def main(wanted: list[str]) -> None:
@@ -29,11 +30,14 @@ def main(wanted: list[str]) -> None:
 
 def show(key: tuple[str, str], name: str) -> None:
     """One kind of change."""
-    sites = len(list(SUBJECTS[key].mutations[name].mutants(ptx_of(key))))
+    subject = SUBJECTS[key]
+    mutants = list(subject.mutations[name].mutants(ptx_of(subject, key[0])))
     begun = time.monotonic()
-    found = unnoticed(key, name)
+    missed = unnoticed(subject, key[0], mutants)
+    found = {number: line for number, line, _ in mutants if number in missed}
     reasons = HARMLESS.get((*key, name), {})
-    print(f"{' '.join(key)}: {name}: {len(found)} of {sites} unnoticed, {time.monotonic() - begun:.0f} s")
+    took = time.monotonic() - begun
+    print(f"{' '.join(key)}: {name}: {len(found)} of {len(mutants)} unnoticed, {took:.0f} s")
     for number, line in found.items():
         print(f"  {'+' if number in reasons else '?'} {number} (line {line})")
     for number in reasons.keys() - found.keys():

@@ -1,58 +1,16 @@
-"""The kernels that are changed, and what is first said against a changed one."""
+"""The kernels that are changed."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import product
-from typing import Any
-from unittest import mock
+from dataclasses import replace
 
-import torch
-
-from cute_flash import executable, ops
-from cute_flash.arch.combine import Combine
-from cute_flash.arch.problem import Device
 from cute_flash.arch.sm80 import tuning as sm80
 from cute_flash.arch.sm90 import tuning as sm90
 from cute_flash.arch.sm100 import tuning as sm100
-from cute_flash.cache import Artifact
-from cute_flash.dispatch import Step
-from cute_flash.emulated_kernel import EmulatedKernel
-from cute_flash.emulator import EmulatorError
-from tests.accuracy import assert_accurate
 from tests.cases import Case
-from tests.harness import Call
 
-from .mutations import CLUSTER, COPIES, LANES, MASKS, MULTICAST, QUEUE, TCGEN05, TMA, WGMMA, Mutation
-
-# Copies and products as late as waits allow, at once, and at random, the warps then in random order too.
-WATCHED = {"races": True, "by_the_book": True}
-ATTEMPTS = (
-    {"asynchrony": "late", **WATCHED},
-    {"asynchrony": "late"},
-    {"asynchrony": "eager"},
-    *({"asynchrony": "random", "schedule": "random", "seed": seed, **WATCHED} for seed in range(3)),
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A kernel to change. config: of its own, so that tuning does not move the sites; None: tuning's.
-
-    combine: not the forward kernel is changed but the one that combines its splits. options: of the
-    emulator, besides an attempt's. also: more calls of the same kernel.
-    """
-
-    case: Case
-    config: Any
-    mutations: dict[str, Mutation]
-    combine: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-    also: tuple[Case, ...] = ()
-
+from .mutations import CLUSTER, COPIES, LANES, MASKS, MULTICAST, QUEUE, TCGEN05, TMA, WGMMA
+from .trial import Subject
 
 # One row block that walks two key blocks or more in each of its loops: those that the mask cuts on the right,
 # shows whole, and cuts on the left. And one that walks one block that is cut off by the end of the keys, then
@@ -159,72 +117,3 @@ SUBJECTS = {
         LEAVING | COPYING_OUT | MASKS,
     ),
 }
-
-
-def objection(
-    subject: Subject, device: str, change: Callable[[str], str], attempts: tuple[dict, ...] = ATTEMPTS
-) -> str:
-    """What is first said against a subject's kernel when its PTX is changed; empty where nothing is.
-
-    The change runs until something objects: an EmulatorError, or the accuracy rule.
-    """
-
-    @cache
-    def changed(kernel, problem, tuned, device, route):
-        if (kernel is Combine) != subject.combine:
-            return unchanged(subject, Step(kernel, problem, tuned), device)
-        artifact = compiled(subject, Step(kernel, problem, tuned), device)
-        ptx = change(artifact.ptx.decode())
-        return EmulatedKernel(artifact._replace(ptx=ptx.encode()), device)
-
-    calls = [Call.make(case) for case in (subject.case, *subject.also)]
-    with mock.patch.object(ops, "executable", changed):
-        for options, call in product(attempts, calls):
-            try:
-                check(call, *call.run(device, **options, **subject.options))
-            except (EmulatorError, AssertionError) as error:
-                return f"{type(error).__name__}: {error}"
-    return ""
-
-
-RIGHT: dict[Case, tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-def check(call: Call, *results: torch.Tensor) -> None:
-    """Hold results to the accuracy rule, unless they are those that have passed it before, bit for bit."""
-    right = RIGHT.get(call.case)
-    if right is None or not all(torch.equal(a, b) for a, b in zip(results, right, strict=True)):
-        assert_accurate(*results, tuple(call.tensors.values()), **call.arguments)
-        RIGHT[call.case] = results
-
-
-def compiled(subject: Subject, step: Step, device: Device) -> Artifact:
-    """A kernel of a subject's call."""
-    config = step.config if step.kernel is Combine or subject.config is None else subject.config
-    return executable.artifact(step.kernel, step.problem, config, device)
-
-
-unchanged = cache(lambda *asked: EmulatedKernel(compiled(*asked), asked[-1]))
-
-
-@cache
-def ptx_of(key: tuple[str, str]) -> str:
-    """The PTX of the kernel that is changed."""
-    seen = []
-    subject = SUBJECTS[key]
-    found = objection(subject, key[0], lambda ptx: seen.append(ptx) or ptx, ATTEMPTS[2:3])
-    assert not found, found
-    # The compiler leaves millions of objects; collections would look through them for every change.
-    gc.collect()
-    gc.freeze()
-    return seen[0]
-
-
-def unnoticed(key: tuple[str, str], name: str) -> dict[int, str]:
-    """The changes of one kind that nothing objects to: number of the site -> its line."""
-    subject = SUBJECTS[key]
-    return {
-        number: line
-        for number, line, text in subject.mutations[name].mutants(ptx_of(key))
-        if not objection(subject, key[0], lambda ptx, text=text: text)
-    }

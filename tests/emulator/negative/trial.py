@@ -1,0 +1,172 @@
+"""A changed kernel on trial: what is first said against it, and all that the verdict depends on."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from cute_flash import executable, objectfile, ops
+from cute_flash.arch.combine import Combine
+from cute_flash.arch.problem import Device
+from cute_flash.cache import Artifact
+from cute_flash.dispatch import EMULATED, Step
+from cute_flash.emulated_kernel import EmulatedKernel
+from cute_flash.emulator import EmulatorError
+from tests import accuracy, harness, proofs, reference
+from tests.accuracy import assert_accurate
+from tests.cases import Case
+from tests.harness import Call
+
+from .mutations import Mutation
+
+# Copies and products as late as waits allow, at once, and at random, the warps then in random order too.
+WATCHED = {"races": True, "by_the_book": True}
+ATTEMPTS = (
+    {"asynchrony": "late", **WATCHED},
+    {"asynchrony": "late"},
+    {"asynchrony": "eager"},
+    *({"asynchrony": "random", "schedule": "random", "seed": seed, **WATCHED} for seed in range(3)),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A kernel to change. config: of its own, so that tuning does not move the sites; None: tuning's.
+
+    combine: not the forward kernel is changed but the one that combines its splits. options: of the
+    emulator, besides an attempt's. also: more calls of the same kernel.
+    """
+
+    case: Case
+    config: Any
+    mutations: dict[str, Mutation]
+    combine: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    also: tuple[Case, ...] = ()
+
+
+def objection(
+    subject: Subject, device: str, change: Callable[[str], str], attempts: tuple[dict, ...] = ATTEMPTS
+) -> str:
+    """What is first said against a subject's kernel when its PTX is changed; empty where nothing is.
+
+    The change runs until something objects: an EmulatorError, or the accuracy rule.
+    """
+
+    @cache
+    def changed(kernel, problem, tuned, device, route):
+        if (kernel is Combine) != subject.combine:
+            return unchanged(subject, Step(kernel, problem, tuned), device)
+        artifact = compiled(subject, Step(kernel, problem, tuned), device)
+        ptx = change(artifact.ptx.decode())
+        return EmulatedKernel(artifact._replace(ptx=ptx.encode()), device)
+
+    calls = [Call.make(case) for case in (subject.case, *subject.also)]
+    with mock.patch.object(ops, "executable", changed):
+        for options, call in product(attempts, calls):
+            try:
+                check(call, *call.run(device, **options, **subject.options))
+            except (EmulatorError, AssertionError) as error:
+                return f"{type(error).__name__}: {error}"
+    return ""
+
+
+RIGHT: dict[Case, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def check(call: Call, *results: torch.Tensor) -> None:
+    """Hold results to the accuracy rule, unless they are those that have passed it before, bit for bit."""
+    right = RIGHT.get(call.case)
+    if right is None or not all(torch.equal(a, b) for a, b in zip(results, right, strict=True)):
+        assert_accurate(*results, tuple(call.tensors.values()), **call.arguments)
+        RIGHT[call.case] = results
+
+
+def compiled(subject: Subject, step: Step, device: Device) -> Artifact:
+    """A kernel of a subject's call."""
+    config = step.config if step.kernel is Combine or subject.config is None else subject.config
+    return executable.artifact(step.kernel, step.problem, config, device)
+
+
+unchanged = cache(lambda *asked: EmulatedKernel(compiled(*asked), asked[-1]))
+
+
+@dataclass
+class Launch:
+    """A kernel of a subject's call, and what it is given; what kernels write is zero."""
+
+    kernel: Any
+    artifact: Artifact
+    operands: tuple
+
+    def __call__(self, *operands: Any) -> None:
+        for operand, told in zip(operands, self.artifact.description["operands"], strict=True):
+            if operand is not None and any(member["written"] for member in told["members"]):
+                operand.zero_()
+        self.operands = tuple(map(_copied, operands))
+
+    def digested(self) -> Iterator[bytes]:
+        """PTX, host code and operands. Host code: what of the object file is loaded, without its names."""
+        yield self.artifact.ptx
+        for section in objectfile._read_sections(self.artifact.object):
+            if section.flags & objectfile._SHF_ALLOC and section.kind != objectfile._SHT_NOBITS:
+                yield self.artifact.object[section.offset : section.offset + section.size]
+        yield repr(self.operands).encode()
+
+
+def _copied(operand: Any) -> Any:
+    """An operand in plain types."""
+    if isinstance(operand, tuple):
+        return tuple(map(_copied, operand))
+    if not isinstance(operand, torch.Tensor):
+        return operand
+    content = operand.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return operand.dtype, operand.shape, operand.stride(), content
+
+
+def launches(subject: Subject, device: str) -> list[Launch]:
+    """Every launch of a subject's calls, none of which runs."""
+    found: list[Launch] = []
+
+    def recorded(kernel, problem, tuned, gpu, route):
+        found.append(Launch(kernel, compiled(subject, Step(kernel, problem, tuned), gpu), ()))
+        return found[-1]
+
+    with mock.patch.object(ops, "executable", recorded):
+        for case in (subject.case, *subject.also):
+            Call.make(case).run(device)
+    return found
+
+
+def dependencies(subject: Subject, device: str) -> Iterator[bytes]:
+    """What a verdict on a subject, changed or not, depends on besides the change."""
+    yield from proofs.emulator()
+    for module in (accuracy, harness, reference):
+        yield proofs.meaning(Path(module.__file__))
+    yield proofs.meaning(Path(__file__))
+    yield repr((EMULATED[device], subject.case, subject.also, subject.options, subject.combine)).encode()
+    for launch in launches(subject, device):
+        yield from launch.digested()
+
+
+def ptx_of(subject: Subject, device: str) -> str:
+    """The PTX of the kernel that is changed."""
+    found = launches(subject, device)
+    ptx = next(one.artifact.ptx for one in found if (one.kernel is Combine) == subject.combine)
+    # The compiler leaves millions of objects; collections would look through them for every change.
+    gc.collect()
+    gc.freeze()
+    return ptx.decode()
+
+
+def unnoticed(subject: Subject, device: str, mutants: list[tuple[int, str, str]]) -> list[int]:
+    """Sites of the changes that nothing objects to."""
+    return [n for n, _, text in mutants if not objection(subject, device, lambda _, text=text: text)]
