@@ -42,8 +42,13 @@ class CombineProblem:
         lse_rows = ("num_heads_q", "total_q") if self.varlen else ("batch", "num_heads_q", "seqlen_q")
         out_dims = (*rows, "num_heads_q", "head_dim_v")
 
-        def optional(present: bool, dtype: str, dims: tuple[str, ...], meaning: str) -> Spec | None:
-            return Spec(dtype, dims, "contiguous" if dims else "scalar", meaning) if present else None
+        def optional(
+            present: bool, dtype: str, dims: tuple[str, ...], meaning: str, values: str = "any"
+        ) -> Spec | None:
+            strides = "contiguous" if dims else "scalar"
+            return Spec(dtype, dims, strides, meaning, values=values) if present else None
+
+        lengths = "lengths cu_seqlens_q" if self.varlen else "lengths seqlen_q"
 
         lse = Spec("float32", lse_rows, "contiguous", "natural log-sum-exp", written=True)
         return CombineOperands(
@@ -51,11 +56,20 @@ class CombineProblem:
             partial_lse=Spec("float32", ("splits", *lse_rows), "contiguous", "log-sum-exp of each split"),
             out=Spec(self.dtype, out_dims, "strided", "output", written=True),
             lse=lse if self.lse else None,
-            cu_seqlens_q=optional(self.varlen, "int32", ("batch_plus_1",), "first row of each sequence"),
-            seqused_q=optional(self.seqused_q, "int32", ("batch",), "rows in use, per sequence"),
+            cu_seqlens_q=optional(
+                self.varlen, "int32", ("batch_plus_1",), "first row of each sequence", "starts total_q"
+            ),
+            seqused_q=optional(self.seqused_q, "int32", ("batch",), "rows in use, per sequence", lengths),
             sink=optional(self.sink, "float32", ("num_heads_q",), "score of the sink, per query head"),
-            max_seqlen_q=optional(self.varlen, "int32", (), "longest sequence: sizes the grid"),
+            max_seqlen_q=optional(
+                self.varlen, "int32", (), "longest sequence: sizes the grid", "longest cu_seqlens_q"
+            ),
         )
+
+    def example_sizes(self) -> dict[str, int]:
+        """As `Problem.example_sizes`."""
+        rows = {"total_q": 50, "batch_plus_1": 3} if self.varlen else {"seqlen_q": 50}
+        return {"splits": 3, "num_heads_q": 2, "batch": 2, **rows}
 
     def known_sizes(self) -> dict[str, int]:
         """The dimensions, as Specs name them, that compiled code knows."""

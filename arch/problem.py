@@ -125,6 +125,25 @@ class Problem:
         """The dimensions, as Specs name them, that compiled code knows."""
         return {"head_dim": self.head_dim, "head_dim_v": self.head_dim_v, "two": 2}
 
+    def example_sizes(self) -> dict[str, int]:
+        """Sizes of the other dimensions, for trying a kernel out: small, and no multiples of tiles."""
+        seqlen_q, seqlen_k, batch, heads = 150, 200, 1 + self.varlen, 1
+        sizes = {"num_heads_q": heads * (1 + self.gqa), "num_heads_kv": heads}
+        if self.varlen:
+            sizes |= {"total_q": seqlen_q, "total_k": seqlen_k, "batch_plus_1": batch + 1, "batch": batch}
+        else:
+            sizes |= {"batch": batch, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+        if self.split_kv:
+            sizes["splits"] = 2
+        for rule, name in ((self.mask, "mask"), (self.score, "score")):
+            # Indexed by rows, keys, heads or sequences, whichever: long enough for all of them.
+            sizes |= {dim: seqlen_k for spec in _rule_specs(rule, name) or () for dim in spec.dims}
+        if self.block_size is not None:
+            block_q, block_k = self.block_size
+            sizes |= {"batch_or_1": 1, "num_heads_q_or_1": 1, "q_blocks": -(-seqlen_q // block_q)}
+            sizes["listed"] = -(-seqlen_k // block_k)
+        return sizes
+
 
 class Operands(NamedTuple):
     """Everything a forward kernel is launched with, in launch order; None where a problem has none."""
@@ -154,7 +173,10 @@ class Spec(NamedTuple):
     """One operand: dims name its dimensions (equal names are equal sizes), () for a scalar.
 
     strides: "strided" = any multiples of 16 bytes with the last dimension contiguous, "contiguous",
-    or "scalar". written: the kernel writes it, whole.
+    or "scalar". written: the kernel writes it, whole. values: what a made-up operand must hold to be valid:
+    "any" numbers; "is N"; "starts D", rising from 0 to the size of dimension D; "lengths S" of the sequences
+    whose starts operand S holds, or each the size of a dimension S; "longest S" of them; "count D", the size
+    of D, then zeros; "numbered", 0, 1, … along the last dimension.
     """
 
     dtype: str
@@ -162,6 +184,7 @@ class Spec(NamedTuple):
     strides: str
     meaning: str
     written: bool = False
+    values: str = "any"
 
 
 def forward_specs(problem: Problem) -> Operands:
@@ -185,27 +208,47 @@ def forward_specs(problem: Problem) -> Operands:
     def tensor(dims: tuple[str, ...], meaning: str) -> Spec:
         return Spec(dtype, dims, "strided", meaning)
 
-    def optional(present: bool, dtype: str, dims: tuple[str, ...], meaning: str) -> Spec | None:
-        return Spec(dtype, dims, "contiguous" if dims else "scalar", meaning) if present else None
+    def optional(
+        present: bool, dtype: str, dims: tuple[str, ...], meaning: str, values: str = "any"
+    ) -> Spec | None:
+        strides = "contiguous" if dims else "scalar"
+        return Spec(dtype, dims, strides, meaning, values=values) if present else None
 
+    lengths_q, lengths_k = (f"lengths {f'cu_seqlens_{x}' if problem.varlen else f'seqlen_{x}'}" for x in "qk")
     return Operands(
         q=tensor((*q_dims, "num_heads_q", "head_dim"), "queries"),
         k=tensor((*k_dims, "num_heads_kv", "head_dim"), "keys"),
         v=tensor((*k_dims, "num_heads_kv", "head_dim_v"), "values"),
         out=out,
         lse=lse if problem.lse else None,
-        cu_seqlens_q=optional(problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in q"),
-        cu_seqlens_k=optional(problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in k"),
-        seqused_q=optional(problem.seqused_q, "int32", ("batch",), "rows of q in use, per sequence"),
-        seqused_k=optional(problem.seqused_k, "int32", ("batch",), "rows of k, v in use, per sequence"),
+        cu_seqlens_q=optional(
+            problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in q", "starts total_q"
+        ),
+        cu_seqlens_k=optional(
+            problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in k", "starts total_k"
+        ),
+        seqused_q=optional(
+            problem.seqused_q, "int32", ("batch",), "rows of q in use, per sequence", lengths_q
+        ),
+        seqused_k=optional(
+            problem.seqused_k, "int32", ("batch",), "rows of k, v in use, per sequence", lengths_k
+        ),
         sink=optional(problem.sink, "float32", ("num_heads_q",), "score of the sink, per query head"),
         rng_state=optional(problem.dropout, "int64", ("two",), "Philox seed and offset"),
-        softmax_scale=Spec("float32", (), "scalar", "factor on q·k"),
-        keep_threshold=optional(problem.dropout, "int32", (), "keep where the 16 random bits are below"),
-        keep_scale=optional(problem.dropout, "float32", (), "65536 / keep_threshold"),
-        max_seqlen_q=optional(problem.varlen, "int32", (), "longest sequence of q: sizes the grid"),
-        block_counts=optional(listed, "int32", (*block_dims, "two"), "partial and full blocks to visit"),
-        block_indices=optional(listed, "int32", (*block_dims, "listed"), "partial ones, then full"),
+        softmax_scale=Spec("float32", (), "scalar", "factor on q·k", values=f"is {problem.head_dim**-0.5}"),
+        keep_threshold=optional(
+            problem.dropout, "int32", (), "keep where the 16 random bits are below", "is 32768"
+        ),
+        keep_scale=optional(problem.dropout, "float32", (), "65536 / keep_threshold", "is 2"),
+        max_seqlen_q=optional(
+            problem.varlen, "int32", (), "longest sequence of q: sizes the grid", "longest cu_seqlens_q"
+        ),
+        block_counts=optional(
+            listed, "int32", (*block_dims, "two"), "partial and full blocks to visit", "count listed"
+        ),
+        block_indices=optional(
+            listed, "int32", (*block_dims, "listed"), "partial ones, then full", "numbered"
+        ),
         mask_values=_rule_specs(problem.mask, "mask"),
         score_values=_rule_specs(problem.score, "score"),
     )

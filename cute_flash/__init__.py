@@ -1,10 +1,13 @@
 """cute_flash: exact FlashAttention for Ampere, Hopper and Blackwell in the CuTe Python DSL."""
 
-from .api import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from .block_mask import BlockMask, create_block_mask
-from .dispatch import emulated, features, supports
-from .masks import Causal, Document, Mask, PrefixLM, SlidingWindow
-from .scores import ALiBi, Score, Softcap
+from importlib.util import find_spec
+
+if find_spec("torch") is not None:
+    from .api import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from .block_mask import BlockMask, create_block_mask
+    from .dispatch import emulated, features, supports
+    from .masks import Causal, Document, Mask, PrefixLM, SlidingWindow
+    from .scores import ALiBi, Score, Softcap
 
 __version__ = "0.1.0"
 
@@ -28,3 +31,10 @@ __all__ = [
     "flash_attn_with_kvcache",
     "supports",
 ]
+
+
+def __getattr__(name: str) -> None:
+    """Without torch there is the emulator, and nothing else."""
+    if name in __all__:
+        raise ImportError(f"cute_flash.{name} needs torch, which is not installed (the emulator does not)")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

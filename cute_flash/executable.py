@@ -166,7 +166,8 @@ def _describe(kernel, problem: Any, config, device: Device, function: str, ptx: 
     operands = []
     for name, spec in problem.specs()._asdict().items():
         members = (None,) if spec is None else (spec,) if isinstance(spec, Spec) else spec
-        operands.append({"name": name, "members": [_member(m, problem) for m in members if m is not None]})
+        told = [_member(member, problem) for member in members if member is not None]
+        operands.append({"name": name, "members": told, "is_tuple": spec is not None and members is spec})
     return {
         "format": 1,
         "kernel": kernel.name,
@@ -180,6 +181,7 @@ def _describe(kernel, problem: Any, config, device: Device, function: str, ptx: 
         "calling": "TVM-FFI, positional: one argument per operand, in this order; no member: None; members "
         "of mask_values and score_values: a tuple. Tensors on the GPU, on whose current stream it runs.",
         "operands": operands,
+        "sizes": problem.example_sizes(),
         "versions": cache.versions(),
     }
 
@@ -193,6 +195,7 @@ def _member(spec: Spec, problem: Any) -> dict[str, Any]:
         "strides": spec.strides,
         "meaning": spec.meaning,
         "written": spec.written,
+        "values": spec.values,
     }
 
 

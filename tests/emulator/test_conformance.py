@@ -117,6 +117,19 @@ def test_right_answers_of_many_roles_in_any_order(kernels, name, options):
     check(kernels[name], options)
 
 
+def test_the_short_way_in(kernels):
+    """As a kernel to call, and by name where an operand is wrong."""
+    kernel, tensors = kernels["d64"], inputs(kernels["d64"].case)
+    program, host = emulator.Program(kernel.ptx), kernel.object_file.read_bytes()
+    called = emulator.CuteKernel(program, host, "func", "sm80", tensors)
+    arguments = resolved(kernel.arguments, tensors, max(kernel.case.seqlens_q))
+    verdict = called.examine(*arguments, runs=("eager poison", "late races poison"))
+    assert verdict and sum(report.instructions for report in verdict.reports["late races poison"]) > 0
+    lse_atol = LSE_ATOL + POLYNOMIAL[kernel.case.arch]
+    q, k, v, out, lse = (tensors[name] for name in ("q", "k", "v", "out", "lse"))
+    assert_accurate(out, lse, (q, k, v), lse_atol=lse_atol, causal=kernel.case.causal)
+
+
 @pytest.mark.parametrize("name", ["d64", "d128_causal_gqa", *(case.name for case in (*HOPPER, *BLACKWELL))])
 def test_no_data_races(kernels, name):
     check(kernels[name], {"asynchrony": "late", "races": True})

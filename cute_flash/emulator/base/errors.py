@@ -1,21 +1,34 @@
-"""What the emulator raises. Every message ends with the PTX line, and where one is known with CTA, warp and
-lane.
+"""What the emulator raises. Every message ends with the PTX line, and where they are known with CTA, warp and
+lane, and with the line of the kernel's source.
 """
 
 from __future__ import annotations
 
+import linecache
+
 
 class EmulatorError(RuntimeError):
-    """Anything the emulator refuses. `line` is the PTX line number (None while it is unknown)."""
+    """Anything the emulator refuses. `line` is the PTX line number (None while it is unknown), `source` the
+    line of the kernel's source, "path:number" ("" where it is unknown).
+    """
 
     line: int | None = None
+    source: str = ""
 
-    def at(self, line: int, text: str) -> EmulatorError:
-        """The same error with the PTX line in its message; the first place named stays."""
+    def at(self, line: int, text: str, source: str = "") -> EmulatorError:
+        """The same error with its place in the message; the first place named stays."""
         if self.line is None:
-            self.line = line
-            self.args = (f"{self.args[0]}\n  at PTX line {line}: {text}",)
+            self.line, self.source = line, source
+            came = f"\n  from {source}{_quoted(source)}" if source else ""
+            self.args = (f"{self.args[0]}\n  at PTX line {line}: {text}{came}",)
         return self
+
+
+def _quoted(source: str) -> str:
+    """A line of source as an end of a message; "" where the file is not there."""
+    path, _, number = source.rpartition(":")
+    text = linecache.getline(path, int(number)).strip()
+    return f": {text}" if text else ""
 
 
 class ParseError(EmulatorError):

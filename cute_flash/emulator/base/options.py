@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 ASYNCHRONY = ("eager", "late", "late_copies", "late_products", "random")
 SCHEDULES = ("lockstep", "random")
@@ -46,6 +47,35 @@ class Options:
             raise ValueError(f"uninitialized is {self.uninitialized!r}; allowed: {allowed}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
+
+    @classmethod
+    def read(cls, how: str, **more: Any) -> Options:
+        """Options in words, such as "late races". more: further options, by name.
+
+        eager, late, late_copies, late_products: when asynchronous operations happen. random SEED: they happen
+        at random, and warps run in random order. races: look for data races. by_the_book: with races, demand
+        what hardware does without. permissive: accept what hardware takes. poison: shared memory that nobody
+        wrote may be read.
+        """
+        found: dict[str, Any] = {}
+        words = how.replace(",", " ").split()
+        while words:
+            word = words.pop(0)
+            if word == "random":
+                seed = words.pop(0) if words and words[0].isdigit() else "0"
+                found |= {"asynchrony": word, "schedule": word, "seed": int(seed)}
+            elif word in ASYNCHRONY:
+                found["asynchrony"] = word
+            elif word == "by_the_book":
+                found |= {"races": True, "by_the_book": True}
+            elif word in ("races", "permissive"):
+                found[word] = True
+            elif word == "poison":
+                found["uninitialized"] = word
+            else:
+                allowed = "random SEED, races, by_the_book, permissive, poison"
+                raise ValueError(f"how has {word!r}; allowed: {', '.join(ASYNCHRONY[:-1])}, {allowed}")
+        return cls(**{**found, **more})
 
 
 @dataclass(frozen=True)

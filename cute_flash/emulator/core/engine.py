@@ -72,7 +72,8 @@ class Engine(Part):
             try:
                 operation.land(self.machine)
             except EmulatorError as error:
-                raise error.at(operation.where.line, operation.where.text) from None
+                where = operation.where
+                raise error.at(where.line, where.text, where.source) from None
         self.machine.progress += 1
 
     def drift(self, chance: float) -> None:
@@ -89,7 +90,8 @@ class Engine(Part):
             try:
                 operation.abandoned(self.machine)
             except EmulatorError as error:
-                raise error.at(operation.where.line, operation.where.text) from None
+                where = operation.where
+                raise error.at(where.line, where.text, where.source) from None
         number = 0
         if self.machine.options.asynchrony == "random":
             number = int(self.machine.random.integers(len(self.pending)))

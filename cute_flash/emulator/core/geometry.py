@@ -78,6 +78,7 @@ class Geometry:
         return kind(f"{text} (CTA {self.cta_name(int(g.cta_at[k]))}, warp {int(g.warp_at[k])})")
 
     def line(self, step: int) -> str:
-        """A step's PTX line for messages."""
-        instruction = self.code.steps[step].where
-        return f"PTX line {instruction.line}: {instruction.text}"
+        """A step's PTX line for messages, and the line of the kernel's source that it comes from."""
+        where = self.code.steps[step].where
+        came = f" from {where.source}" if where.source else ""
+        return f"PTX line {where.line}: {where.text}{came}"

@@ -183,11 +183,11 @@ class Machine(Geometry):
             return self.converge(stop, g)
         except EmulatorError as error:
             instruction = code.steps[at].where
-            raise error.at(instruction.line, instruction.text) from None
+            raise error.at(instruction.line, instruction.text, instruction.source) from None
         except Exception as error:
             instruction = code.steps[at].where
             failure = EmulatorError(f"the emulator itself failed: {error!r}")
-            raise failure.at(instruction.line, instruction.text) from error
+            raise failure.at(instruction.line, instruction.text, instruction.source) from error
 
     def converge(self, pc: int, g: Threads) -> list[tuple[int, Threads]]:
         """Run a step that needs certain lanes of each warp on those warps of a partial set that have them."""

@@ -138,7 +138,7 @@ def _steps(translation: Translation, instructions: list[Instruction], permissive
             operation = Operation(translation, instruction)
             steps.append(operation.translate())
         except EmulatorError as error:
-            raise error.at(instruction.line, instruction.text) from None
+            raise error.at(instruction.line, instruction.text, instruction.source) from None
         operations.append(operation)
         if permissive and operation.function.__module__ in ONLY_REGISTERS and not operation.copies:
             operation.only_moves()

@@ -21,7 +21,10 @@ WIDTHS |= {"f16x2": 32, "b128": 128}
 
 @dataclass(slots=True)
 class Instruction:
-    """One PTX instruction. opcode: its dotted text; targets: the instruction numbers a branch may go to."""
+    """One PTX instruction. opcode: its dotted text; targets: the instruction numbers a branch may go to.
+
+    source: the line of the kernel's own source that it comes from, "path:number" ("" where .loc says none).
+    """
 
     line: int
     text: str
@@ -30,6 +33,7 @@ class Instruction:
     guard_negated: bool
     operands: tuple
     targets: tuple[int, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,8 @@ class _Parser:
         self.position = 0
         self.newlines = [m.start() for m in re.finditer("\n", blank)]
         self.module = Module()
+        self.files: dict[str, str] = {}  # path of each number that .loc may name
+        self.located: list[tuple[Instruction, tuple[str, str]]] = []  # file and line, from .loc
 
     def line(self, position: int | None = None) -> int:
         return bisect_right(self.newlines, self.position if position is None else position) + 1
@@ -135,12 +141,16 @@ class _Parser:
             elif found := self.match(_LINE_DIRECTIVE):
                 if found[1] in ("target", "version"):
                     setattr(self.module, found[1], found[2].split(",")[0].strip())
+                elif named := re.match(r'\s*(\d+)\s*"([^"]*)"', found[2] if found[1] == "file" else ""):
+                    self.files[named[1]] = named[2]
             elif re.match(r"\.section\b[^{]*\{", self.text[self.position : self.position + 200]):
                 self.position = self.closing_brace() + 1
             elif not self.match(_DIRECTIVE):
                 raise self.error("expected a module-level declaration")
         if not self.module.target:
             raise ParseError("no .target directive: this is not a PTX module")
+        for instruction, (file, line) in self.located:
+            instruction.source = f"{self.files[file]}:{line}" if file in self.files and line != "0" else ""
         return self.module
 
     def closing_brace(self) -> int:
@@ -223,6 +233,7 @@ class _Body:
         self.scope = _Scope(None)
         self.branches: list[tuple[Instruction, _Scope]] = []
         self.tables: dict[str, tuple[str, ...]] = {}
+        self.location: tuple[str, str] | None = None  # what the latest .loc said: number of the file, line
 
     def parse(self) -> None:
         parser = self.parser
@@ -252,8 +263,9 @@ class _Body:
         parser = self.parser
         if found := parser.match(_VARIABLE):
             parser.add_variables(found, self.entry.variables)
-        elif parser.match(_LINE_DIRECTIVE):
-            pass
+        elif found := parser.match(_LINE_DIRECTIVE):
+            if found[1] == "loc":
+                self.location = tuple(found[2].split()[:2])
         elif found := _DIRECTIVE.match(parser.text, parser.position):
             if found[1] == "reg":
                 self.declare(found[2])
@@ -321,6 +333,8 @@ class _Body:
             raise error.at(line, text) from None
         instruction = Instruction(line, text, found[3], guard, found[1] == "!", operands)
         self.entry.instructions.append(instruction)
+        if self.location is not None:
+            parser.located.append((instruction, self.location))
         if found[3].split(".")[0] in ("bra", "brx"):
             self.branches.append((instruction, self.scope))
 

@@ -404,7 +404,7 @@ class Ledger:
             where = key[0].where
             text = f"{left} of 4 warps of warpgroup {warpgroup} of CTA {self.machine.cta_name(cta)} exit"
             error = WarpgroupError(f"{text} without issuing a product that the others issued")
-            raise error.at(where.line, where.text)
+            raise error.at(where.line, where.text, where.source)
 
     def _one(self, g: Threads, k: int, name: tuple[int, int, int], key: tuple) -> None:
         event = self.events.setdefault(name, [key, WARPS])
