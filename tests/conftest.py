@@ -24,7 +24,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Compiled kernels are kept between runs, below .pytest_cache, unless the environment names a place."""
+    """One thread a process, also for those that tests start: tensors are small, and threads that wait for
+    each other on busy cores take ten times the oracle's own time. Compiled kernels are kept between runs,
+    below .pytest_cache, unless the environment names a place.
+    """
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     if CACHE not in os.environ:
         config.stash[_kept] = config.cache.mkdir("kernels")
         os.environ[CACHE] = str(config.stash[_kept])
