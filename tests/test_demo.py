@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cute_flash import demo, flash_attn_varlen_func
+from cute_flash import demo, flash_attn_func
 from cute_flash.integrations import transformers as integration
 
 
@@ -18,8 +18,8 @@ def test_demo_notices_a_difference(capsys, arch, monkeypatch):
     """Attention that is off by a twentieth makes the demo fail."""
 
     def wrong(*args, **kwargs):
-        return flash_attn_varlen_func(*args, **kwargs) * 1.05
+        return flash_attn_func(*args, **kwargs) * 1.05
 
-    monkeypatch.setattr(integration, "flash_attn_varlen_func", wrong)
+    monkeypatch.setattr(integration.layer, "flash_attn_func", wrong)
     assert demo.main(["--arch", arch]) == 1
     assert "This is wrong" in capsys.readouterr().out
