@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .rule import RuleType
+from .expression import Expression
 
 # Every feature a call may need, in the order of the README's table, with its words there.
 FEATURES = {
@@ -71,7 +71,7 @@ class Problem:
     """What a call asks that changes compiled code; sizes are not part of it.
 
     dtype: "float16" or "bfloat16". head_dim, head_dim_v: multiples of 8.
-    mask, score: the compile-time part of the rules, or None.
+    mask, score: what the rules compute, or None.
     varlen: q, k, v are packed as (total, heads, dim) with cu_seqlens_q and cu_seqlens_k.
     seqused_q, seqused_k: the used length of every sequence is given.
     gqa: there are fewer KV heads than query heads.
@@ -82,8 +82,8 @@ class Problem:
     dtype: str
     head_dim: int
     head_dim_v: int
-    mask: RuleType | None = None
-    score: RuleType | None = None
+    mask: Expression | None = None
+    score: Expression | None = None
     varlen: bool = False
     seqused_q: bool = False
     seqused_k: bool = False
@@ -254,13 +254,13 @@ def forward_specs(problem: Problem) -> Operands:
     )
 
 
-def _rule_specs(rule: RuleType | None, name: str) -> tuple[Spec, ...] | None:
+def _rule_specs(rule: Expression | None, name: str) -> tuple[Spec, ...] | None:
     """Specs of a rule's run-time values; None where there are none to pass."""
     specs = []
     for i, kind in enumerate(rule.leaves() if rule else ()):
-        meaning = f"value {i} of the {name} rule {rule.rule_id}"
-        if kind == "int":
-            specs.append(Spec("int32", (), "scalar", meaning))
+        meaning = f"value {i} of the {name} rule"
+        if kind in ("int", "int64"):
+            specs.append(Spec("int32" if kind == "int" else "int64", (), "scalar", meaning))
         elif kind == "float":
             specs.append(Spec("float32", (), "scalar", meaning))
         else:

@@ -1,178 +1,115 @@
 """Rules: what a user may say about single (query, key) pairs, written once in Python.
 
-A rule is a frozen dataclass. Its *class* and which fields are absent change compiled code and go into
-the compile key (`RuleType`); its *field values* are run-time operands, so a new window size or a new
-table of document ids never recompiles. `describe` takes a rule apart, `RuleType.build` puts it
-together again, around device values inside a kernel.
+A rule is a frozen dataclass. `describe` takes it apart into its type, which says which fields are absent and
+what the others are, and its *field values*, which are run-time operands: a new window size or a new table of
+document ids never recompiles. `traced` runs the type's methods on symbols and writes down the expression that
+they compute: that text is what a kernel is compiled from and kept under. So whatever a rule's code uses,
+attributes of its class, of modules, of enclosing functions, counts as it is at the time of the call.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-import hashlib
-import re
 import types
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
-_CLASSES: dict[str, type[Rule]] = {}
+from . import symbol
+from .expression import LARGEST_POSITION, leaf_names
+from .symbol import BOOL, FLOAT, INT, Symbol, TableSymbol
+
+_INT64 = range(-(1 << 63), 1 << 63)
 
 
 class Rule:
     """Base of masks and scores: subclass as a frozen dataclass.
 
-    Fields may be None, int, float, a torch tensor, another rule, or a tuple of rules.
+    Fields may be None, int, float, a torch tensor, a plain function, another rule, or a tuple of rules.
     tables: for a tensor field, the shapes that a call may give it, in the words "batch", "heads",
     "seqlen_q" and "seqlen_k"; a field without an entry may have any shape.
-    ignores_head: `at` gives the same for every head of a sequence; so does a class without an `at`.
     """
 
-    rule_id: ClassVar[str]
     tables: ClassVar[dict[str, tuple[tuple[str, ...], ...]]] = {}
-    ignores_head: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # A compile key holds the text of every file here, so a rule that ships needs no fingerprint;
-        # without one its key is the same under every version of Python.
-        ships = _ships(cls)
-        name = re.sub(r"\W", "_", cls.__name__)
-        cls.rule_id = name if ships else f"{name}-{_fingerprint(cls)}"
-        _CLASSES[cls.rule_id] = cls
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         """The rule as it stands for one sequence and query head; override it to pick table rows."""
         return self
 
+    def form(self) -> Rule:
+        """The rule that is compiled in its place, where the sizes of its values call for another one."""
+        return self
 
-def _ships(cls: type) -> bool:
-    return cls.__module__.startswith(f"{__package__}.")
-
-
-def _fingerprint(cls: type) -> str:
-    digest = hashlib.sha256(cls.__qualname__.encode())
-    for base in cls.__mro__:
-        if base is Rule:
-            break
-        for name, member in sorted(base.__dict__.items()):
-            if isinstance(member, types.FunctionType):
-                digest.update(name.encode())
-                _update(digest, member, set())
-    return digest.hexdigest()[:16]
+    def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
+        """Name -> values, of what the rule says, on symbols; given by masks and by scores."""
+        raise NotImplementedError(f"{type(self).__name__} is neither a Mask nor a Score")
 
 
-def _update(digest, function: types.FunctionType, seen: set) -> None:
-    """Hash what a function does: its code, defaults and the values from outside that it uses."""
-    if function in seen:
-        return
-    seen.add(function)
-    _update_code(digest, function.__code__)
-    for value in (function.__defaults__, *(function.__kwdefaults__ or {}).items()):
-        _update_value(digest, function, value, seen)
-    for value in outside_values(function):
-        _update_value(digest, function, value, seen)
+class Fixed(NamedTuple):
+    """A field's value that belongs to the rule's type: a plain function."""
 
-
-def outside_values(function: types.FunctionType) -> tuple[Any, ...]:
-    """What a function uses besides its arguments: values of enclosing functions and of its module."""
-    captured = [cell.cell_contents for cell in function.__closure__ or ()]
-    module = function.__globals__
-    return (*captured, *(module[name] for name in _global_names(function.__code__) if name in module))
-
-
-@functools.cache
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    names = {i.argval: None for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= dict.fromkeys(_global_names(constant))
-    return tuple(names)
-
-
-def _update_value(digest, user: types.FunctionType, value, seen: set) -> None:
-    if isinstance(value, (bool, int, float, str, bytes, type(None))):
-        digest.update(repr(value).encode())
-    elif isinstance(value, tuple):
-        for member in value:
-            _update_value(digest, user, member, seen)
-    elif isinstance(value, types.FunctionType) and not value.__module__.startswith(f"{__package__}."):
-        _update(digest, value, seen)
-    elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-        digest.update(f"{value.__module__}.{value.__qualname__}".encode())
-    elif isinstance(value, types.ModuleType):
-        digest.update(value.__name__.encode())
-    else:
-        raise TypeError(
-            f"{user.__qualname__} uses {value!r} ({type(value).__name__}); besides its arguments a rule's "
-            "code may use numbers, strings, functions, classes and modules: make other values its fields"
-        )
-
-
-def _update_code(digest, code: types.CodeType) -> None:
-    digest.update(code.co_code)
-    digest.update(repr((code.co_names, code.co_varnames, code.co_freevars)).encode())
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            _update_code(digest, constant)
-        else:
-            digest.update(repr(constant).encode())
+    value: Any
 
 
 @dataclass(frozen=True)
 class RuleType:
-    """The part of a rule that changes compiled code.
+    """What a rule is besides the values of its fields.
 
-    kinds: one entry per dataclass field, in order: "none", "int", "float", "tensor:<dtype>:<rank>",
-    a RuleType, or a tuple of RuleTypes.
+    kinds: one entry per dataclass field, in order: "none", "int", "int64", "float", "tensor:<dtype>:<rank>",
+    Fixed, a RuleType, or a tuple of RuleTypes.
     """
 
-    rule_id: str
+    cls: type[Rule]
     kinds: tuple[Any, ...]
 
     @property
-    def cls(self) -> type[Rule]:
-        return _CLASSES[self.rule_id]
+    def name(self) -> str:
+        """What the user calls it: its class, or the function that it is."""
+        functions = [kind.value.__qualname__ for kind in self.kinds if isinstance(kind, Fixed)]
+        return functions[0] if functions else self.cls.__qualname__
 
     def leaves(self) -> tuple[str, ...]:
         """Kinds of the run-time values, in the order in which `build` takes them."""
-        found: list[str] = []
+        return tuple(self._leaves())
+
+    def _leaves(self) -> Iterator[str]:
         for kind in self.kinds:
             if isinstance(kind, RuleType):
-                found += kind.leaves()
+                yield from kind._leaves()
+            elif isinstance(kind, Fixed):
+                continue
             elif isinstance(kind, tuple):
                 for nested in kind:
-                    found += nested.leaves()
+                    yield from nested._leaves()
             elif kind != "none":
-                found.append(kind)
-        return tuple(found)
+                yield kind
 
-    def nested(self) -> tuple[RuleType, ...]:
-        """The rules in its fields."""
-        found = [n for kind in self.kinds for n in (kind if isinstance(kind, tuple) else (kind,))]
-        return tuple(n for n in found if isinstance(n, RuleType))
-
-    def ignores_head(self) -> bool:
-        """Whether this rule and all inside it stand the same for every head of a sequence."""
-        own = self.cls.at is Rule.at or self.cls.ignores_head
-        return own and all(n.ignores_head() for n in self.nested())
+    def classes(self) -> Iterator[type[Rule]]:
+        """Its class, and those of all rules inside it."""
+        yield self.cls
+        for kind in self.kinds:
+            for nested in kind if isinstance(kind, tuple) and not isinstance(kind, Fixed) else (kind,):
+                if isinstance(nested, RuleType):
+                    yield from nested.classes()
 
     def ships(self) -> bool:
         """Whether this rule and all inside it come with cute_flash, none from a user."""
-        return _ships(self.cls) and all(n.ships() for n in self.nested())
+        return all(map(ships, self.classes()))
 
     def build(self, values: tuple[Any, ...]) -> Rule:
-        """A rule of this type around `values`, which may be host numbers, tensors or device values."""
+        """A rule of this type around `values`: numbers, tensors or symbols."""
         rule, rest = self._take(tuple(values))
         if rest:
-            raise ValueError(f"{self.rule_id} takes {len(self.leaves())} values, got {len(values)}")
+            raise ValueError(f"{self.cls.__name__} takes {len(self.leaves())} values, got {len(values)}")
         return rule
 
     def _take(self, values: tuple[Any, ...]) -> tuple[Rule, tuple[Any, ...]]:
         rule = object.__new__(self.cls)
-        for field, kind in zip(fields(self.cls), self.kinds, strict=True):
+        for name, kind in zip(self.cls.__match_args__, self.kinds, strict=True):
             if isinstance(kind, RuleType):
                 value, values = kind._take(values)
+            elif isinstance(kind, Fixed):
+                value = kind.value
             elif isinstance(kind, tuple):
                 members = []
                 for nested in kind:
@@ -183,24 +120,32 @@ class RuleType:
                 value = None
             else:
                 value, values = values[0], values[1:]
-            object.__setattr__(rule, field.name, value)
+            object.__setattr__(rule, name, value)
         return rule, values
+
+
+@functools.cache
+def ships(cls: type) -> bool:
+    """Whether a class comes with cute_flash: then the sources in a compile key say what it computes."""
+    return cls.__module__.startswith(f"{__package__}.")
 
 
 def describe(rule: Rule) -> tuple[RuleType, tuple[Any, ...]]:
     """Take a rule apart into its type and its run-time values, `build`'s inverse.
 
-    Raises TypeError, naming class and field, for a field of another type.
+    Raises TypeError or ValueError, naming class and field, for a field that is of another type, or a number
+    that 64 bits do not hold.
     """
     if not hasattr(type(rule), "__dataclass_fields__"):
         raise TypeError(f"{type(rule).__name__} is no dataclass: decorate it with @dataclass(frozen=True)")
+    rule = rule.form()
     kinds: list[Any] = []
     values: list[Any] = []
     for name in type(rule).__match_args__:
         kind, found = _describe_field(rule, name, getattr(rule, name))
         kinds.append(kind)
         values += found
-    return RuleType(type(rule).rule_id, tuple(kinds)), tuple(values)
+    return RuleType(type(rule), tuple(kinds)), tuple(values)
 
 
 def _describe_field(rule: Rule, name: str, value: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -214,12 +159,59 @@ def _describe_field(rule: Rule, name: str, value: Any) -> tuple[Any, tuple[Any, 
     if isinstance(value, float):
         return "float", (value,)
     if isinstance(value, int) and not isinstance(value, bool):
-        return "int", (value,)
+        return _int_kind(rule, name, value), (value,)
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        return Fixed(value), ()
     if hasattr(value, "data_ptr"):
         return f"tensor:{str(value.dtype).removeprefix('torch.')}:{value.ndim}", (value,)
     if hasattr(value, "__index__") and not isinstance(value, bool):
-        return "int", (value,)
+        return _int_kind(rule, name, value), (value,)
+    if hasattr(value, "__float__") and not isinstance(value, (bool, str)):
+        return "float", (value,)
     raise TypeError(
         f"{type(rule).__name__}.{name} is {value!r} ({type(value).__name__}); "
-        "a rule's fields may be None, int, float, a tensor, a rule or a tuple of rules"
+        "a rule's fields may be None, int, float, a tensor, a plain function, a rule or a tuple of rules"
     )
+
+
+def _int_kind(rule: Rule, name: str, value: Any) -> str:
+    """ "int" for what rules compute with in 32 bits, "int64" for larger numbers."""
+    if -LARGEST_POSITION <= value <= LARGEST_POSITION:
+        return "int"
+    if int(value) not in _INT64:
+        raise ValueError(f"{type(rule).__name__}.{name} is {value}; allowed: integers of 64 bits")
+    return "int64"
+
+
+def traced(kind: RuleType) -> str:
+    """The expression of rules of this type: a line with its leaves, then a line for each section.
+
+    Raises TypeError, naming the class, for a rule that cannot be traced.
+    """
+    leaves = kind.leaves()
+    names = leaf_names(leaves)
+    values = tuple(_leaf(name, leaf) for name, leaf in zip(names, leaves, strict=True))
+    at = {name: Symbol(INT, name) for name in ("batch", "head", "seqlen_q", "seqlen_k")}
+    try:
+        rule = kind.build(values).at(*at.values())
+        sections = rule.sections(at)
+        lines = [f"{name} = {symbol.text(found)}" for name, found in sections.items()]
+    except TypeError as error:
+        raise TypeError(f"{kind.name} cannot be compiled: {error}") from error
+    return "\n".join([" ".join(["leaves", *leaves]), *lines])
+
+
+def _leaf(name: str, leaf: str) -> Symbol | TableSymbol:
+    kind, *table = leaf.split(":")
+    if not table:
+        return Symbol(FLOAT if kind == "float" else INT, name)
+    dtype, rank = table
+    return TableSymbol(name, FLOAT if "float" in dtype else INT, int(rank))
+
+
+def truth(rule: Rule, method: str, value: Any) -> Any:
+    """`value` if it is a truth value; TypeError for what else a rule's method may have returned."""
+    found = symbol.operand(value)
+    if symbol.kind_of(found) != BOOL:
+        raise TypeError(f"{method} returns {found!r}, which is a number; allowed: a comparison")
+    return found

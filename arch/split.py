@@ -7,7 +7,6 @@ start, O's way out), and what the combine kernel's launch costs. Not measured.
 from __future__ import annotations
 
 from .problem import Problem
-from .rule import RuleType
 
 TILE_COST, COMBINE_COST = 2, 4
 MOST_SPLITS = 128
@@ -29,13 +28,4 @@ def fastest_splits(tiles: int, blocks: int, multiprocessors: int) -> int:
 
 def sees_few_blocks(problem: Problem) -> bool:
     """Whether rows see few of the blocks, by a window or a block mask: then keys stay whole."""
-    return problem.block_size is not None or _has_window(problem.mask)
-
-
-def _has_window(mask: RuleType | None) -> bool:
-    """Whether a sliding window is part of the mask."""
-    if mask is None:
-        return False
-    return mask.rule_id == "SlidingWindow" or any(
-        _has_window(kind) for kind in mask.kinds if isinstance(kind, RuleType)
-    )
+    return problem.block_size is not None or (problem.mask is not None and problem.mask.sees_few())

@@ -19,7 +19,7 @@ import torch
 
 from . import rules, scalars
 from .arch.common.mask import Mask
-from .arch.rule import Rule, RuleType, describe
+from .arch.rule import Rule, describe
 
 BLOCKS_AT_ONCE = 1 << 20  # blocks that are told apart together
 PAIRS_AT_ONCE = 1 << 22  # pairs of query and key for which a rule is evaluated together
@@ -284,8 +284,7 @@ def _is_pair(value: Any) -> bool:
 
 def _rule(mask: Any) -> Rule:
     """The rule that a rule or a plain function stands for."""
-    part = rules.part_of(mask, Mask, "mask")
-    return RuleType(part, ()).build(()) if isinstance(part, str) else part
+    return rules.part_of(mask, Mask, "mask")
 
 
 def _device(rule: Rule, device: Any) -> torch.device:

@@ -268,7 +268,7 @@ def supports(
 def _parts(given: Any, base: type) -> list:
     """The rules that a list, a single rule or function, or None stands for."""
     several = given if isinstance(given, list) else [] if given is None else [given]
-    return [part if isinstance(part, str) else rules.part_of(part, base, base.__name__) for part in several]
+    return [rules.part_of(part, base, base.__name__) for part in several]
 
 
 def features() -> str:

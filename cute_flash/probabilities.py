@@ -36,18 +36,18 @@ def signed_probabilities(call: Call) -> torch.Tensor:
     keys = call.k.float().repeat_interleave(heads // call.k.shape[2], dim=2)
     s = torch.einsum("bqhd,bkhd->bhqk", call.q.float(), keys) * call.softmax_scale
     mask, score = (
-        kind and kind.build(found or ())
-        for kind, found in zip(
+        rule and rule.at(found or (), b, h, seqlen_q, seqlen_k)
+        for rule, found in zip(
             rules.decode(call.rules),
             rules.values(call.rules, call.rule_tensors, call.rule_ints, call.rule_floats),
             strict=True,
         )
     )
     if score is not None:
-        s = score.at(b, h, seqlen_q, seqlen_k).score(s, b, h, position, k).float()
+        s = score.score(s, b, h, position, k).float()
     visible = k >= 0
     if mask is not None:
-        visible = mask.at(b, h, seqlen_q, seqlen_k).visible(position, k)
+        visible = mask.visible(position, k)
     if call.block_counts is not None:
         listed, full = _listed_pairs(call)
         visible = listed & (full | visible)

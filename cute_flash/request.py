@@ -273,9 +273,9 @@ def _check_beside(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}: they must be on one device")
 
 
-def _check_tables(rule: Rule | str, q: torch.Tensor, sizes: _Sizes) -> None:
+def _check_tables(rule: Rule, q: torch.Tensor, sizes: _Sizes) -> None:
     """The tensors inside a rule: their dtypes, devices, and the shapes that the rule declares."""
-    for field in () if isinstance(rule, str) else type(rule).__match_args__:
+    for field in type(rule).__match_args__:
         value = getattr(rule, field)
         name = f"{type(rule).__name__}.{field}"
         if isinstance(value, torch.Tensor):

@@ -11,8 +11,10 @@ import torch
 
 import cute_flash
 from cute_flash import Causal, ops, request, rules
-from cute_flash.arch.common.mask import Both, SlidingWindow
+from cute_flash.arch.common.mask import SlidingWindow
+from cute_flash.arch.common.score import Chain
 from cute_flash.arch.problem import Operands
+from cute_flash.arch.rule import Rule, describe, traced
 from tests import reference
 from tests.harness import where
 
@@ -71,40 +73,52 @@ def test_importing_loads_no_compiler_and_no_emulator():
     assert found.stdout.strip() == "[]"
 
 
+PREFIX, SLOPES = torch.zeros(2).int(), torch.zeros(2, 4)
+
+
 @pytest.mark.parametrize(
     "options, mask",
     [
-        ({}, ""),
-        ({"window_size": (None, None)}, ""),
-        ({"causal": True}, "Causal()"),
-        ({"causal": True, "window_size": (-1, 7)}, "Causal()"),
-        ({"window_size": (-1, 0)}, "Causal()"),
-        ({"window_size": (5, -1)}, "SlidingWindow(int,none)"),
-        ({"window_size": (None, 3)}, "SlidingWindow(none,int)"),
-        ({"window_size": (5, 3)}, "SlidingWindow(int,int)"),
-        ({"causal": True, "window_size": (5, -1)}, "SlidingWindow(int,int)"),
-        ({"mask": Causal()}, "Causal()"),
-        ({"causal": True, "mask": SlidingWindow(2, None)}, "Both(Causal(),SlidingWindow(int,none))"),
-        ({"mask": cute_flash.PrefixLM(torch.zeros(2).int())}, "PrefixLM(tensor:int32:1)"),
+        ({}, None),
+        ({"window_size": (None, None)}, None),
+        ({"causal": True}, Causal()),
+        ({"causal": True, "window_size": (-1, 7)}, Causal()),
+        ({"window_size": (-1, 0)}, Causal()),
+        ({"window_size": (5, -1)}, SlidingWindow(5, None)),
+        ({"window_size": (None, 3)}, SlidingWindow(None, 3)),
+        ({"window_size": (5, 3)}, SlidingWindow(5, 3)),
+        ({"causal": True, "window_size": (5, -1)}, SlidingWindow(5, 0)),
+        ({"mask": Causal()}, Causal()),
+        ({"causal": True, "mask": SlidingWindow(2, None)}, Causal() & SlidingWindow(2, None)),
+        ({"mask": cute_flash.PrefixLM(PREFIX)}, cute_flash.PrefixLM(PREFIX)),
     ],
 )
 def test_masks_of_a_call(options, mask):
-    assert checked(**options).rules == f"{mask}|"
+    assert_encoded(checked(**options), mask, None)
+
+
+def assert_encoded(call: request.Call, mask: Rule | None, score: Rule | None) -> None:
+    """The expressions of a call are those of these rules, and its values theirs."""
+    found = rules.values(call.rules, call.rule_tensors, call.rule_ints, call.rule_floats)
+    for rule, text, values in zip((mask, score), rules.decode(call.rules), found, strict=True):
+        kind, wanted = (None, ()) if rule is None else describe(rule)
+        assert (text and text.text) == (kind and traced(kind))
+        assert (values or ()) == wanted
 
 
 @pytest.mark.parametrize(
     "options, score",
     [
-        ({"softcap": 2.0}, "Softcap(float)"),
-        ({"alibi_slopes": torch.zeros(2, 4)}, "ALiBi(tensor:float32:2)"),
+        ({"softcap": 2.0}, cute_flash.Softcap(2.0)),
+        ({"alibi_slopes": SLOPES}, cute_flash.ALiBi(SLOPES)),
         (
-            {"softcap": 2.0, "alibi_slopes": torch.zeros(4), "score": cute_flash.Softcap(9.0)},
-            "Chain([Softcap(float),ALiBi(tensor:float32:1),Softcap(float)])",
+            {"softcap": 2.0, "alibi_slopes": SLOPES, "score": cute_flash.Softcap(9.0)},
+            Chain((cute_flash.Softcap(2.0), cute_flash.ALiBi(SLOPES), cute_flash.Softcap(9.0))),
         ),
     ],
 )
 def test_scores_of_a_call(options, score):
-    assert checked(**options).rules == f"|{score}"
+    assert_encoded(checked(**options), None, score)
 
 
 def test_causal_bounds_the_window_on_the_right():
@@ -112,15 +126,10 @@ def test_causal_bounds_the_window_on_the_right():
 
 
 def test_rules_come_back_as_they_went():
-    slopes, prefix = torch.rand(4), cute_flash.PrefixLM(3)
-    call = checked(causal=True, window_size=(5, -1), mask=prefix, softcap=2.0, alibi_slopes=slopes)
-    mask, score = rules.decode(call.rules)
-    mask_values, score_values = rules.values(
-        call.rules, call.rule_tensors, call.rule_ints, call.rule_floats
-    )
-    assert mask.build(mask_values) == Both(SlidingWindow(5, 0), prefix)
-    softcap, alibi = score.build(score_values).rules
-    assert softcap == cute_flash.Softcap(2.0) and alibi.slopes is slopes
+    prefix = cute_flash.PrefixLM(3)
+    call = checked(causal=True, window_size=(5, -1), mask=prefix, softcap=2.0, alibi_slopes=SLOPES)
+    score = Chain((cute_flash.Softcap(2.0), cute_flash.ALiBi(SLOPES)))
+    assert_encoded(call, SlidingWindow(5, 0) & prefix, score)
 
 
 def test_a_plain_function_is_read_anew_where_what_it_uses_changes():

@@ -39,7 +39,7 @@ HELD = [1, 2]
 
 
 def with_list(q, k):
-    return HELD[0] <= k
+    return HELD[k] <= q
 
 
 # name -> (arguments, exception, what its text says)
@@ -122,7 +122,7 @@ DENSE = {
     "mask_uses_a_list": (
         {"mask": with_list},
         TypeError,
-        r"with_list uses \[1, 2\] \(list\); besides its arguments a rule's",
+        r"with_list cannot be compiled: k is no number yet: .*index of a list",
     ),
     "mask_field": ({"mask": Listed([1])}, TypeError, r"Listed.allowed is \[1\] \(list\); a rule's fields"),
     "mask_undecorated": ({"mask": Undecorated()}, TypeError, r"Undecorated is no dataclass: .*frozen=True"),

@@ -26,7 +26,6 @@ from cute_flash import (
 from cute_flash.arch.common.blocks import Listed, Range, listed, part_of, phases
 from cute_flash.arch.common.mask import Everything, Mask
 from cute_flash.arch.elementwise import load
-from cute_flash.arch.rule import RuleType
 from tests import cases, test_rules
 from tests.reference import attention, in_blocks
 
@@ -42,8 +41,7 @@ def rule_of(told: dict[str, Any]) -> Mask:
     """The rule of a call's keyword arguments."""
     left, right = (None if side == -1 else side for side in told.get("window_size", (None, None)))
     parts = rules.mask_of(told.get("causal", False), (left, right), told.get("mask"))
-    built = [RuleType(part, ()).build(()) if isinstance(part, str) else part for part in parts]
-    return reduce(lambda a, b: a & b, built) if built else Everything()
+    return reduce(lambda a, b: a & b, parts) if parts else Everything()
 
 
 def brute_force(rule: Mask, batch, heads, seqlen_q, seqlen_k, block_size) -> Iterator[tuple]:

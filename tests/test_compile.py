@@ -21,6 +21,7 @@ from cute_flash.__main__ import main
 from cute_flash.arch.problem import Operands, Problem
 from cute_flash.emulator.execution.launch import View
 from cute_flash.masks import SlidingWindow
+from cute_flash.scores import Softcap
 from tests.tiny import Tiny
 
 A100 = dispatch.EMULATED["sm80"]
@@ -52,7 +53,7 @@ def test_what_is_described(tiny):
     assert [m["dtype"] for m in members["mask_values"]] == ["int32", "int32"]
     assert members["cu_seqlens_q"] == members["score_values"] == []
     assert described["target"] == "sm_80" and described["config"] == {"threads": 64}
-    assert described["problem"]["mask"]["rule_id"] == "SlidingWindow"
+    assert "visible = ((k >= (q - int0)) & (k <= (q + int1)))" in described["problem"]["mask"]["text"]
     (entry,) = described["entries"]
     assert f".entry {entry}(" in tiny.ptx.decode() and b".target sm_80" in tiny.ptx
     assert tiny.cubin[:4] == b"\x7fELF" and tiny.cubin in tiny.object
@@ -371,7 +372,7 @@ def test_the_words_of_the_command_are_those_of_calls():
     problem = precompile.problem_of("float16", (192, 128), ["varlen", "causal", "window", "softcap", "lse"])
     assert problem == Problem(
         "float16", 192, 128, mask=WINDOW,
-        score=rules.decode("|Softcap(float)")[1], varlen=True, lse=True,
+        score=rules.decode(rules.encode([], [Softcap(3.0)]).code)[1], varlen=True, lse=True,
     )  # fmt: skip
     assert precompile.problem_of("float16", (64, 64), ["dense"]) == Problem("float16", 64, 64, lse=False)
     with pytest.raises(ValueError, match="--features has 'casual'; allowed: dense, varlen"):

@@ -19,7 +19,9 @@ from cute_flash.arch.common.mask import (
     SlidingWindow,
 )
 from cute_flash.arch.common.score import ALiBi, Chain, Score, Softcap
-from cute_flash.arch.rule import RuleType, describe
+from cute_flash.arch.expression import LARGEST_POSITION, expression
+from cute_flash.arch.rule import describe, traced
+from cute_flash.rules import MaskFunction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +145,7 @@ ROUND_TRIPS = [
     (SlidingWindow(3, None), ("int",)),
     (SlidingWindow(None, 4), ("int",)),
     (PrefixLM(5) & SlidingWindow(1, 2), ("int", "int", "int")),
+    (EveryThird(2**40), ("int64",)),
     (Document(Table("int32", 2)), ("tensor:int32:2",)),
     (Chain((Softcap(30.0), ALiBi(TABLE))), ("float", "tensor:float32:2")),
     (Chain(()), ()),
@@ -177,22 +180,134 @@ def test_describe_names_class_and_field(value):
         describe(SlidingWindow(value, None))
 
 
-def test_a_rules_code_is_its_identity():
-    def make(limit):
-        @dataclasses.dataclass(frozen=True)
-        class Local(Mask):
-            def visible(self, q, k):
-                return k < limit
-
-        return Local
-
-    assert make(3).rule_id == make(3).rule_id
-    assert make(3).rule_id != make(4).rule_id
-    assert isinstance(describe(make(3)())[0], RuleType)
-
-
 def test_softcap_and_alibi_on_host_numbers():
     assert Softcap(2.0).score(1e9, 0, 0, 0, 0) == pytest.approx(2.0)
     assert Softcap(2.0).score(1e-3, 0, 0, 0, 0) == pytest.approx(1e-3, rel=1e-6)
     with pytest.raises(NotImplementedError, match="defines no score"):
         Score().score(0.0, 0, 0, 0, 0)
+
+
+def test_bounds_beyond_every_position_count_as_none():
+    unbounded = 2**31 - 1
+    for rule in (SlidingWindow(None, unbounded), SlidingWindow(2**40, None), PrefixLM(unbounded)):
+        kind, values = describe(rule)
+        assert kind.leaves() == ("int",) and values == (LARGEST_POSITION,)
+    assert describe(SlidingWindow(-(2**40), 3))[1] == (-LARGEST_POSITION, 3)
+    with pytest.raises(ValueError, match=r"EveryThird\.offset is 1\d+; allowed: integers of 64 bits"):
+        describe(EveryThird(10**19))
+
+
+def text_of(mask: Mask) -> str:
+    return traced(describe(mask)[0])
+
+
+class Outside:
+    """What a rule may look at besides its fields."""
+
+    width = step = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Reaching(Mask):
+    """Looks at attributes of classes, its own and another one, by a property and a static method."""
+
+    reach = 1
+
+    @property
+    def width(self):
+        return Outside.width
+
+    @staticmethod
+    def step():
+        return Outside.step
+
+    def visible(self, q, k):
+        return (k > q - self.width) & (k % self.step() != self.reach)
+
+
+def test_whatever_a_rule_looks_at_is_in_its_text(monkeypatch):
+    seen = {text_of(Reaching())}
+    for owner, name in ((Outside, "width"), (Outside, "step"), (Reaching, "reach")):
+        monkeypatch.setattr(owner, name, 5)
+        seen.add(text_of(Reaching()))
+    assert len(seen) == 4
+
+
+def test_a_text_holds_what_is_computed_and_no_names():
+    @dataclasses.dataclass(frozen=True)
+    class Another(Mask):
+        shift: int
+
+        def visible(self, query, key):
+            return (key + self.shift) % 3 == 0
+
+    assert text_of(Another(4)) == text_of(EveryThird(7))
+    visible = "visible = (((k + int0) % 3) == 0)"
+    assert text_of(EveryThird(7)) == f"leaves int\n{visible}\nkeys = 0, seqlen_k\nfull = 0, 0"
+
+
+def test_what_is_used_twice_is_written_once():
+    @dataclasses.dataclass(frozen=True)
+    class Long(Mask):
+        def visible(self, q, k):
+            x = q - k
+            for _ in range(60):
+                x = x * x % 7
+            return x == 0
+
+    assert len(text_of(Long())) < 3000
+
+
+WRONG = {
+    "and": (lambda q, k: k <= q and k > q - 5, "write & for and"),
+    "or": (lambda q, k: k <= q or k < 3, r"\| for or"),
+    "not": (lambda q, k: not k <= q, "~ for not"),
+    "if": (lambda q, k: k <= q if q > 3 else k < 3, r"where\(condition, a, b\) for if"),
+    "chain": (lambda q, k: 0 < k < q, r"\(a < b\) & \(b < c\) for a < b < c"),
+    "min": (lambda q, k: k < min(q, 5), "minimum and maximum for min and max"),
+    "int": (lambda q, k: int(k / 2) < q, r"not int\(\)"),
+    "float": (lambda q, k: float(k) < q, "to_float"),
+    "list": (lambda q, k: [1, 2, 3][k] < q, "index of a list"),
+    "number": (lambda q, k: q - k, "returns .*which is a number; allowed: a comparison"),
+    "text": (lambda q, k: k < "q", "'q' .str. meets a value of a rule"),
+    "and_of_floats": (lambda q, k: q * 0.5 & k, "& is of integers and truth values"),
+    "shift": (lambda q, k: q << -1 > k, "a shift is by 0 or more"),
+    "power": (lambda q, k: q**k > 3, "integers are raised to constant powers only"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_traced_says_what_to_write(name):
+    function, message = WRONG[name]
+    with pytest.raises(TypeError, match=f"<lambda> cannot be compiled: .*{message}"):
+        text_of(MaskFunction(function))
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_an_expression_answers_like_its_rule(mask):
+    kind, values = describe(mask)
+    known = expression(traced(kind)).at(values, 0, 0, 0, 0)
+    for q_first, q_last, seqlen_k in places(seed=3, count=10):
+        assert known.keys(q_first, q_last, seqlen_k) == mask.keys(q_first, q_last, seqlen_k)
+        assert known.full(q_first, q_last, seqlen_k) == mask.full(q_first, q_last, seqlen_k)
+        for k in range(seqlen_k):
+            assert known.visible(q_last, k) == mask.visible(q_last, k)
+
+
+def test_what_kernels_ask_of_an_expression():
+    light = [mask for mask in MASKS if expression(text_of(mask)).is_light()]
+    assert all(isinstance(mask, (Everything, Causal, SlidingWindow, Both)) for mask in light)
+    assert {Causal(), *windows()} <= set(light)
+    for mask in (SlidingWindow(4, 2), Both(Causal(), SlidingWindow(2, None)), *NESTED[:1]):
+        assert expression(text_of(mask)).sees_few()
+    for mask in (Causal(), PrefixLM(5), EveryThird(1), SlidingWindow(None, 4)):
+        assert not expression(text_of(mask)).sees_few()
+    assert expression(text_of(Document(TABLE))).ignores_head()
+
+
+def test_a_large_cap_is_exact_for_small_scores():
+    for cap in (1e5, 1e30):
+        kind, values = describe(Softcap(cap))
+        known = expression(traced(kind)).at(values, 0, 0, 0, 0)
+        assert known.score(7.3, 0, 0, 0, 0) == pytest.approx(7.3, rel=1e-8)
+        assert known.score(cap * 10, 0, 0, 0, 0) == pytest.approx(cap)

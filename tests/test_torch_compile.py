@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -227,15 +228,54 @@ def test_bounds_beyond_int32_are_clamped_to_the_size_at_hand(noted):
     assert len(graphs) == 1
 
 
-def test_a_function_with_values_from_outside_is_refused_where_it_would_not_see_them_change(noted):
-    width = 3
+class Limits:
+    """What rules look at from outside: attributes of a class."""
+
+    near = far = 0
+
+
+@dataclass(frozen=True)
+class Near(Mask):
+    """A mask that looks at another class, through a property."""
+
+    @property
+    def near(self):
+        return Limits.near
+
+    def visible(self, q, k):
+        return (q - k < Limits.far) & (k > q - self.near)
+
+
+def test_a_rule_sees_what_it_uses_from_outside_change(noted):
+    """Values of enclosing functions and of classes: torch.compile compiles again where they change."""
+    far = 0
 
     def near(q, k):
-        return q - k < width
+        return (q - k - far < 0) & (k > q - Limits.near)
 
-    attention(Q, K, V, mask=near)
+    for mask in (near, Near()):
+        torch._dynamo.reset()
+        masked = partial(attention, mask=mask)
+        call = torch.compile(lambda q, masked=masked: masked(q, K, V), fullgraph=True, backend="eager")
+        for far in (3, 4, 7, 4):
+            Limits.far = far
+            for Limits.near in (5, 6):
+                call(Q)
+                text = noted[-1][0].mask.text
+                assert f" {far})" in text and f"(q - {Limits.near})" in text
+
+
+def test_a_class_with_values_of_a_function_is_refused_as_it_would_not_see_them_change(noted):
+    width = 3
+
+    @dataclass(frozen=True)
+    class Local(Mask):
+        def visible(self, q, k):
+            return q - k < width
+
+    attention(Q, K, V, mask=Local())
     with pytest.raises(Exception, match="within torch.compile it would not see them change"):
-        torch.compile(lambda q: attention(q, K, V, mask=near), fullgraph=True, backend="aot_eager")(Q)
+        torch.compile(lambda q: attention(q, K, V, mask=Local()), fullgraph=True, backend="eager")(Q)
 
 
 def test_gradients_are_refused_there_too(noted):

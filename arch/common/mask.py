@@ -2,7 +2,7 @@
 
     q        the query's position on the key axis: its row + seqlen_k - seqlen_q (bottom-right aligned)
     k        the key's position in its sequence, 0 <= k < seqlen_k
-    visible  the rule itself; only comparisons, arithmetic, `&`, `|` and `elementwise` functions
+    visible  the rule itself; only comparisons, arithmetic, `&`, `|`, `~` and `elementwise` functions
     keys     a range outside which no query of q_first..q_last sees any key: blocks beyond are skipped
     full     a range inside which every query of q_first..q_last sees every key: no mask is evaluated
 
@@ -13,10 +13,13 @@ rule without them is right, only slower. A brute-force test holds them to `visib
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from ..elementwise import load, maximum, minimum
-from ..rule import Rule
+from ..expression import LARGEST_POSITION
+from ..rule import Rule, truth
+from ..symbol import INT, Symbol, kind_of, operand
 
 
 class Mask(Rule):
@@ -34,11 +37,35 @@ class Mask(Rule):
         """(low, high): every query in q_first..q_last sees every key with low <= k < high."""
         return 0, 0
 
+    def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
+        q, k, q_first, q_last = (Symbol(INT, name) for name in ("q", "k", "q_first", "q_last"))
+        return {
+            "visible": (truth(self, "visible", self.visible(q, k)),),
+            "keys": _bounds("keys", self.keys(q_first, q_last, values["seqlen_k"])),
+            "full": _bounds("full", self.full(q_first, q_last, values["seqlen_k"])),
+        }
+
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
 
     def __or__(self, other: Mask) -> Mask:
         return Either(self, other)
+
+
+def _bounds(method: str, found: Any) -> tuple:
+    """The two ends of a range of keys that a mask gives."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise TypeError(f"{method} returns {found!r}; allowed: (low, high)")
+    for bound in found:
+        if kind_of(operand(bound)) != INT:
+            raise TypeError(f"{method} returns {bound!r} as a bound; allowed: an integer")
+    return found
+
+
+def _within(bound: Any) -> Any:
+    """A bound that hides and shows the same pairs, close enough to every position for 32 bits."""
+    is_number = isinstance(bound, (int, Integral)) and not isinstance(bound, bool)
+    return max(-LARGEST_POSITION, min(bound, LARGEST_POSITION)) if is_number else bound
 
 
 @dataclass(frozen=True)
@@ -76,6 +103,10 @@ class SlidingWindow(Mask):
     left: int | None = None
     right: int | None = None
 
+    def form(self) -> SlidingWindow:
+        left, right = _within(self.left), _within(self.right)
+        return self if (left, right) == (self.left, self.right) else SlidingWindow(left, right)
+
     def visible(self, q, k):
         if self.left is None:
             return k >= 0 if self.right is None else k <= q + self.right
@@ -103,7 +134,11 @@ class PrefixLM(Mask):
 
     prefix: Any
     tables = {"prefix": (("batch",),)}
-    ignores_head = True
+
+    def form(self) -> PrefixLM:
+        if hasattr(self.prefix, "shape") and self.prefix.shape or _within(self.prefix) == self.prefix:
+            return self
+        return PrefixLM(_within(self.prefix))
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         return PrefixLM(load(self.prefix, batch)) if hasattr(self.prefix, "shape") else self
@@ -128,7 +163,6 @@ class Document(Mask):
 
     ids: Any
     tables = {"ids": (("batch", "seqlen_k"),)}
-    ignores_head = True
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         return _DocumentOf(self.ids, batch)
@@ -149,7 +183,6 @@ class Both(Mask):
 
     first: Mask
     second: Mask
-    ignores_head = True  # itself; what its members do is asked of them
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         where = (batch, head, seqlen_q, seqlen_k)
@@ -173,7 +206,6 @@ class Either(Mask):
 
     first: Mask
     second: Mask
-    ignores_head = True  # itself; what its members do is asked of them
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         where = (batch, head, seqlen_q, seqlen_k)

@@ -8,9 +8,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from ..elementwise import where
+from ..expression import Bound
 from ..problem import Operands, Problem
-from .mask import Mask
-from .score import Score
 from .sequence import Sequence
 
 
@@ -25,15 +24,15 @@ class Rules(NamedTuple):
     offset: Int32
     seqlen_k: Int32
     scale: Float32
-    mask: Mask | None
-    score: Score | None
+    mask: Bound | None
+    score: Bound | None
 
     @staticmethod
     def of(problem: Problem, call: Operands, sequence: Sequence, head: Int32) -> Rules:
         """The rules of a call for one head."""
         place = (sequence.batch, head, sequence.seqlen_q, sequence.seqlen_k)
         mask, score = (
-            rule and rule.build(values or ()).at(*place)
+            rule and rule.at(values or (), *place)
             for rule, values in ((problem.mask, call.mask_values), (problem.score, call.score_values))
         )
         return Rules(

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..elementwise import absolute, load, tanh, to_float
+from ..elementwise import absolute, load, tanh, to_float, where
 from ..rule import Rule
+from ..symbol import FLOAT, INT, Symbol, kind_of, operand
 
 
 class Score(Rule):
@@ -23,6 +24,15 @@ class Score(Rule):
         """The score that replaces `s`."""
         raise NotImplementedError(f"{type(self).__name__} defines no score(s, batch, head, q, k)")
 
+    def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
+        place = values["batch"], values["head"], Symbol(INT, "q"), Symbol(INT, "k")
+        found = operand(self.score(Symbol(FLOAT, "s"), *place))
+        return {"score": (found if kind_of(found) == FLOAT else to_float(found),)}
+
+
+# Beyond it what `tanh` on the device is off by (1e-7 of the cap) begins to show in a score.
+LARGEST_PLAIN_CAP = 1000.0
+
 
 @dataclass(frozen=True)
 class Softcap(Score):
@@ -30,8 +40,22 @@ class Softcap(Score):
 
     cap: float
 
+    def form(self) -> Score:
+        return LargeSoftcap(self.cap) if self.cap > LARGEST_PLAIN_CAP else self
+
     def score(self, s, batch, head, q, k):
-        return self.cap * tanh(s / self.cap)
+        return self.cap * tanh(s * (1.0 / self.cap))
+
+
+@dataclass(frozen=True)
+class LargeSoftcap(Score):
+    """`Softcap` whose small arguments take tanh(x) = x - x^3 / 3, exact to rounding below 1 / 32."""
+
+    cap: float
+
+    def score(self, s, batch, head, q, k):
+        x = s * (1.0 / self.cap)
+        return where(absolute(x) < 1 / 32, s - s * x * x * (1 / 3), self.cap * tanh(x))
 
 
 @dataclass(frozen=True)

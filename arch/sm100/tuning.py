@@ -158,17 +158,20 @@ def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
     return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors // config.ctas)
 
 
+SOFTCAP_WORK = 3  # s / cap, tanh, * cap
+
+
 def crowded(problem: Problem, device: Device) -> bool:
     """Whether a problem needs many registers besides scores.
 
-    With dropout, with rules that read tables, with a mask of more than two comparisons, with a user's score,
-    which may be anything; on 11.0, which has no arithmetic on pairs, with any rule.
+    With dropout, with rules that read tables, with a mask of more than two comparisons, with a score of more
+    operations than a softcap has; on 11.0, which has no arithmetic on pairs, with any rule.
     """
     rules = [rule for rule in (problem.mask, problem.score) if rule]
-    tables = any(leaf.startswith("tensor") for rule in rules for leaf in rule.leaves())
-    long = problem.mask is not None and problem.mask.rule_id not in ("Causal", "SlidingWindow")
-    own = problem.score is not None and not problem.score.ships()
-    return problem.dropout or tables or long or own or bool(rules and device.capability == (11, 0))
+    tables = any(rule.reads_tables() for rule in rules)
+    long = problem.mask is not None and not problem.mask.is_light()
+    heavy = problem.score is not None and problem.score.work() > SOFTCAP_WORK
+    return problem.dropout or tables or long or heavy or bool(rules and device.capability == (11, 0))
 
 
 def sees_evenly(problem: Problem) -> bool:

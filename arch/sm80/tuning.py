@@ -16,8 +16,6 @@ from ..split import fastest_splits, sees_few_blocks
 SM_REGISTERS = 65536
 RESERVED_SHARED_MEMORY = 1024  # bytes that a resident CTA costs besides its own
 LARGEST_SHARED_MEMORY = 166912  # bytes that CTAs share on the largest multiprocessor of these, A100's
-# Masks that are a comparison or two per score, and leave the registers as without one.
-LIGHT_MASKS = ("Causal", "SlidingWindow")
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Config:
 class Row:
     """A config for head dims up to (head_dim, head_dim_v).
 
-    light: for problems without score, dropout or a mask other than LIGHT_MASKS, whose arithmetic leaves
-    no registers for more.
+    light: for problems that are `is_light`, which leave it the registers.
     """
 
     head_dim: int
@@ -88,7 +85,7 @@ def padded(dim: int) -> int:
 
 def is_light(problem: Problem) -> bool:
     """No arithmetic per score beyond the scale and a comparison or two."""
-    light_mask = problem.mask is None or problem.mask.rule_id in LIGHT_MASKS
+    light_mask = problem.mask is None or problem.mask.is_light()
     return light_mask and not (problem.score or problem.dropout)
 
 

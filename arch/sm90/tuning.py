@@ -129,10 +129,10 @@ def demand(problem: Problem) -> int:
 
     NUMBERS: its rules hold values. TABLES: they read tables, or there is dropout.
     """
-    leaves = [leaf for rule in (problem.mask, problem.score) if rule for leaf in rule.leaves()]
-    if problem.dropout or any(leaf.startswith("tensor") for leaf in leaves):
+    rules = [rule for rule in (problem.mask, problem.score) if rule]
+    if problem.dropout or any(rule.reads_tables() for rule in rules):
         return TABLES
-    return NUMBERS if leaves else PLAIN
+    return NUMBERS if any(rule.leaves() for rule in rules) else PLAIN
 
 
 @dataclass(frozen=True)
