@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from cute_flash.emulator import EmulatorError, ParseError, Program, UnmodelledInstruction
@@ -187,3 +189,19 @@ def test_what_has_no_model_is_refused_when_the_program_is_made(line):
 def test_the_first_place_named_stays():
     error = EmulatorError("wrong").at(3, "ret;")
     assert str(error.at(9, "bra X;")) == "wrong\n  at PTX line 3: ret;"
+
+
+def test_the_garbage_collector_is_as_it_was():
+    """It rests while a program is made, whatever comes of that."""
+    active = gc.isenabled()
+    try:
+        for wanted in (True, False):
+            (gc.enable if wanted else gc.disable)()
+            Program(module("ret;"))
+            assert gc.isenabled() == wanted
+            for wrong in ("add.u32 %r1;", "nonsense;"):
+                with pytest.raises(EmulatorError):
+                    Program(module(wrong))
+                assert gc.isenabled() == wanted
+    finally:
+        (gc.enable if active else gc.disable)()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,22 +43,38 @@ class Program:
     """
 
     def __init__(self, text: str):
-        self.module = parse(text)
+        with without_collection():
+            self.module = parse(text)
         self.target = self.module.target
         self.storage: dict[str, np.ndarray] = {}
-        self.entries: dict[str, Entry] = {}
+        self.entries = {name: _interface(entry) for name, entry in self.module.entries.items()}
         self._code: dict[tuple[str, bool], Code] = {}
-        for name, entry in self.module.entries.items():
-            self.entries[name] = _interface(entry)
-            self._code[name, False] = _translate(self, entry, permissive=False)
+        for name in self.entries:
+            self.code(name)
 
     def code(self, name: str, permissive: bool = False) -> Code:
         """The executable form of an entry; KeyError names the entries there are."""
         if name not in self.entries:
             raise KeyError(f"no entry {name}; this program has {', '.join(self.entries)}")
         if (name, permissive) not in self._code:
-            self._code[name, permissive] = _translate(self, self.module.entries[name], permissive)
+            with without_collection():
+                self._code[name, permissive] = _translate(self, self.module.entries[name], permissive)
         return self._code[name, permissive]
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Let Python's garbage collector rest: it would look at all objects that there are, again and again.
+
+    A translated kernel is some 100,000 objects that stay; a collection in a process with torch takes longer.
+    """
+    active = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if active:
+            gc.enable()
 
 
 def _interface(entry: EntryText) -> Entry:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..base.errors import ParseError
 
 _TOKEN = re.compile(r"\s*([%$\w]+(?:\.[\w]+)*|[{}\[\](),|!+\-<>])")
+_ENDS = frozenset((",", "}", ")", ""))  # what follows a whole operand
 _NUMBER = re.compile(
     r"0[fF][0-9a-fA-F]{8}$|0[dD][0-9a-fA-F]{16}$|0[xX][0-9a-fA-F]+U?$|0[bB][01]+U?$|\d+U?$|\d+\.\d*(?:[eE]\d+)?$"
 )
@@ -114,14 +115,14 @@ class Operands:
     """Recursive descent over one instruction's operand text."""
 
     def __init__(self, text: str, register: Callable[[str], Register | None]):
-        self.tokens = _TOKEN.findall(text)
+        self.tokens = [*_TOKEN.findall(text), ""]
         if "".join(self.tokens) != "".join(text.split()):
             raise ParseError(f"cannot read the operands {text.strip()!r}")
         self.register = register
         self.at = 0
 
     def peek(self) -> str:
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+        return self.tokens[self.at]
 
     def take(self, expected: str = "") -> str:
         token = self.peek()
@@ -145,6 +146,9 @@ class Operands:
 
     def operand(self) -> object:
         token = self.peek()
+        if token.startswith("%") and self.tokens[self.at + 1] in _ENDS and (found := self.register(token)):
+            self.at += 1
+            return found
         if token == "{":
             return Vector(tuple(self.bracketed("{", "}")))
         if token == "(":

@@ -303,6 +303,8 @@ class _Body:
 
     def register(self, name: str) -> Register | None:
         scope: _Scope | None = self.scope
+        if known := scope.registers.get(name):
+            return known
         prefix = name.rstrip("0123456789")
         while scope is not None:
             if name in scope.registers:
