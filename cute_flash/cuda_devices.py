@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 
 class Gpu(NamedTuple):
-    """A CUDA device. shared_memory: bytes that a block can ask for."""
+    """A CUDA device. shared_memory: bytes that a block can ask for. clock: the fastest of its cores, Hz."""
 
     name: str
     capability: tuple[int, int]
     multiprocessors: int
     shared_memory: int
+    clock: int
 
 
 def checked(answer: tuple) -> Any:
@@ -61,16 +62,17 @@ def gpus() -> list[Gpu]:
 
     def of(index: int) -> Gpu:
         device = checked(driver.cuDeviceGet(index))
-        major, minor, multiprocessors, shared_memory = (
+        major, minor, multiprocessors, shared_memory, kilohertz = (
             checked(driver.cuDeviceGetAttribute(attribute, device))
             for attribute in (
                 attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                 attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
                 attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
                 attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+                attributes.CU_DEVICE_ATTRIBUTE_CLOCK_RATE,
             )
         )
         name = checked(driver.cuDeviceGetName(256, device)).rstrip(b"\0").decode()
-        return Gpu(name, (major, minor), multiprocessors, shared_memory)
+        return Gpu(name, (major, minor), multiprocessors, shared_memory, 1000 * kilohertz)
 
     return [of(index) for index in range(count())]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cute_flash import cuda_devices
 from tests.accuracy import hold, largest_error
 
 CUDA = "cuda"
@@ -29,7 +30,6 @@ DIMS = ((128, 128), (64, 64), (256, 256), (192, 128))
 SEQLENS = (8192, 1024, 16384, 4096, 512, 2048, 32768)
 SAMPLED_ROWS = 48
 GRADIENT_ROWS = 1024  # of a head, at a time
-SPIN_CLOCK_HZ = 2e9
 LONGEST_SPIN = 0.02  # seconds
 
 
@@ -168,7 +168,8 @@ def _warm_up(functions: dict[str, Callable[[int], Any]], machine: str) -> int:
         host = time.perf_counter() - before
         i += 1
     synchronize(machine)
-    return int(min(2 * host + 1e-4, LONGEST_SPIN) * SPIN_CLOCK_HZ)
+    clock = cuda_devices.gpus()[torch.cuda.current_device()].clock
+    return int(min(2 * host + 1e-4, LONGEST_SPIN) * clock)
 
 
 def _round(functions, names: list[str], i: int, machine: str, spin: int) -> list[tuple[str, float]]:

@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGEST_FILE = 60 << 20
 PART = 50 << 20
 PYTHON = "3.12"
-WHEELS = ("apache-tvm-ffi", "numpy", "fa3-fwd==0.0.3")
+WHEELS = ("apache-tvm-ffi", "cuda-bindings", "cuda-pathfinder", "numpy", "fa3-fwd==0.0.3")
 # Wheel -> its members that are carried -> where they lie there.
 BACKWARD = {
     "xformers==0.0.34": {"xformers/flash_attn_3/_C.so": "xformers/flash_attn_3/_C.so"},

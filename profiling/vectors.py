@@ -141,30 +141,23 @@ def on_emulator(instruction: Instruction, given: np.ndarray) -> np.ndarray:
 def on_gpu(instruction: Instruction, given: np.ndarray) -> np.ndarray:
     """uint32 (lanes, outputs), on the GPU that torch uses; its driver compiles the PTX."""
     import torch
+    from cuda.bindings import driver
+
+    from cute_flash.cuda_devices import checked
 
     source = torch.from_numpy(given.view(np.int32)).cuda()
     target = torch.zeros((len(given), instruction.outputs), dtype=torch.int32, device="cuda")
-    driver = ctypes.CDLL("libcuda.so.1")
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(driver, driver.cuModuleLoadData(ctypes.byref(module), ptx(instruction).encode() + b"\0"))
+    module = checked(driver.cuModuleLoadData(ptx(instruction).encode() + b"\0"))
     try:
-        _check(driver, driver.cuModuleGetFunction(ctypes.byref(function), module, b"one"))
-        pointers = [ctypes.c_uint64(x.data_ptr()) for x in (source, target)]
-        arguments = (ctypes.c_void_p * 2)(*(ctypes.addressof(p) for p in pointers))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        function = checked(driver.cuModuleGetFunction(module, b"one"))
+        arguments = (source.data_ptr(), target.data_ptr()), (ctypes.c_void_p, ctypes.c_void_p)
         sizes = (len(given) // WARP, 1, 1, WARP, 1, 1, 0)
-        _check(driver, driver.cuLaunchKernel(function, *sizes, stream, arguments, None))
+        stream = torch.cuda.current_stream().cuda_stream
+        checked(driver.cuLaunchKernel(function, *sizes, stream, arguments, 0))
         torch.cuda.synchronize()
     finally:
         driver.cuModuleUnload(module)
     return target.cpu().numpy().view(np.uint32)
-
-
-def _check(driver: ctypes.CDLL, code: int) -> None:
-    if code:
-        name = ctypes.c_char_p()
-        driver.cuGetErrorName(code, ctypes.byref(name))
-        raise RuntimeError(f"CUDA driver error {code} ({(name.value or b'unknown').decode()})")
 
 
 def distance(instruction: Instruction, a: np.ndarray, b: np.ndarray) -> np.ndarray:

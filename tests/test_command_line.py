@@ -101,7 +101,8 @@ class FakeDriver:
     """`cuda.bindings.driver` where there are two GPUs."""
 
     CUdevice_attribute = driver.CUdevice_attribute
-    VALUES = {"MAJOR": (9, 12), "MINOR": (0, 1), "COUNT": (132, 48), "OPTIN": (232448, 101376)}
+    VALUES = {"MAJOR": (9, 12), "MINOR": (0, 1), "COUNT": (132, 48), "OPTIN": (232448, 101376),
+              "RATE": (1980000, 2418000)}  # fmt: skip
 
     def __init__(self, code=SUCCESS):
         self.code = code
@@ -128,7 +129,7 @@ class FakeDriver:
 def test_devices_are_the_driver_s(root, monkeypatch, capsys):
     monkeypatch.setattr("cuda.bindings.driver", FakeDriver())
     first, second = cuda_devices.gpus()
-    assert first == ("NVIDIA H100", (9, 0), 132, 232448) and second.capability == (12, 1)
+    assert first == ("NVIDIA H100", (9, 0), 132, 232448, 1980000000) and second.capability == (12, 1)
     said = info(capsys)
     assert said["driver"] == "CUDA 12.8"
     assert said["device 0"].startswith("NVIDIA H100, compute capability 9.0, 132 multiprocessors")

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import cute_flash
+from cute_flash import cuda_devices
 from profiling import measure, ncu, peers, plots, report, stages, tools, vectors
 from profiling.__main__ import main as profiling
 from profiling.record import FORMAT, Record, read, reports, write_whole
@@ -276,7 +277,12 @@ class Clock:
 def test_on_a_gpu_candidates_take_turns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Clock.Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: Clock.launched.append("spin"), raising=False)
+    spins = []
+    sleep = lambda cycles: (Clock.launched.append("spin"), spins.append(cycles))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    gpus = [cuda_devices.Gpu("", (9, 0), 132, 232448, clock) for clock in (1, 10**9)]
+    monkeypatch.setattr(cuda_devices, "gpus", lambda: gpus)
     monkeypatch.setattr(measure, "WARM_SECONDS", 0.0)
     functions = {name: Clock.kernel(name, n * 1e-3) for n, name in enumerate("abc", start=1)}
     said = []
@@ -284,6 +290,7 @@ def test_on_a_gpu_candidates_take_turns(monkeypatch):
     assert said == ["a", "b", "c", ""]
     assert {name: round(t.median, 6) for name, t in times.items()} == {"a": 1e-3, "b": 2e-3, "c": 3e-3}
     assert {t.count for t in times.values()} == {4}
+    assert all(1e-4 <= cycles / 10**9 <= measure.LONGEST_SPIN for cycles in spins)  # that GPU's seconds
     rounds = "".join(name[0] for name in Clock.launched).split("s")[1:]
     assert rounds == ["abc", "bca", "cab", "abc"]
 

@@ -17,7 +17,8 @@ from ..worker import Job, Settings
 SECONDS = 60.0
 CANDIDATES = False
 PACKAGES = (
-    "torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "numpy", "fa3-fwd", "xformers", "flash-attn-4",
+    "torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "cuda-bindings", "numpy",
+    "fa3-fwd", "xformers", "flash-attn-4",
 )
 QUERY = (
     "name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw",
@@ -70,7 +71,9 @@ def gpu(machine: str) -> dict[str, Any]:
         return {"state": "missing", "error": f"no GPU: {machine} is emulated"}
     import torch
 
-    p = torch.cuda.get_device_properties(0)
+    from cute_flash import cuda_devices
+
+    p, device = torch.cuda.get_device_properties(0), cuda_devices.gpus()[0]
     values = {
         "torch's name": p.name,
         "capability": f"{p.major}.{p.minor}",
@@ -78,6 +81,8 @@ def gpu(machine: str) -> dict[str, Any]:
         "L2 MiB": p.L2_cache_size >> 20,
         "memory GiB": round(p.total_memory / 2**30, 1),
         "shared memory per block": p.shared_memory_per_block_optin,
+        "SM clock at most, MHz": device.clock // 10**6,
+        "driver": "CUDA {}.{}".format(*cuda_devices.driver_version()),
     }
     if shutil.which("nvidia-smi") is None:
         return {"values": values | {"nvidia-smi": "missing"}}

@@ -46,15 +46,15 @@ def exact(name: str, settings: Settings) -> dict[str, Any]:
 
     from tests.emulator.evaluate import evaluate
     from tests.emulator.vectors.cases import CASES
-    from tests.emulator.vectors.record import Driver
+    from tests.emulator.vectors.record import Gpu
 
     case = CASES[name]
     emulated = evaluate(case.code, *case.inputs, outputs=case.outputs, target=case.target, block=case.block)
     if settings.machine != measure.CUDA:
         path, found, device = Path(settings.out) / f"exact-{machine_name(settings)}.npz", emulated, "none"
     else:
-        driver = Driver()
-        path, found, device = Path(settings.out) / "hardware.npz", driver.run(case), driver.capability()
+        gpu = Gpu()
+        path, found, device = Path(settings.out) / "hardware.npz", gpu.run(case), gpu.capability()
     arrays = {f"{name}:{k}": array for k, array in enumerate(found)}
     vectors.add_to_file(path, {"device": np.array(device), **arrays})
     differ = 0
