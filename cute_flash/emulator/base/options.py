@@ -8,6 +8,7 @@ from typing import Any
 ASYNCHRONY = ("eager", "late", "late_copies", "late_products", "random")
 SCHEDULES = ("lockstep", "random")
 UNINITIALIZED = ("error", "poison")
+CONTRACT = ("none", "ptxas")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Options:
     written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses. by_the_book: with
     races, demand fences and waits that hardware is known to do without, see checks/tensor_races.py.
     permissive: accept what PTX leaves undefined or forbids and hardware is known to take, see README.md.
+    contract: "none" runs products and sums as written; "ptxas" fuses those that PTX leaves open and the
+    assembler makes one instruction of, see ptx/contract.py.
     """
 
     asynchrony: str = "eager"
@@ -34,6 +37,7 @@ class Options:
     uninitialized: str = "error"
     by_the_book: bool = False
     permissive: bool = False
+    contract: str = "none"
 
     def __post_init__(self) -> None:
         if self.by_the_book and not self.races:
@@ -45,6 +49,8 @@ class Options:
         if self.uninitialized not in UNINITIALIZED:
             allowed = ", ".join(UNINITIALIZED)
             raise ValueError(f"uninitialized is {self.uninitialized!r}; allowed: {allowed}")
+        if self.contract not in CONTRACT:
+            raise ValueError(f"contract is {self.contract!r}; allowed: {', '.join(CONTRACT)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
 

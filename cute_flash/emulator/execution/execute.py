@@ -41,6 +41,8 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
     ValueError where the launch does not fit the program.
     """
     options = options or Options()
+    if options.contract == "ptxas":
+        program = program.contracted
     code = program.code(launch.entry, options.permissive)
     _check_launch(program, launch)
     report = Report()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import numpy as np
 from .. import ops
 from ..base.errors import EmulatorError, UnmodelledInstruction
 from ..core.code import CONTROL, CONVERGED, PLAIN, Code, Step
+from ..ptx.contract import contracted
 from ..ptx.parse import EntryText, Instruction, Variable, parse
 from ..translate.analysis import Definedness, check_guard, is_branch, watch_registers
 from ..translate.load_flight import LoadFlight
@@ -43,6 +45,7 @@ class Program:
     """
 
     def __init__(self, text: str):
+        self.text = text
         with without_collection():
             self.module = parse(text)
         self.target = self.module.target
@@ -51,6 +54,11 @@ class Program:
         self._code: dict[tuple[str, bool], Code] = {}
         for name in self.entries:
             self.code(name)
+
+    @functools.cached_property
+    def contracted(self) -> Program:
+        """The program with the products fused that ptxas fuses."""
+        return Program(contracted(self.text))
 
     def code(self, name: str, permissive: bool = False) -> Code:
         """The executable form of an entry; KeyError names the entries there are."""
