@@ -7,7 +7,7 @@ import pytest
 
 from cute_flash.emulator import EmulatorError, GlobalMemory, Launch, Options, Program, run
 from cute_flash.emulator.checks.counters import BankConflicts, Trace
-from cute_flash.emulator.core.observe import Observer
+from cute_flash.emulator.core.observe import Observer, Observers
 
 from .evaluate import launch, module
 
@@ -127,3 +127,27 @@ def test_launches_are_checked():
         run(program, Launch(**(good | {"entry": "other"})), GlobalMemory())
     with pytest.raises(EmulatorError, match="cluster"):
         run(program, Launch(**(good | {"cluster": (2, 1, 1), "grid": (2, 1, 1)})), GlobalMemory())
+
+
+def test_only_who_overrides_a_hook_is_called():
+    class Steps(Observer):
+        def __init__(self):
+            self.seen = 0
+
+        def step(self, m, g):
+            self.seen += 1
+
+    class Reads(Observer):
+        def __init__(self):
+            self.seen = []
+
+        def shared_read(self, m, g, address, size):
+            self.seen.append(size)
+
+    one, other, reads = Steps(), Steps(), Reads()
+    assert Observers((one, reads, other)).every_step and not Observers((reads,)).every_step
+    both = Observers((one, reads, other))
+    both.step(None, None)
+    both.shared_read(None, None, None, size=4)
+    both.shared_write(None, None, None, None)
+    assert (one.seen, other.seen, reads.seen) == (1, 1, [4])

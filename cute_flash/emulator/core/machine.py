@@ -165,6 +165,10 @@ class Machine(Geometry):
             if self.watch is None:
                 for at, run in enumerate(code.runs[pc:stop], pc):  # noqa: B007
                     run(self, g)
+            elif not self.watch.every_step:
+                for at, run in enumerate(code.runs[pc:stop], pc):
+                    self.at = at
+                    run(self, g)
             else:
                 for at, run in enumerate(code.runs[pc:stop], pc):
                     self.at = at
@@ -176,7 +180,7 @@ class Machine(Geometry):
             at = self.at = stop
             self.executed[stop] += g.warps
             self.executed[stop + 1] -= g.warps
-            if self.watch is not None:
+            if self.watch is not None and self.watch.every_step:
                 self.watch.step(self, g)
             if code.steps[stop].kind == CONTROL:
                 return code.runs[stop](self, g, stop)

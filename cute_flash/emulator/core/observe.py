@@ -6,6 +6,7 @@ instruction; m.at is its step. `Options(races=True)` attaches a RaceDetector.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,19 +120,25 @@ class Observer:
 
 
 class Observers(Observer):
-    """Several observers as one."""
+    """Several observers as one: each hook calls those that have one of their own.
+
+    every_step: whether somebody wants to hear of every step.
+    """
 
     def __init__(self, members: tuple[Observer, ...]):
-        self.members = members
+        for name in (name for name in vars(Observer) if not name.startswith("_")):
+            calls = [getattr(member, name) for member in members if _overrides(member, name)]
+            setattr(self, name, calls[0] if len(calls) == 1 else _in_turn(calls))
+        self.every_step = any(_overrides(member, "step") for member in members)
 
 
-def _fan_out(name: str) -> None:
-    def call(self: Observers, *args, **kwargs) -> None:
-        for member in self.members:
-            getattr(member, name)(*args, **kwargs)
-
-    setattr(Observers, name, call)
+def _overrides(member: Observer, name: str) -> bool:
+    return getattr(getattr(member, name), "__func__", None) is not getattr(Observer, name)
 
 
-for _name in (name for name in vars(Observer) if not name.startswith("_")):
-    _fan_out(_name)
+def _in_turn(calls: list[Callable]) -> Callable:
+    def hook(*args, **kwargs) -> None:
+        for call in calls:
+            call(*args, **kwargs)
+
+    return hook
