@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from . import ops, request
+from . import ops, repeat, request
 from .block_mask import BlockMask
-from .request import Call, Options, Packing
+from .repeat import Result
+from .request import Options, Packing
 
 
 def flash_attn_func(
@@ -83,8 +84,10 @@ def flash_attn_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         lse, out, block_mask, num_splits, deterministic,
     )
+    if not return_attn_probs:
+        return _result(repeat.forward(q, k, v, None, options), return_lse)
     call = request.dense(q, k, v, options)
-    return _results(call, out, return_attn_probs)
+    return *ops.forward(call, out), ops.probabilities(call)
 
 
 def flash_attn_varlen_func(
@@ -149,8 +152,7 @@ def flash_attn_varlen_func(
         return_lse, out, num_splits=num_splits, deterministic=deterministic,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
-    call = request.varlen(q, k, v, packing, options)
-    return _results(call, out, False)
+    return _result(repeat.forward(q, k, v, packing, options), return_lse)
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -166,8 +168,5 @@ def flash_attn_combine(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.T
     raise NotImplementedError("flash_attn_combine does not exist yet: num_splits merges by itself")
 
 
-def _results(call: Call, out: torch.Tensor | None, probabilities: bool) -> Any:
-    out, lse = ops.forward(call, out)
-    if probabilities:
-        return out, lse, ops.probabilities(call)
-    return (out, lse) if call.lse else out
+def _result(found: Result, return_lse: bool) -> Any:
+    return tuple(found) if return_lse else found.out

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from . import overlap
-from .request import Call
+from .request import Call, Packing
 
 ALIGNMENT = 16  # bytes: the widest load a kernel does
 _NAMES = {  # of the interface, where an operator's differ
@@ -19,20 +20,23 @@ _NAMES = {  # of the interface, where an operator's differ
 
 
 def check(call: Call, out: torch.Tensor) -> None:
-    """Alignment, and the numbers inside cu_seqlens, seqused and the lists of a block mask.
-
-    Numbers inside CUDA tensors cannot be seen without waiting for the GPU: they are checked where
-    CUTE_FLASH_CHECK=1 is set and no graph is being captured.
-    """
+    """Alignment, and the numbers inside cu_seqlens, seqused and the lists of a block mask."""
     _check_addresses(call, out)
-    if call.q.device.type == "cuda" and (call.cu_seqlens_q is not None or call.block_counts is not None):
-        asked = os.environ.get("CUTE_FLASH_CHECK", "") not in ("", "0")
-        if not asked or torch.cuda.is_current_stream_capturing():
-            return
-    if call.cu_seqlens_q is not None:
-        _check_lengths(call)
-    if call.block_counts is not None:
-        _check_lists(call)
+    if (call.cu_seqlens_q is not None or call.block_counts is not None) and can_be_read(call.q.device):
+        check_lengths(call, call.q.shape[0], call.k.shape[0])
+        check_lists(call.block_counts, call.block_indices, call.k.shape[1], call.block_size)
+
+
+def can_be_read(device: torch.device) -> bool:
+    """Whether to look at the numbers inside tensors.
+
+    On a GPU they cannot be seen without waiting for it: there, where CUTE_FLASH_CHECK=1 is set and no graph
+    is being captured.
+    """
+    if device.type != "cuda":
+        return True
+    asked = os.environ.get("CUTE_FLASH_CHECK", "") not in ("", "0")
+    return asked and not torch.cuda.is_current_stream_capturing()
 
 
 def check_out(call: Call, out: torch.Tensor) -> None:
@@ -63,11 +67,13 @@ def _check_addresses(call: Call, out: torch.Tensor) -> None:
     _check_alignment("out", out)
 
 
-def _check_lengths(call: Call) -> None:
-    """The numbers in cu_seqlens and seqused."""
-    for side in ("q", "k"):
+def check_lengths(call: Call | Packing, total_q: int, total_k: int) -> None:
+    """The numbers in cu_seqlens and seqused, where there are any."""
+    if call.cu_seqlens_q is None:
+        return
+    for side, total in (("q", total_q), ("k", total_k)):
         cu_seqlens, used = getattr(call, f"cu_seqlens_{side}"), getattr(call, f"seqused_{side}")
-        lengths = _check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, getattr(call, side).shape[0])
+        lengths = _check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, total)
         longest = getattr(call, f"max_seqlen_{side}")
         if used is not None:
             _check_used(f"seqused_{side}", used, lengths)
@@ -76,10 +82,11 @@ def _check_lengths(call: Call) -> None:
             raise ValueError(f"max_seqlen_{side} is {longest}, the longest sequence has {max(lengths)}")
 
 
-def _check_lists(call: Call) -> None:
-    """The numbers in the lists of a block mask."""
-    counts, indices = call.block_counts, call.block_indices
-    seqlen_k, block_k = call.k.shape[1], call.block_size[1]
+def check_lists(counts: Any, indices: Any, seqlen_k: int, block_size: Sequence[int]) -> None:
+    """The numbers in the lists of a block mask, where there is one."""
+    if counts is None:
+        return
+    block_k = block_size[1]
     k_blocks, most = -(-seqlen_k // block_k), indices.shape[-1]
     total = counts.sum(-1, keepdim=True)
     if counts.numel() and not (counts.min() >= 0 and total.max() <= most):

@@ -211,6 +211,11 @@ def only(kernel: str | None) -> Iterator[None]:
         _only.reset(token)
 
 
+def wanted() -> str | None:
+    """The one kernel that `only` lets serve here, if any."""
+    return _only.get()
+
+
 @functools.cache
 def select(problem: Problem, device: Device, wanted: str | None = None) -> Answer:
     """The first kernel that serves `problem` on `device`; of this name, where one is wanted."""

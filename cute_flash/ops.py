@@ -9,7 +9,8 @@ is an argument.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import contents, flops, rules
 from .arch.combine import CombineOperands
 from .arch.problem import Operands, Problem, Sizes
-from .dispatch import Place, Plan, Step, place_of, plan
+from .dispatch import Place, Plan, place_of, plan
 from .executable import executable
 from .probabilities import signed_probabilities
 from .request import DROPOUT_STEPS, Call, keep_threshold
@@ -48,18 +49,24 @@ def _new_out(q, k, v, *_) -> torch.Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _new_lse(call: Call) -> torch.Tensor:
-    return call.q.new_empty(_lse_shape(call) if call.lse else (0,), dtype=torch.float32)
+def new_lse(q: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Where a kernel puts the log-sum-exp."""
+    return q.new_empty(shape, dtype=torch.float32)
 
 
-def _lse_shape(call: Call) -> tuple[int, ...]:
-    *rows, heads, _ = call.q.shape
-    return (heads, *rows) if call.cu_seqlens_q is not None else (rows[0], heads, rows[1])
+def lse_shape(call: Call) -> tuple[int, ...]:
+    """(heads, total) or (batch, heads, seqlen_q); nothing where the call does not ask for it."""
+    return _by_head(call.q, call.cu_seqlens_q) if call.lse else (0,)
+
+
+def _by_head(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, ...]:
+    *rows, heads, _ = q.shape
+    return (rows[0], heads, rows[1]) if cu_seqlens_q is None else (heads, *rows)
 
 
 def _forward(*arguments):
     call, out = Call(*arguments), _new_out(*arguments)
-    if _has_no_sequence(call):
+    if has_no_sequence(call):
         out.zero_()
     return out, _fill(out, call)
 
@@ -68,31 +75,38 @@ def _forward_out(out, *arguments):
     call = Call(*arguments)
     contents.check_out(call, out)
     lse = _fill(out, call)
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # as every in-place operator does
+    note_written(out)
     return lse
 
 
+def note_written(out: torch.Tensor) -> None:
+    """Raise a tensor's version, as every in-place operator does."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
 def _fill(out, call):
-    lse = _new_lse(call)
-    if _has_no_sequence(call):
+    lse = new_lse(call.q, lse_shape(call))
+    if has_no_sequence(call):
+        contents.check(call, out)
         lse.fill_(-torch.inf)
     elif out.numel():
         _launch(call, out, lse)
     return lse
 
 
-def _has_no_sequence(call: Call) -> bool:
+def has_no_sequence(call: Call) -> bool:
     """Whether no row of a packed q belongs to any sequence: there is no block to launch."""
     return call.cu_seqlens_q is not None and (call.max_seqlen_q == 0 or call.cu_seqlens_q.shape[0] == 1)
 
 
 def _forward_fake(*arguments):
-    return _new_out(*arguments), _new_lse(Call(*arguments))
+    return _new_out(*arguments), _forward_out_fake(None, *arguments)
 
 
 def _forward_out_fake(out, *arguments):
-    return _new_lse(Call(*arguments))
+    call = Call(*arguments)
+    return new_lse(call.q, lse_shape(call))
 
 
 def _probabilities(*arguments):
@@ -105,6 +119,40 @@ def _probabilities_fake(q, k, *_):
 
 
 def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
+    planned, place = plan_of(call)
+    contents.check(call, out)
+    run(bound(planned, place), operands(call, out, lse if call.lse else None))
+
+
+class Bound(NamedTuple):
+    """A plan's kernels, ready to be called."""
+
+    forward: Callable[..., None]
+    splits: int
+    combine: Callable[..., None] | None
+
+
+def bound(planned: Plan, place: Place) -> Bound:
+    """The plan's kernels, compiled and loaded."""
+    combine = planned.combine and executable(*planned.combine, place.device, place.route)
+    return Bound(executable(*planned.forward, place.device, place.route), planned.splits, combine)
+
+
+def run(kernels: Bound, given: Operands) -> None:
+    """Launch. Where keys are split: attention over their parts into fp32 scratch, then the parts' merging."""
+    if kernels.combine is None:
+        kernels.forward(*given)
+        return
+    q, out = given.q, given.out
+    partial_out = q.new_empty((kernels.splits, *out.shape), dtype=torch.float32)
+    partial_lse = new_lse(q, (kernels.splits, *_by_head(q, given.cu_seqlens_q)))
+    kernels.forward(*given._replace(out=partial_out, lse=partial_lse, sink=None))
+    merged = (out, given.lse, given.cu_seqlens_q, given.seqused_q, given.sink, given.max_seqlen_q)
+    kernels.combine(*CombineOperands(partial_out, partial_lse, *merged))
+
+
+def plan_of(call: Call) -> tuple[Plan, Place]:
+    """Which kernels serve a call, and where."""
     q, v = call.q, call.v
     problem = _problem(
         q.dtype, q.shape[-1], v.shape[-1], call.rules,
@@ -113,26 +161,7 @@ def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         tuple(call.block_size) or None,
     )
     place = place_of(q.device)
-    launches = plan(problem, place.device, _sizes(call), call.num_splits)
-    contents.check(call, out)
-    if launches.combine is None:
-        _run(launches.forward, place, _operands(call, out, lse))
-    else:
-        _launch_split(launches, place, call, out, lse)
-
-
-def _launch_split(launches: Plan, place: Place, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Attention over parts of the keys into fp32 scratch, then the parts' merging into out and lse."""
-    partial_out = call.q.new_empty((launches.splits, *out.shape), dtype=torch.float32)
-    partial_lse = partial_out.new_empty((launches.splits, *_lse_shape(call)))
-    _run(launches.forward, place, _operands(call._replace(sink=None, lse=True), partial_out, partial_lse))
-    longest_q = None if call.cu_seqlens_q is None else call.max_seqlen_q
-    merged = (out, lse if call.lse else None, call.cu_seqlens_q, call.seqused_q, call.sink, longest_q)
-    _run(launches.combine, place, CombineOperands(partial_out, partial_lse, *merged))
-
-
-def _run(step: Step, place: Place, operands: Operands | CombineOperands) -> None:
-    executable(*step, place.device, place.route)(*operands)
+    return plan(problem, place.device, _sizes(call), call.num_splits), place
 
 
 def _sizes(call: Call) -> Sizes:
@@ -147,7 +176,8 @@ def _problem(dtype: torch.dtype, head_dim: int, head_dim_v: int, code: str, *res
     return Problem(str(dtype).removeprefix("torch."), head_dim, head_dim_v, mask, score, *rest)
 
 
-def _operands(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Operands:
+def operands(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> Operands:
+    """What a kernel is launched with for a call."""
     mask_values, score_values = rules.values(
         call.rules, call.rule_tensors, call.rule_ints, call.rule_floats
     )
@@ -156,7 +186,7 @@ def _operands(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Operands:
         threshold = keep_threshold(call.dropout_p)
         scale = DROPOUT_STEPS / threshold
     return Operands(
-        call.q, call.k, call.v, out, lse if call.lse else None,
+        call.q, call.k, call.v, out, lse,
         call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
         call.sink, call.rng_state, call.softmax_scale, threshold, scale,
         None if call.cu_seqlens_q is None else call.max_seqlen_q,

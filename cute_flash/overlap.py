@@ -23,6 +23,11 @@ class _Term(NamedTuple):
     high: int
 
 
+def span(tensor: torch.Tensor) -> int:
+    """Bytes from its first element's first to its last one's last."""
+    return _reach(_dims(tensor)) + 1 if tensor.numel() else 0
+
+
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a byte belongs to an element of both."""
     if not (a.numel() and b.numel()):

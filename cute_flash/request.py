@@ -89,7 +89,7 @@ class _Sizes(NamedTuple):
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Call:
     """Check a call on dense batches."""
-    q, k, v = _as_autocast_has_it(q, k, v)
+    q, k, v = as_autocast_has_it(q, k, v)
     _check_qkv(q, k, v, ("batch", "seqlen", "heads", "head_dim"))
     batch, seqlen_q, heads, _ = q.shape
     batch_k, seqlen_k, _, _ = k.shape
@@ -101,7 +101,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, options: Options) -> Call:
     """Check a call on packed sequences."""
-    q, k, v = _as_autocast_has_it(q, k, v)
+    q, k, v = as_autocast_has_it(q, k, v)
     _check_qkv(q, k, v, ("total", "heads", "head_dim"))
     cu_q, cu_k, longest_q, longest_k, used_q, used_k = packing
     for name, tensor in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
@@ -213,7 +213,7 @@ def _check_block_mask(block_mask: Any, q: torch.Tensor, sizes: _Sizes) -> None:
         )
 
 
-def _as_autocast_has_it(*tensors: Any) -> tuple:
+def as_autocast_has_it(*tensors: Any) -> tuple:
     """q, k and v in autocast's dtype, where it is on: all but float64, as for torch's own attention."""
     device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else None
     if device not in ("cuda", "cpu") or not torch.is_autocast_enabled(device):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import arch, dispatch
+from cute_flash import arch, dispatch, repeat
 from cute_flash.arch.combine import Combine, CombineProblem
 from cute_flash.arch.problem import FEATURES, Device, Problem, Sizes, Support
 from cute_flash.masks import Causal, Document
@@ -60,12 +60,10 @@ def kernels(monkeypatch):
 
     def install(*classes):
         monkeypatch.setattr(arch, "load", lambda device: classes)
-        dispatch.select.cache_clear()
-        dispatch._planned.cache_clear()
+        repeat.forget()
 
     yield install
-    dispatch.select.cache_clear()
-    dispatch._planned.cache_clear()
+    repeat.forget()
 
 
 def test_the_first_kernel_that_serves_is_chosen(kernels):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_flash import dispatch, executable
+from cute_flash import dispatch, executable, repeat
 from cute_flash.arch.problem import Problem, Sizes
 from cute_flash.arch.sm100 import tuning
 from cute_flash.arch.sm100.forward import Forward
@@ -43,11 +43,9 @@ def pairs_only(monkeypatch):
 
 
 def _forgetting_choices():
-    for cached in (dispatch.select, dispatch._planned):
-        cached.cache_clear()
+    repeat.forget()
     yield
-    for cached in (dispatch.select, dispatch._planned):
-        cached.cache_clear()
+    repeat.forget()
 
 
 def check(case: Case, **options) -> None:

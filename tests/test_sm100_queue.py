@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import dispatch
+from cute_flash import repeat
 from cute_flash.arch.sm100 import tuning
 from tests.cases import CASES, Case
 from tests.harness import Call, answer_for
@@ -33,11 +33,9 @@ def queues_only(monkeypatch):
         return replace(config, dynamic=True, softmax_registers=184, other_registers=64)
 
     monkeypatch.setattr(tuning, "scheduled", scheduled)
-    for cached in (dispatch.select, dispatch._planned):
-        cached.cache_clear()
+    repeat.forget()
     yield
-    for cached in (dispatch.select, dispatch._planned):
-        cached.cache_clear()
+    repeat.forget()
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: "-".join(map(str, o.values())))

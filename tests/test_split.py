@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_flash import dispatch, executable
+from cute_flash import dispatch, executable, repeat
 from cute_flash.arch import packing
 from cute_flash.arch.common.blocks import Phase, Range, part_of
 from cute_flash.arch.problem import Problem, Sizes
@@ -146,11 +146,11 @@ def unpacked(monkeypatch):
     def separate() -> None:
         for tree in (tuning, sm100):
             monkeypatch.setattr(tree, "heads_of_tile", lambda *_: 1)
-        dispatch._planned.cache_clear()
+        repeat.forget()
 
     yield separate
     monkeypatch.undo()
-    dispatch._planned.cache_clear()
+    repeat.forget()
 
 
 @pytest.mark.parametrize("device", PACKING)

@@ -1,0 +1,251 @@
+"""A call like an earlier one is not decided again: checks, plan and kernel are remembered under a key.
+
+The key holds everything that they depend on: class, shape, strides, dtype, device and need of a gradient of
+every tensor, every option with its type, the text of the rules, the device that is emulated. What may differ
+between calls of one key, addresses and the contents of tensors and the numbers inside rules, is looked at in
+every call. Only calls that went well are remembered, so that a wrong one always meets the checks.
+
+Such a call goes past torch's dispatcher, where nobody watches it: neither torch.compile nor another tracer,
+no mode, no transform of torch.func, no forward-mode differentiation, no profiler. It allocates the result
+and nothing else, besides dropout's state, a sink in another dtype and the scratch of split keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from . import contents, dispatch, ops, overlap, request, rules, scalars
+from .arch.problem import Operands
+from .request import Call, Options, Packing
+
+MOST = 1024  # decisions that are remembered; the oldest is forgotten first
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DECIDED: dict[Hashable, Decided] = {}
+
+_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_transform = torch._C._functorch.peek_interpreter_stack
+_tracer = torch._C._get_tracing_state
+_profiled = torch.autograd._profiler_enabled
+
+
+class Result(NamedTuple):
+    """What a call returns; lse is None or empty where it is not asked for."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+
+
+class Decided(NamedTuple):
+    """What all calls of one key have in common; no tensor.
+
+    rules: `rules.Encoded` without its tensors. values: of mask and score, where no tensor is among them.
+    numbers: softmax_scale, keep_threshold, keep_scale and max_seqlen_q, as operands. like_q: out has the
+    shape and the strides of q. spans: bytes that out and each input reach over, where the user gives out.
+    """
+
+    kernels: ops.Bound
+    rules: tuple[str, list[int], list[float]]
+    values: list[tuple | None] | None
+    numbers: tuple
+    out_shape: tuple[int, ...]
+    like_q: bool
+    lse_shape: tuple[int, ...] | None
+    dropout: bool
+    spans: tuple[int, ...]
+
+    def again(self, q, k, v, packing: Packing | None, options: Options, encoded: Any) -> Result:
+        """Look at what differs between calls of a key, then launch."""
+        given, slopes, sink = options.out, options.alibi_slopes, options.learnable_sink
+        out = given
+        if given is None:
+            out = torch.empty_like(q) if self.like_q else q.new_empty(self.out_shape)
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % contents.ALIGNMENT:
+            return _by_all_checks(q, k, v, packing, options)
+        cu_q = cu_k = used_q = used_k = counts = indices = None
+        if packing is not None:
+            cu_q, cu_k, _, _, used_q, used_k = packing
+            if contents.can_be_read(q.device):
+                contents.check_lengths(packing, q.shape[0], k.shape[0])
+        if options.block_mask is not None:
+            counts, indices = options.block_mask.counts, options.block_mask.indices
+            if contents.can_be_read(q.device):
+                contents.check_lists(counts, indices, k.shape[1], options.block_mask.block_size)
+        if encoded is None:
+            code, ints, floats = self.rules
+            tensors = () if slopes is None else (slopes,)
+        else:
+            code, tensors, ints, floats = encoded
+        if given is not None:
+            inputs = (q, k, v, cu_q, cu_k, used_q, used_k, sink, counts, indices, *tensors)
+            if _meet(out, inputs, self.spans):
+                return _by_all_checks(q, k, v, packing, options)
+        values = self.values or rules.values(code, tensors, ints, floats)
+        lse = None if self.lse_shape is None else ops.new_lse(q, self.lse_shape)
+        operands = Operands(
+            q, k, v, out, lse, cu_q, cu_k, used_q, used_k,
+            sink if sink is None or sink.dtype is torch.float32 else sink.float(),
+            request.draw_rng_state(q.device) if self.dropout else None,
+            *self.numbers, counts, indices, *values,
+        )
+        ops.run(self.kernels, operands)
+        if given is not None:
+            ops.note_written(given)
+        return Result(out, lse)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing | None, options: Options
+) -> Result:
+    """Attention, from the user's arguments; raises what `request` and the operators do."""
+    if watched():
+        return _by_all_checks(q, k, v, packing, options)
+    try:
+        if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
+            q, k, v = request.as_autocast_has_it(q, k, v)
+        encoded = encode(q, k, options)
+        key = key_of(q, k, v, packing, options, encoded)
+        decided = _DECIDED.get(key)
+    except Exception:  # what cannot be part of a key is for the checks to name
+        return _by_all_checks(q, k, v, packing, options)
+    if decided is None:
+        return _first(key, q, k, v, packing, options)
+    return decided.again(q, k, v, packing, options, encoded)
+
+
+def forget() -> None:
+    """Decide every call anew, plans included: for whoever changes what kernels say of themselves."""
+    for remembered in (dispatch.select, dispatch._planned):
+        remembered.cache_clear()
+    _DECIDED.clear()
+
+
+def watched() -> bool:
+    """Whether anything may want to see operators rather than what they do."""
+    return (
+        torch.compiler.is_compiling()
+        or _modes() > 0
+        or _function_mode()
+        or _transform() is not None
+        or forward_ad._current_level >= 0
+        or _profiled()
+        or _tracer() is not None
+    )
+
+
+def checked(q, k, v, packing: Packing | None, options: Options) -> Call:
+    """The call, by all checks that `request` has."""
+    return request.dense(q, k, v, options) if packing is None else request.varlen(q, k, v, packing, options)
+
+
+def encode(q: torch.Tensor, k: torch.Tensor, options: Options) -> rules.Encoded | None:
+    """The call's rules where it has objects among them, whose values may change; None: the options tell."""
+    block_mask = options.block_mask
+    if options.mask is None and options.score is None and (block_mask is None or block_mask.mask is None):
+        return None
+    if block_mask is None:
+        window = options.window_size
+        unbounded = window == (-1, -1)
+        window = (None, None) if unbounded else scalars.window(window, q.shape[-3], k.shape[-3])
+        masks = rules.mask_of(bool(options.causal), window, options.mask)
+    else:
+        masks = rules.mask_of(False, (None, None), block_mask.mask)
+    softcap = scalars.softcap(options.softcap) if options.softcap else 0.0
+    scores = rules.score_of(softcap, options.alibi_slopes, options.score)
+    encoded = rules.encode(masks, scores)
+    if encoded.ints or encoded.floats:
+        scalars.check_values((*masks, *scores), encoded.ints, encoded.floats)
+    return encoded
+
+
+def key_of(q, k, v, packing: Packing | None, options: Options, encoded: rules.Encoded | None) -> Hashable:
+    """All that checks, plan and kernel depend on. Numbers come with their types: 1.0 equals 1 and True."""
+    (
+        dropout_p, scale, causal, window, softcap, slopes, mask, score, sink,
+        lse, out, block_mask, num_splits, deterministic,
+    ) = options
+    window = tuple(window)
+    key = (
+        *_seen(q), *_seen(k), *_seen(v),
+        dropout_p, type(dropout_p), scale, type(scale), softcap, type(softcap), num_splits, type(num_splits),
+        window, *map(type, window), bool(causal), bool(deterministic), lse,
+        torch.is_grad_enabled(), ops.executable, dispatch.wanted(),
+        None if q.is_cuda else dispatch.emulation().device,
+        None if slopes is None else _seen(slopes),
+        None if sink is None else _seen(sink),
+        None if out is None else _seen(out),
+    )
+    if packing is not None:
+        cu_q, cu_k, longest_q, longest_k, used_q, used_k = packing
+        key += (
+            _seen(cu_q), _seen(cu_k), longest_q, type(longest_q), longest_k, type(longest_k),
+            None if used_q is None else _seen(used_q), None if used_k is None else _seen(used_k),
+        )
+    if block_mask is not None:
+        key += (
+            block_mask.__class__, mask is None, _seen(block_mask.counts), _seen(block_mask.indices),
+            block_mask.block_size, block_mask.seqlens,
+        )
+    if encoded is not None:
+        key += (encoded.code, type(mask), type(score), *map(_seen, encoded.tensors))
+    return key
+
+
+def _seen(tensor: torch.Tensor) -> tuple:
+    """What can be told of a tensor without looking inside."""
+    return (
+        tensor.__class__, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    )
+
+
+def _meet(out: torch.Tensor, inputs: Iterable[torch.Tensor | None], spans: tuple[int, ...]) -> bool:
+    """Whether `out` lies where an input begins to end; then it takes more to say whether they overlap."""
+    first, length = out.data_ptr(), spans[0]
+    given = [tensor.data_ptr() for tensor in inputs if tensor is not None]
+    reached = zip(given, spans[1:], strict=True)
+    return any(start < first + length and first < start + span for start, span in reached)
+
+
+def _by_all_checks(q, k, v, packing: Packing | None, options: Options) -> Result:
+    """By the operators, as torch has it."""
+    return Result(*ops.forward(checked(q, k, v, packing, options), options.out))
+
+
+def _first(key: Hashable, q, k, v, packing: Packing | None, options: Options) -> Result:
+    """The first call of its key: by all checks and torch's dispatcher, and remembered."""
+    call = checked(q, k, v, packing, options)
+    result = Result(*ops.forward(call, options.out))
+    tensors = [value for value in (result.out, *call, *call.rule_tensors) if isinstance(value, torch.Tensor)]
+    launched = result.out.numel() and not ops.has_no_sequence(call)
+    if launched and all(type(tensor) in _PLAIN for tensor in tensors):
+        if len(_DECIDED) >= MOST:
+            _DECIDED.pop(list(_DECIDED)[0], None)  # other threads may be doing the same
+        _DECIDED[key] = _decide(call, result.out, options)
+    return result
+
+
+def _decide(call: Call, out: torch.Tensor, options: Options) -> Decided:
+    mine = ops.operands(call, out, None)
+    own_rules = options.mask is None and options.score is None and options.block_mask is None
+    fixed = own_rules and not call.rule_tensors
+    given = options.out is not None
+    order = (
+        call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
+        options.learnable_sink, call.block_counts, call.block_indices, *call.rule_tensors,
+    )
+    shape = tuple(out.shape)
+    return Decided(
+        kernels=ops.bound(*ops.plan_of(call)),
+        rules=(call.rules, call.rule_ints, call.rule_floats),
+        values=[mine.mask_values, mine.score_values] if fixed else None,
+        numbers=(mine.softmax_scale, mine.keep_threshold, mine.keep_scale, mine.max_seqlen_q),
+        out_shape=shape,
+        like_q=shape == call.q.shape and call.q.stride() == out.stride() and not given,
+        lse_shape=ops.lse_shape(call) if call.lse else None,
+        dropout=call.rng_state is not None,
+        spans=tuple(overlap.span(tensor) for tensor in (out, *order) if tensor is not None) if given else (),
+    )

@@ -1,0 +1,363 @@
+"""A call like an earlier one goes past checks, plan and dispatcher, and comes to the same operands.
+
+The kernel is replaced by one that notes its operands. Calls are those of test_torch_compile.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cute_flash
+from cute_flash import ALiBi, Causal, Document, PrefixLM, SlidingWindow, Softcap, ops, repeat
+from cute_flash.arch.problem import Operands
+from cute_flash.masks import Mask
+from cute_flash.scores import Score
+from tests.test_torch_compile import (
+    BLOCKS,
+    CALLS,
+    CU_K,
+    CU_Q,
+    IDS,
+    SINK,
+    SLOPES,
+    USED,
+    K,
+    Q,
+    V,
+    attention,
+    flattened,
+    packed,
+)  # fmt: skip
+
+OUT = torch.empty(2, 8, 4, 64, dtype=Q.dtype)
+
+
+@pytest.fixture(autouse=True)
+def noted(monkeypatch):
+    """(operands) of every launch; out becomes the sum of what went in."""
+    seen: list[Operands] = []
+
+    def executable(kernel, problem, *_):
+        def run(*operands):
+            given = Operands(*operands)
+            seen.append(given)
+            given.out.fill_(given.q.sum() + given.softmax_scale)
+            if given.lse is not None:
+                given.lse.fill_(7.0)
+
+        return run
+
+    monkeypatch.setattr(ops, "executable", executable)
+    with cute_flash.emulated("sm80"), torch.no_grad():
+        yield seen
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """A list that grows with every call that is not like an earlier one."""
+    found = []
+    original = ops.forward
+
+    def forward(call, out):
+        found.append(call)
+        return original(call, out)
+
+    monkeypatch.setattr(ops, "forward", forward)
+    return found
+
+
+OTHERS = {
+    "out": lambda q, k, v: attention(q, k, v, out=OUT, return_lse=True),
+    "out_of_a_table": lambda q, k, v: attention(q, k, v, out=OUT, alibi_slopes=SLOPES, mask=Document(IDS)),
+    "sink_half": lambda q, k, v: attention(q, k, v, learnable_sink=SINK.half()),
+    "list": lambda q, k, v: attention(q, k, v, window_size=[5, None]),
+    "all": lambda q, k, v: attention(
+        q, k, v, 0.1, 0.3, True, (7, -1), 2.0, SLOPES,
+        mask=PrefixLM(5), score=Softcap(3.0), learnable_sink=SINK,
+    ),  # fmt: skip
+    "two_head_dims": lambda q, k, v: attention(q, k, v[..., :32]),
+    "transposed": lambda q, k, v: attention(q.transpose(1, 2), k.mT.mT[:, :, :1], v[:, :, :1]),
+    "packed_all": lambda q, k, v: packed(
+        q, k, v, dropout_p=0.1, seqused_q=USED.clamp(max=5), seqused_k=USED, mask=Causal() | PrefixLM(2)
+    ),
+}
+EVERY = {name: call for name, call in (CALLS | OTHERS).items() if "probabilities" not in name}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_operands_again(noted, anew, name):
+    results = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        results.append(flattened(EVERY[name](Q, K, V)))
+    assert len(anew) == 1 and len(noted) == 3
+    assert results[0] == results[1] == results[2]
+    first, second, third = map(flattened, noted)
+    assert first == second == third
+    for one, other in zip(noted[0], noted[2], strict=True):
+        if isinstance(one, torch.Tensor):
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_split_keys_again(monkeypatch, anew, splits):
+    seen = []
+    monkeypatch.setattr(ops, "executable", lambda *key: lambda *given: seen.append(given))
+    for _ in range(2):
+        attention(Q, K, V, learnable_sink=SINK, num_splits=splits, return_lse=True)
+        packed(Q, K, V, num_splits=splits)
+    half = len(seen) // 2
+    shapes = [[getattr(x, "shape", x) for x in given] for given in seen]
+    assert len(anew) == 2 and half == (2 if splits == 1 else 4) and shapes[:half] == shapes[half:]
+
+
+def test_nothing_is_allocated_beside_the_result(noted):
+    for _ in range(2):
+        out = attention(Q, K, V, causal=True)
+    given = noted[1]
+    assert given.out is out and given.q is Q and given.k is K and given.v is V
+    assert [x for x in given if isinstance(x, torch.Tensor)] == [given.q, given.k, given.v, out]
+
+
+@dataclass(frozen=True)
+class Near(Mask):
+    """A user's mask with a number and a table."""
+
+    far: int
+    table: torch.Tensor
+
+    def visible(self, q, k):
+        return q - k <= self.far
+
+
+@dataclass(frozen=True)
+class Plus(Score):
+    """A user's score with a float."""
+
+    bias: float
+
+    def score(self, s, batch, head, q, k):
+        return s + self.bias
+
+
+def test_values_are_those_of_each_call(noted, anew):
+    tables = [torch.zeros(3).int(), torch.ones(3).int()]
+    for far, table in zip((3, 4), tables, strict=True):
+        attention(Q, K, V, mask=Near(far, table), score=Plus(far / 2), alibi_slopes=SLOPES + far)
+    (mask, score), (mask_again, score_again) = ((given.mask_values, given.score_values) for given in noted)
+    assert len(anew) == 1 and flattened(mask) == [3, [0, 0, 0]] and flattened(mask_again) == [4, [1, 1, 1]]
+    assert mask_again[1] is tables[1]
+    assert flattened(score) == [(SLOPES + 3).tolist(), 1.5]
+    assert flattened(score_again) == [(SLOPES + 4).tolist(), 2.0]
+    for left in (5, 6, 5):
+        attention(Q, K, V, window_size=(left, 0))
+        attention(Q, K, V, mask=SlidingWindow(left, 0))
+    assert [given.mask_values for given in noted[2:]] == [(5, 0), (5, 0), (6, 0), (6, 0), (5, 0), (5, 0)]
+
+
+def test_dropout_draws_a_state_in_every_call(noted):
+    torch.manual_seed(3)
+    for _ in range(3):
+        attention(Q, K, V, 0.2)
+    torch.manual_seed(3)
+    assert [given.rng_state.tolist() for given in noted] == [
+        torch.randint(0, 2**62, (2,)).tolist() for _ in range(3)
+    ]
+
+
+WRONG = {
+    "scale_bool": ({"softmax_scale": 1}, {"softmax_scale": True}, TypeError, "softmax_scale is True"),
+    "dropout_bool": ({"dropout_p": 0}, {"dropout_p": False}, TypeError, "dropout_p is False"),
+    "softcap_bool": ({"softcap": 1.0}, {"softcap": True}, TypeError, "softcap is True"),
+    "splits_float": ({"num_splits": 1}, {"num_splits": 1.0}, TypeError, "num_splits is 1.0"),
+    "window_float": ({"window_size": (5, 0)}, {"window_size": (5.0, 0)}, TypeError, r"window_size is \(5.0"),
+    "window_bool": ({"window_size": (5, 1)}, {"window_size": (5, True)}, TypeError, r"window_size is \(5, T"),
+    "window_default": ({}, {"window_size": (-1.0, -1)}, TypeError, r"window_size is \(-1.0"),
+    "window_beside_a_mask": (
+        {"mask": Causal()},
+        {"mask": Causal(), "window_size": (-1, -1.0)},
+        TypeError,
+        r"window_size is \(-1, -1.0",
+    ),
+    "softcap_beside_a_mask": (
+        {"mask": Causal()},
+        {"mask": Causal(), "softcap": False},
+        TypeError,
+        "softcap is False",
+    ),
+    "gradient": ({}, {"q": Q.clone().requires_grad_()}, NotImplementedError, "q requires a gradient"),
+    "table_gradient": (
+        {"alibi_slopes": SLOPES},
+        {"alibi_slopes": SLOPES.clone().requires_grad_()},
+        NotImplementedError,
+        "a rule's tensor requires a gradient",
+    ),
+    "dtype": ({}, {"k": K.bfloat16()}, TypeError, "k has dtype torch.bfloat16"),
+    "strides": ({}, {"v": V.mT.contiguous().mT}, ValueError, "v has strides .*: the last dimension"),
+    "address": (
+        {},
+        {"q": torch.zeros(Q.numel() + 1).half()[1:].view(Q.shape)},
+        ValueError,
+        "q begins at address",
+    ),
+    "overlap": ({"out": OUT}, {"q": OUT, "out": OUT}, ValueError, "out overlaps q"),
+    "overlap_of_a_table": (
+        {"out": OUT, "mask": Document(IDS)},
+        {"out": OUT, "mask": Document(OUT.view(torch.int32).flatten()[:32].view(2, 16))},
+        ValueError,
+        "out overlaps a rule's tensor",
+    ),
+    "table": ({"mask": Document(IDS)}, {"mask": Document(IDS[:, :15])}, ValueError, "Document.ids has "),
+    "field": ({"mask": PrefixLM(5)}, {"mask": Causal() & PrefixLM(2**40)}, ValueError, "PrefixLM.prefix is"),
+    "float_field": ({"score": Plus(2.0)}, {"score": Plus(1e300)}, ValueError, "Plus.bias is 1e.300"),
+    "causal_and_blocks": (
+        {"block_mask": BLOCKS},
+        {"block_mask": BLOCKS, "causal": True},
+        ValueError,
+        "causal is given beside",
+    ),
+    "mask_and_blocks": (
+        {"block_mask": BLOCKS},
+        {"block_mask": BLOCKS, "mask": Causal()},
+        ValueError,
+        "beside block_mask",
+    ),
+    "lists": (
+        {"block_mask": BLOCKS},
+        {"block_mask": replace(BLOCKS, counts=BLOCKS.counts + 1)},
+        ValueError,
+        "block_mask.counts has numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_refused_after_a_right_call_too(noted, name):
+    right, wrong, error, text = WRONG[name]
+    with torch.enable_grad():
+        for _ in range(2):
+            attention(**({"q": Q, "k": K, "v": V} | right))
+        with pytest.raises(error, match=text):
+            attention(**({"q": Q, "k": K, "v": V} | wrong))
+    assert len(noted) == 2
+
+
+def test_numbers_inside_packed_tensors_are_read_in_every_call(noted):
+    cu_q = CU_Q.clone()
+    flat = [x.flatten(0, 1) for x in (Q, K, V)]
+    for _ in range(2):
+        cute_flash.flash_attn_varlen_func(*flat, cu_q, CU_K, 11, 20)
+    cu_q[1] = 17
+    with pytest.raises(ValueError, match="cu_seqlens_q decreases from 17 to 16"):
+        cute_flash.flash_attn_varlen_func(*flat, cu_q, CU_K, 11, 20)
+    for longest in (11.0, True):
+        with pytest.raises(TypeError, match=f"max_seqlen_q is {longest}"):
+            cute_flash.flash_attn_varlen_func(*flat, CU_Q, CU_K, longest, 20)
+    assert len(noted) == 2
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    """The same of functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_sees_the_operator(noted):
+    for _ in range(2):
+        attention(Q, K, V)
+    for mode in (Operators(), Functions()):
+        with mode:
+            attention(Q, K, V)
+        assert any("cute_flash.forward" in name for name in mode.names)
+    with profile() as profiled:
+        attention(Q, K, V)
+    assert "cute_flash::forward" in {event.key for event in profiled.key_averages()}
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda q: attention(q, K, V))(Q).code
+    assert "cute_flash.forward" in graph
+    with pytest.raises(NotImplementedError, match="torch.vmap over cute_flash"):
+        torch.vmap(lambda q: attention(q, K, V))(Q[None])
+    with pytest.raises(NotImplementedError, match="q has a tangent"):
+        torch.func.jvp(lambda q: attention(q, K, V), (Q,), (Q,))
+
+
+def test_a_subclass_sees_the_operator(noted, anew):
+    class Own(torch.Tensor):
+        pass
+
+    for _ in range(2):
+        attention(Q, K, V)
+    before = len(anew)
+    for _ in range(2):
+        attention(Q.as_subclass(Own), K, V)
+    assert len(anew) == before + 2
+
+
+def test_where_tensors_were_made_does_not_matter(noted, anew):
+    """Inference tensors, parameters, and calls inside torch.inference_mode."""
+    with torch.inference_mode():
+        inferred = Q.clone()
+        for _ in range(2):
+            assert attention(inferred, K, V, out=torch.empty_like(inferred)).is_inference()
+    sink = torch.nn.Parameter(SINK)
+    for _ in range(2):
+        attention(Q, K, V, learnable_sink=sink)
+    assert len(anew) == 2
+    version = OUT._version
+    for _ in range(2):
+        attention(Q, K, V, out=OUT)
+    assert OUT._version >= version + 2
+
+
+def test_devices_and_kernels_are_part_of_the_decision(noted, anew):
+    for name in ("sm80", "sm90", "sm80", "sm100", "sm90"):
+        with cute_flash.emulated(name):
+            attention(Q, K, V)
+    assert len(anew) == 3
+    attention(Q, K, V, deterministic=True)
+    assert len(anew) == 4
+
+
+def test_no_tensor_is_kept(noted):
+    slopes, ids, sink, out = SLOPES.clone(), IDS.clone(), SINK.clone(), OUT.clone()
+    for _ in range(2):
+        attention(Q, K, V, alibi_slopes=slopes, mask=Document(ids), learnable_sink=sink, out=out)
+        attention(Q, K, V, score=ALiBi(slopes))
+    noted.clear()
+    kept = [weakref.ref(x) for x in (slopes, ids, sink, out)]
+    del slopes, ids, sink, out
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+
+
+def test_only_so_many_calls_are_remembered(noted, anew, monkeypatch):
+    repeat.forget()
+    monkeypatch.setattr(repeat, "MOST", 3)
+    for left in (1, 2, 3, 4, 5, 5, 4, 1):
+        attention(Q, K, V, window_size=(left, 0))
+    assert len(anew) == 6 and len(repeat._DECIDED) == 3
