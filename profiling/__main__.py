@@ -13,6 +13,7 @@ WHAT = {
     "one": "a single call, for tools that watch a process",
     "static": "registers, spills, occupancy and hot loop of every kernel, from its machine code",
     "cycles": "what each unit of a GPU allows per KV tile, from the emulator's counts",
+    "host": "the host's time per call and its parts, without a GPU",
     "emulator": "the emulator's own speed",
     "readme": "write README's performance section from the newest results",
 }

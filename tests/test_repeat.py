@@ -6,6 +6,7 @@ The kernel is replaced by one that notes its operands. Calls are those of test_t
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from cute_flash import ALiBi, Causal, Document, PrefixLM, SlidingWindow, Softcap
 from cute_flash.arch.problem import Operands
 from cute_flash.masks import Mask
 from cute_flash.scores import Score
+from profiling import host
 from tests.test_torch_compile import (
     BLOCKS,
     CALLS,
@@ -216,7 +218,7 @@ WRONG = {
         "out overlaps a rule's tensor",
     ),
     "table": ({"mask": Document(IDS)}, {"mask": Document(IDS[:, :15])}, ValueError, "Document.ids has "),
-    "field": ({"mask": PrefixLM(5)}, {"mask": Causal() & PrefixLM(2**40)}, ValueError, "PrefixLM.prefix is"),
+    "field": ({"mask": Near(5, IDS)}, {"mask": Near(2**40, IDS)}, ValueError, "Near.far is 1099511627776"),
     "float_field": ({"score": Plus(2.0)}, {"score": Plus(1e300)}, ValueError, "Plus.bias is 1e.300"),
     "causal_and_blocks": (
         {"block_mask": BLOCKS},
@@ -361,3 +363,15 @@ def test_only_so_many_calls_are_remembered(noted, anew, monkeypatch):
     for left in (1, 2, 3, 4, 5, 5, 4, 1):
         attention(Q, K, V, window_size=(left, 0))
     assert len(anew) == 6 and len(repeat._DECIDED) == 3
+
+
+def test_the_command_that_times_calls(capsys):
+    """Every kind of call is timed again and anew, and is then decided; few rounds say nothing of the bars."""
+    assert host.main(["--rounds", "1"]) in (0, 1)
+    printed = capsys.readouterr().out
+    for kind in host.kinds():
+        line = rf"^{re.escape(kind.name)} +([\d.]+) +(\d+)  (?:met|MISSED) +([\d.]+)$"
+        again, bar, anew = map(float, re.search(line, printed, re.MULTILINE).groups())
+        assert again > 0 and anew > 0 and bar == kind.bar
+    for part in ("watched", "rules", "key", "result", "operands", "checks", "operator", "launch"):
+        assert printed.count(f"  {part} ") == 3
