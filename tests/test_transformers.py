@@ -151,7 +151,7 @@ def test_encoders(family, padded):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "llama4"])
+@pytest.mark.parametrize("family", ["llama", "llama4"])
 def test_decoders_with_padding(family, side):
     real = REAL if side == "right" else REAL.flip(1)
     Trio(family).hold(logits(attention_mask=real, use_cache=False), real.bool())
@@ -250,22 +250,24 @@ def test_mask_of_pairs():
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, 21, 64, generator=generator).half()
     shown = torch.rand(2, 1, 21, 21, generator=generator) < 0.5
-    bias = torch.randn(1, 2, 21, 21, generator=generator)
-    both = bias.where(shown, -60000.0).half()
-    rows = slice(None), slice(None)
-    for given, told in ((shown, {}), (both, {}), (shown, {"position_bias": bias.half()})):
+    bias = torch.randn(1, 2, 21, 21, generator=generator).half()
+    hidden = torch.zeros(()).where(shown, -60000.0).half()
+    for given, told, added in (
+        (shown, {}, hidden),
+        (bias + hidden, {}, bias + hidden),
+        (hidden, {"position_bias": bias}, bias + hidden),
+    ):
         ours = layer(query, key, value, given, **told)
-        added = sum(told.values()) + (both if given is both else bias.new_zeros(()).where(shown, -60000.0))
         exact, theirs = (
             torch.nn.functional.scaled_dot_product_attention(
                 *(x.to(dtype) for x in (query, key, value)), attn_mask=added.to(dtype)
-            ).transpose(1, 2)[rows]
+            ).transpose(1, 2)
             for dtype in (torch.float64, torch.float16)
         )
         hold("out", ours, exact, theirs, 1e-3)
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones_like(REAL), REAL], ids=["none", "ones", "padded"])
+@pytest.mark.parametrize("mask", [None, REAL], ids=["none", "padded"])
 def test_compiled_without_a_graph_break(mask):
     models = Trio("llama")
     call = logits(attention_mask=mask, use_cache=False)

@@ -46,6 +46,8 @@ class Scene:
         config.layer_types, config.sliding_window, config.attention_chunk_size = [layer], SIZE, SIZE
         if self.mask == "chunked":
             config.sliding_window = None
+        else:
+            config.attention_chunk_size = None
         config._attn_implementation = attention
         return config
 
@@ -166,11 +168,11 @@ def test_compiled_without_a_graph_break(scene):
 
 
 def test_no_mask_where_none_is_needed():
-    """No padding, no window that cuts: the kernels' own causal, or nothing at all."""
+    """No padding, no window that cuts what a cache has not let go: the kernels' own causal, or nothing."""
     for scene in (
         Scene("causal"), Scene("causal", padding="ones"), Scene("causal", 3, 9, "dynamic"),
         Scene("window", 4), Scene("chunked", 4), Scene("both"), Scene("both", padding="ones"),
-        Scene("both_window", 4),
+        Scene("both_window", 4), Scene("window", 1, 8, "dynamic"), Scene("window", 1, 9, "dynamic", "ones"),
     ):  # fmt: skip
         assert scene.ask(integration.NAME) is None, scene
 

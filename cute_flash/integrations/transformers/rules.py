@@ -28,7 +28,6 @@ class Runs(Mask):
     """
 
     bounds: Any
-    ignores_head = True
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         return _RunsOf(self.bounds, batch, seqlen_q, seqlen_k)
@@ -66,7 +65,6 @@ class PaddedRuns(Mask):
     """
 
     bounds: Any
-    ignores_head = True
 
     def at(self, batch, head, seqlen_q, seqlen_k):
         return _PaddedRunsOf(self.bounds, batch, seqlen_q, seqlen_k)

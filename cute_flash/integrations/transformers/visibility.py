@@ -72,7 +72,7 @@ def visible_keys(
     padded = _is_padded(attention_mask, kv_offset + kv_length if bidirectional else 0)
     plain = mask_function is (bidirectional_mask_function if bidirectional else causal_mask_function)
     may_skip = allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip
-    if not padded and may_skip and _words_suffice(place, bidirectional, plain, local_size):
+    if not padded and may_skip and _words_suffice(place, bidirectional, plain, local_size, config):
         return None
     reworked = plain and not may_skip and q_length > 1
     if use_vmap or reworked or _joins_chunks(mask_function, config, local_size):
@@ -96,10 +96,12 @@ def _is_padded(attention_mask: torch.Tensor | None, tokens: int) -> bool:
     return not bool(attention_mask.all())
 
 
-def _words_suffice(place: Place, bidirectional: bool, plain: bool, local_size: int | None) -> bool:
+def _words_suffice(
+    place: Place, bidirectional: bool, plain: bool, local_size: int | None, config: Any
+) -> bool:
     """Whether is_causal says all: no key is out of a window's or chunk's reach, none is still to come."""
     if not plain and (local_size is None or place.kv_length >= local_size):
-        return False
+        return not bidirectional and _all_in_reach(place, local_size, config)
     if bidirectional:
         return True
     if isinstance(place.q_offset, torch.Tensor):
@@ -107,11 +109,25 @@ def _words_suffice(place: Place, bidirectional: bool, plain: bool, local_size: i
     return place.q_offset + place.q_length == place.kv_offset + place.kv_length
 
 
+def _all_in_reach(place: Place, local_size: int | None, config: Any) -> bool:
+    """Whether one query comes after keys that are all in its window, as the cache of a window keeps them."""
+    if place.q_length != 1 or isinstance(place.q_offset, torch.Tensor) or not _is_window(config, local_size):
+        return False
+    return place.q_offset + 1 == place.kv_offset + place.kv_length and place.kv_length <= local_size
+
+
+def _is_window(config: Any, local_size: int | None) -> bool:
+    """Whether local_size is that of a window, not of a chunk."""
+    if local_size is None or getattr(config, "attention_chunk_size", None) == local_size:
+        return False
+    return getattr(config, "sliding_window", None) == local_size
+
+
 def _joins_chunks(mask_function: Callable, config: Any, local_size: int | None) -> bool:
     """Whether blocks join neighbours of two chunks: a query then sees less than the next one's neighbours."""
-    if local_size is None or getattr(mask_function, "__code__", None) is not _UNION:
+    if local_size is None or _is_window(config, local_size):
         return False
-    return getattr(config, "sliding_window", None) != local_size
+    return getattr(mask_function, "__code__", None) is _UNION
 
 
 def _every_pair(
