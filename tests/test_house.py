@@ -1,7 +1,7 @@
 """House rules: who may import what, no circles of imports, and no unfinished business.
 
 Limits on size are reported, not enforced. The report of the limits stands at the end of every
-test run (conftest.py prints `offenders`).
+run of this file (conftest.py prints `offenders`).
 """
 
 from __future__ import annotations
