@@ -79,3 +79,12 @@ def test_a_predicate_that_only_the_run_knows():
         difference = out - plain
         assert np.allclose(difference[:128], add[0], atol=1e-5)
         assert np.allclose(difference[128:], add[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("row", [1, 4, 7])
+@pytest.mark.parametrize("widths", [(128, 64), (32, 128)])
+@pytest.mark.parametrize("major", [(False, False), (True, True)])
+def test_operands_that_start_in_the_middle_of_a_pattern(row, widths, major):
+    """The swizzle is an XOR on the whole address, wherever in its eight rows an operand starts."""
+    case = Case(64, ("bf16", "bf16"), widths=widths, major=major, row=row)
+    case.check(case.run())

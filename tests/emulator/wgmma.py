@@ -97,13 +97,17 @@ def load_fragments(steps: int) -> str:
 
 
 class Case:
-    """A sum of `steps` products with its operands in shared memory, and what must come out."""
+    """A sum of `steps` products with its operands in shared memory, and what must come out.
+
+    row: of the eight rows of a swizzle's pattern, the one in which operands start.
+    """
 
     def __init__(self, n: int, kinds: tuple[str, str], result: str = "f32", *, steps: int = 2,
                  widths: tuple[int, int] = (128, 128), major: tuple[bool, bool] = (False, False),
-                 in_registers: bool = False, scales: tuple[int, int] = (1, 1)):  # fmt: skip
+                 in_registers: bool = False, scales: tuple[int, int] = (1, 1), row: int = 0):  # fmt: skip
         self.n, self.kinds, self.result, self.steps = n, kinds, result, steps
         self.widths, self.major, self.in_registers, self.scales = widths, major, in_registers, scales
+        self.row = row
         self.k = 256 // matrix_bits(kinds[0])
         self.count = n // 4 if result == "f16" else n // 2
         self.raw = [elements(kinds[0], 64, self.k * steps, 1), elements(kinds[1], n, self.k * steps, 2)]
@@ -126,6 +130,7 @@ class Case:
             strides = (16 * width, 8 * width)
         for step in range(self.steps):
             values = np.ascontiguousarray(self.raw[which][:, step * self.k :][:, : self.k])
+            at += self.row * width
             place(self.image, at, values, tile, (width, strides))
             self.words[which].append(int(descriptor("wgmma", at, *strides, width)[0]))
             blocks = -(-span // width) * 2 if mn_major else rows // 8
