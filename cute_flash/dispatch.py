@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arch, rules
-from .arch.combine import CombineProblem
+from .arch.combine import WARPS, CombineProblem
 from .arch.problem import FEATURES, Device, Problem, Sizes
 from .masks import Mask
 from .scores import Score
 
+LARGEST_GRID = 2**31 - 1  # blocks along x of a launch
 # Devices that can be emulated: capability, opt-in shared memory per block and multiprocessors of A100, RTX
 # 3090, RTX 4090, H100 SXM, B200 and RTX 5090 (CUDA C++ programming guide, table of technical specifications;
 # NVIDIA's architecture white papers).
@@ -157,7 +158,22 @@ def plan(problem: Problem, device: Device, sizes: Sizes, num_splits: int) -> Pla
 
     num_splits: among how many CTAs a row block's keys are shared out; 0 leaves it to the kernel's tuning.
     """
-    return _planned(problem, device, sizes, num_splits, _only.get())
+    planned = _planned(problem, device, sizes, num_splits, _only.get())
+    rows = sizes.batch * sizes.heads_q * sizes.seqlen_q
+    if rows * planned.splits > LARGEST_GRID:
+        _check_grid(planned, sizes)
+    return planned
+
+
+def _check_grid(planned: Plan, sizes: Sizes) -> None:
+    """All tiles are counted along one dimension of the grid, and merging takes a few rows in each block."""
+    tiles = -(-sizes.seqlen_q // planned.forward.config.tile_m) * sizes.heads_q * sizes.batch * planned.splits
+    merging = sizes.seqlen_q * sizes.heads_q * sizes.batch // WARPS + sizes.batch if planned.combine else 0
+    if max(tiles, merging) > LARGEST_GRID:
+        raise NotImplementedError(
+            f"the call has {sizes.batch} sequences of up to {sizes.seqlen_q} queries and {sizes.heads_q} "
+            f"heads, with num_splits {planned.splits}: {max(tiles, merging)} blocks; allowed: {LARGEST_GRID}"
+        )
 
 
 @functools.lru_cache(maxsize=4096)
