@@ -5,7 +5,7 @@
 DIR then serves as CUTE_FLASH_BUNDLE on a machine that has no compiler. Each word list after --features is
 one problem; every kernel is compiled that calls of some size get for it. Kernels for rules of your own: call
 them once, on an emulated device too, and carry the cache's folder of your compiler version, which has the
-same format; they are found by the rule's bytecode, so under the same minor version of Python.
+same format; they are found by what the rule computes, under every Python.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ That machine: Linux on x86-64, Python 3.12, torch 2.11 for CUDA 13, no network, 
                     runtime of CUDA 12, which it is linked to
     MANIFEST.json   what is in it, from which versions, and what had to be left out
 
-Build it with Python 3.12: kernels of rules that are not part of the package, as some cases have, are named
-after the bytecode of these rules, and another Python would look for them under other names.
+The wheels are for Python 3.12.
 """
 
 from __future__ import annotations
