@@ -7,7 +7,6 @@ import sys
 
 from . import __version__, info, precompile
 from .dispatch import features
-from .executable import NoCompiler
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +49,9 @@ def _demo(arguments: list[str]) -> int:
 def _compile(given: argparse.Namespace) -> int:
     try:
         return precompile.run(given)
-    except (NoCompiler, OSError) as error:
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, ImportError):
+            raise  # not for want of a compiler
         print(f"python -m cute_flash compile: {error}", file=sys.stderr)
         return 1
 

@@ -29,11 +29,6 @@ _LOG = logging.getLogger("cute_flash")
 _COMPILER = threading.Lock()
 _ALIGNMENT = 16  # bytes, of every strided operand's address and strides
 
-
-class NoCompiler(RuntimeError):
-    """A kernel must be compiled, and nvidia-cutlass-dsl is not installed."""
-
-
 compiled: list[str] = []  # key of every kernel that this process compiled, in order
 
 
@@ -76,12 +71,12 @@ def sources_of(kernel: Any) -> str:
 
 
 def build(kernel: Any, problem: Any, config: Any, device: Device) -> Artifact:
-    """Compile. NoCompiler where the compiler is not installed."""
+    """Compile. RuntimeError, from an ImportError, where the compiler is not installed."""
     key = key_of(kernel, problem, config, device)
     try:
         import cutlass  # noqa: F401
     except ImportError as error:
-        raise NoCompiler(_no_compiler(key, problem, device)) from error
+        raise RuntimeError(_no_compiler(key, problem, device)) from error
     started = time.perf_counter()
     function = re.sub(r"\W", "_", key)
     with _COMPILER:
