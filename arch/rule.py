@@ -190,8 +190,8 @@ def traced(kind: RuleType) -> str:
     """
     leaves = kind.leaves()
     names = leaf_names(leaves)
-    values = tuple(_leaf(name, leaf) for name, leaf in zip(names, leaves, strict=True))
-    at = {name: Symbol(INT, name) for name in ("batch", "head", "seqlen_q", "seqlen_k")}
+    values = tuple(_leaf(name, kind) for name, kind in zip(names, leaves, strict=True))
+    at = {name: symbol.leaf(name) for name in ("batch", "head", "seqlen_q", "seqlen_k")}
     try:
         rule = kind.build(values).at(*at.values())
         sections = rule.sections(at)
@@ -201,15 +201,15 @@ def traced(kind: RuleType) -> str:
     return "\n".join([" ".join(["leaves", *leaves]), *lines])
 
 
-def _leaf(name: str, leaf: str) -> Symbol | TableSymbol:
-    kind, *table = leaf.split(":")
+def _leaf(name: str, kind: str) -> Symbol | TableSymbol:
+    kind, *table = kind.split(":")
     if not table:
         return Symbol(FLOAT if kind == "float" else INT, name)
     dtype, rank = table
     return TableSymbol(name, FLOAT if "float" in dtype else INT, int(rank))
 
 
-def truth(rule: Rule, method: str, value: Any) -> Any:
+def truth(method: str, value: Any) -> Any:
     """`value` if it is a truth value; TypeError for what else a rule's method may have returned."""
     found = symbol.operand(value)
     if symbol.kind_of(found) != BOOL:

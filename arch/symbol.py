@@ -215,6 +215,11 @@ def _from_the_end(index: Any, size: Symbol, where: Any) -> Any:
     return index if index >= 0 else size + index
 
 
+def leaf(name: str) -> Symbol:
+    """A position, an index, a length or the score, by its name in expressions."""
+    return _LEAVES[name]
+
+
 def kind_of(value: Any) -> str:
     """BOOL, INT or FLOAT, of a symbol or a number."""
     if type(value) is Symbol:
@@ -303,11 +308,17 @@ def _refuse(message: str) -> NoReturn:
     raise TypeError(message)
 
 
+_LEAVES = {
+    name: Symbol(FLOAT if name == "s" else INT, name)
+    for name in ("s", "q", "k", "q_first", "q_last", "batch", "head", "seqlen_q", "seqlen_k")
+}
+
+
 def text(roots: Sequence[Any]) -> str:
     """What symbols (or numbers) were made of, as one line; what is used twice gets a name, x0, x1, ..."""
-    order, uses = _reachable(roots)
     written: dict[int, str] = {}
     lines: list[str] = []
+    order, uses = _reachable(roots)
     for node in order:
         found = _written(node, written)
         if uses[id(node)] > 1 and node.args:
@@ -321,16 +332,20 @@ def _reachable(roots: Sequence[Any]) -> tuple[list[Symbol], dict[int, int]]:
     """Symbols that the roots were made of, each after its arguments, and how often each is used."""
     order: list[Symbol] = []
     uses: dict[int, int] = {}
-    stack = [(root, False) for root in reversed(roots)]
+    stack = [root for root in reversed(roots) if type(root) is Symbol]
     while stack:
-        node, is_last = stack.pop()
-        if is_last:
+        node = stack.pop()
+        if node is None:  # all that the next one is made of has been seen
+            order.append(stack.pop())
+            continue
+        uses[id(node)] = used = uses.get(id(node), 0) + 1
+        if used > 1:
+            continue
+        if node.args:
+            stack += (node, None)
+            stack += [arg for arg in reversed(node.args) if type(arg) is Symbol]
+        else:
             order.append(node)
-        elif type(node) is Symbol:
-            uses[id(node)] = uses.get(id(node), 0) + 1
-            if uses[id(node)] == 1:
-                stack.append((node, True))
-                stack += [(arg, False) for arg in reversed(node.args)]
     return order, uses
 
 

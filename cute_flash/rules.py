@@ -121,11 +121,26 @@ def _encode(rule: Rule | None, pools: tuple[list, list, list]) -> str:
     for leaf, value in zip(kind.leaves(), found, strict=True):
         pools[_POOL.get(leaf, 0)].append(value)
     if not torch.compiler.is_compiling():
+        if type(rule) in (MaskFunction, ScoreFunction) and _is_closed(rule.function):
+            return _text_of_code(type(rule), rule.function.__code__)
         return _text(kind) if kind.ships() else traced(kind)
     # torch.compile guards on what the tracing looks at, but for what a class has from the function around it.
     for cls in kind.classes():
         _check_closures(cls)
     return traced(kind)
+
+
+def _is_closed(function: types.FunctionType) -> bool:
+    """Whether a function uses nothing but its arguments and constants, so that its code says what it computes."""
+    code = function.__code__
+    outside = code.co_names or function.__closure__ or function.__defaults__ or function.__kwdefaults__
+    return not outside and not any(isinstance(const, types.CodeType) for const in code.co_consts)
+
+
+@functools.lru_cache(maxsize=4096)
+def _text_of_code(kind: type[MaskFunction | ScoreFunction], code: types.CodeType) -> str:
+    """The text of a function that `_is_closed`."""
+    return traced(describe(kind(types.FunctionType(code, {}, code.co_name)))[0])
 
 
 def _check_closures(cls: type[Rule]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from ..elementwise import load, maximum, minimum
 from ..expression import LARGEST_POSITION
 from ..rule import Rule, truth
-from ..symbol import INT, Symbol, kind_of, operand
+from ..symbol import INT, Symbol, kind_of, leaf, operand
 
 
 class Mask(Rule):
@@ -38,11 +38,11 @@ class Mask(Rule):
         return 0, 0
 
     def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
-        q, k, q_first, q_last = (Symbol(INT, name) for name in ("q", "k", "q_first", "q_last"))
+        rows = leaf("q_first"), leaf("q_last"), values["seqlen_k"]
         return {
-            "visible": (truth(self, "visible", self.visible(q, k)),),
-            "keys": _bounds("keys", self.keys(q_first, q_last, values["seqlen_k"])),
-            "full": _bounds("full", self.full(q_first, q_last, values["seqlen_k"])),
+            "visible": (truth("visible", self.visible(leaf("q"), leaf("k"))),),
+            "keys": _bounds("keys", self.keys(*rows)),
+            "full": _bounds("full", self.full(*rows)),
         }
 
     def __and__(self, other: Mask) -> Mask:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..elementwise import absolute, load, tanh, to_float, where
 from ..rule import Rule
-from ..symbol import FLOAT, INT, Symbol, kind_of, operand
+from ..symbol import FLOAT, Symbol, kind_of, leaf, operand
 
 
 class Score(Rule):
@@ -25,8 +25,8 @@ class Score(Rule):
         raise NotImplementedError(f"{type(self).__name__} defines no score(s, batch, head, q, k)")
 
     def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
-        place = values["batch"], values["head"], Symbol(INT, "q"), Symbol(INT, "k")
-        found = operand(self.score(Symbol(FLOAT, "s"), *place))
+        place = values["batch"], values["head"], leaf("q"), leaf("k")
+        found = operand(self.score(leaf("s"), *place))
         return {"score": (found if kind_of(found) == FLOAT else to_float(found),)}
 
 
