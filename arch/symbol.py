@@ -318,7 +318,7 @@ def text(roots: Sequence[Any]) -> str:
     """What symbols (or numbers) were made of, as one line; what is used twice gets a name, x0, x1, ..."""
     written: dict[int, str] = {}
     lines: list[str] = []
-    order, uses = _reachable(roots)
+    order, uses = reachable(roots)
     for node in order:
         found = _written(node, written)
         if uses[id(node)] > 1 and node.args:
@@ -328,7 +328,7 @@ def text(roots: Sequence[Any]) -> str:
     return "; ".join([*lines, ", ".join([_text_of(root, written) for root in roots])])
 
 
-def _reachable(roots: Sequence[Any]) -> tuple[list[Symbol], dict[int, int]]:
+def reachable(roots: Sequence[Any]) -> tuple[list[Symbol], dict[int, int]]:
     """Symbols that the roots were made of, each after its arguments, and how often each is used."""
     order: list[Symbol] = []
     uses: dict[int, int] = {}

@@ -131,10 +131,11 @@ def _encode(rule: Rule | None, pools: tuple[list, list, list]) -> str:
 
 
 def _is_closed(function: types.FunctionType) -> bool:
-    """Whether a function uses nothing but its arguments and constants, so that its code says what it computes."""
+    """Whether a function uses only its arguments and constants: its code then says what it computes."""
     code = function.__code__
     outside = code.co_names or function.__closure__ or function.__defaults__ or function.__kwdefaults__
-    return not outside and not any(isinstance(const, types.CodeType) for const in code.co_consts)
+    inside = any(isinstance(constant, types.CodeType) for constant in code.co_consts)
+    return not outside and not inside
 
 
 @functools.lru_cache(maxsize=4096)

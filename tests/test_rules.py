@@ -19,6 +19,7 @@ from cute_flash.arch.common.mask import (
     SlidingWindow,
 )
 from cute_flash.arch.common.score import ALiBi, Chain, Score, Softcap
+from cute_flash.arch.elementwise import maximum, minimum
 from cute_flash.arch.expression import LARGEST_POSITION, expression
 from cute_flash.arch.rule import describe, traced
 from cute_flash.rules import MaskFunction
@@ -283,15 +284,65 @@ def test_what_cannot_be_traced_says_what_to_write(name):
         text_of(MaskFunction(function))
 
 
+@dataclasses.dataclass(frozen=True)
+class Without(Mask):
+    """A mask without bounds of its own."""
+
+    mask: Mask
+
+    def visible(self, q, k):
+        return self.mask.visible(q, k)
+
+
+def known(mask: Mask):
+    """A mask's expression with its values: what kernels evaluate."""
+    kind, values = describe(mask)
+    return expression(traced(kind)).at(values, 0, 0, 0, 0)
+
+
+ODD = [
+    lambda q, k: q - k < 5,
+    lambda q, k: (q - k >= 0) & (q - k <= 9) | (k < 4),
+    lambda q, k: ~((k > q) | (k < q - 7)),
+    lambda q, k: ~((k > q) & (k > 3)),
+    lambda q, k: k // 8 == q // 8,
+    lambda q, k: (k >= q // 8 * 8) & (k < q // 8 * 8 + 8),
+    lambda q, k: (k < 5) ^ (q > 3),
+    lambda q, k: (-k > -q) & (2 * k > q),
+    lambda q, k: k == q,
+    lambda q, k: k != q,
+    lambda q, k: (k <= maximum(q, 7)) & (minimum(q, 20) - 3 < k),
+    lambda q, k: (q < 9) & (k < 9),
+    lambda q, k: (k <= q) & True,
+    lambda q, k: True,
+    lambda q, k: False,
+]
+
+
+@pytest.mark.parametrize("mask", [Without(mask) for mask in MASKS] + [MaskFunction(f) for f in ODD], ids=str)
+def test_bounds_that_are_read_off_hold_for_every_pair(mask):
+    found = known(mask)
+    for q_first, q_last, seqlen_k in places(seed=4, count=40):
+        check_ranges(found, q_first, q_last, seqlen_k)
+
+
+def test_bounds_that_are_read_off_are_worth_having():
+    """They are those that masks give which ship."""
+    for mask in (Causal(), *WINDOWS, Both(Causal(), SlidingWindow(9, None))):
+        for method in ("keys", "full"):
+            given, read = (getattr(known(m), method) for m in (mask, Without(mask)))
+            for place in places(seed=5, count=20):
+                (low, high), (low_read, high_read) = given(*place), read(*place)
+                assert max(low, 0) == max(low_read, 0) and min(high, place[2]) == min(high_read, place[2])
+
+
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_an_expression_answers_like_its_rule(mask):
-    kind, values = describe(mask)
-    known = expression(traced(kind)).at(values, 0, 0, 0, 0)
+    found = known(mask)
     for q_first, q_last, seqlen_k in places(seed=3, count=10):
-        assert known.keys(q_first, q_last, seqlen_k) == mask.keys(q_first, q_last, seqlen_k)
-        assert known.full(q_first, q_last, seqlen_k) == mask.full(q_first, q_last, seqlen_k)
+        check_ranges(found, q_first, q_last, seqlen_k)
         for k in range(seqlen_k):
-            assert known.visible(q_last, k) == mask.visible(q_last, k)
+            assert found.visible(q_last, k) == mask.visible(q_last, k)
 
 
 def test_what_kernels_ask_of_an_expression():
@@ -307,7 +358,6 @@ def test_what_kernels_ask_of_an_expression():
 
 def test_a_large_cap_is_exact_for_small_scores():
     for cap in (1e5, 1e30):
-        kind, values = describe(Softcap(cap))
-        known = expression(traced(kind)).at(values, 0, 0, 0, 0)
-        assert known.score(7.3, 0, 0, 0, 0) == pytest.approx(7.3, rel=1e-8)
-        assert known.score(cap * 10, 0, 0, 0, 0) == pytest.approx(cap)
+        found = known(Softcap(cap))
+        assert found.score(7.3, 0, 0, 0, 0) == pytest.approx(7.3, rel=1e-8)
+        assert found.score(cap * 10, 0, 0, 0, 0) == pytest.approx(cap)

@@ -6,8 +6,9 @@
     keys     a range outside which no query of q_first..q_last sees any key: blocks beyond are skipped
     full     a range inside which every query of q_first..q_last sees every key: no mask is evaluated
 
-`keys` and `full` are half-open, may exceed [0, seqlen_k), and default to "anything" and "nothing": a
-rule without them is right, only slower. A brute-force test holds them to `visible`.
+`keys` and `full` are half-open, may exceed [0, seqlen_k), and default in kernels to what `bounds` reads off
+`visible`, elsewhere to "anything" and "nothing": a rule without them is right, only slower. A brute-force
+test holds them to `visible`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from .. import bounds
 from ..elementwise import load, maximum, minimum
 from ..expression import LARGEST_POSITION
 from ..rule import Rule, truth
@@ -31,11 +33,19 @@ class Mask(Rule):
 
     def keys(self, q_first, q_last, seqlen_k) -> tuple[Any, Any]:
         """(low, high): no query in q_first..q_last sees a key outside low <= k < high."""
-        return 0, seqlen_k
+        shown = self._shown(q_first, q_last)
+        return shown.possible.ends(seqlen_k) if shown else (0, seqlen_k)
 
     def full(self, q_first, q_last, seqlen_k) -> tuple[Any, Any]:
         """(low, high): every query in q_first..q_last sees every key with low <= k < high."""
-        return 0, 0
+        shown = self._shown(q_first, q_last)
+        return shown.certain.ends(seqlen_k) if shown else (0, 0)
+
+    def _shown(self, q_first, q_last) -> bounds.Shown | None:
+        """What `visible` says of the queries q_first..q_last, where that is being traced."""
+        if not isinstance(q_first, Symbol):
+            return None
+        return bounds.shown(self.visible(leaf("q"), leaf("k")), q_first, q_last)
 
     def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
         rows = leaf("q_first"), leaf("q_last"), values["seqlen_k"]
