@@ -43,6 +43,10 @@ class ExpressionProblem:
         """Sizes that compiled code knows."""
         return {"texts": len(self.texts)}
 
+    def example_sizes(self) -> dict[str, int]:
+        """Sizes of a small launch."""
+        return {"n": THREADS, "size0": THREADS, "size1": THREADS}
+
 
 @dataclass(frozen=True)
 class ExpressionConfig:
