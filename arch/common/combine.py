@@ -1,6 +1,7 @@
 """The combine kernel: out = sum over splits of exp(lse[split] - lse) * out[split], in fp32.
 
 One warp takes one row of one query head: its lanes share out the splits to find lse, then the columns.
+The largest lse is taken off the others first, which is exact for all that matter, however large they are.
 A split that saw no key has lse -inf and weight 0, and its output is not read. A row without any key
 becomes 0 with lse -inf, unless there is a sink, whose score is then the lse. Rows are counted through the
 heads, as they lie in memory, so that neighbouring warps write neighbouring bytes.
@@ -63,33 +64,34 @@ class CombineKernel:
         lane = cute.arch.lane_idx()
         at = (*place[:-1], head, place[-1])
         parts = call.partial_lse[(None, *at)]
-        sink = call.sink[head] * LOG2_E if cutlass.const_expr(self.problem.sink) else None
+        sink = call.sink[head] if cutlass.const_expr(self.problem.sink) else None
         top, total = self.merge(parts, sink, lane)
-        # Rows out of use have seen no key; what makes them different is that the sink is not theirs.
-        lse = where(used, top + cute.math.log2(total, fastmath=True), -Float32.inf)
         if cutlass.const_expr(self.problem.lse):
-            self.write_lse(call.lse, at, lse * LN_2, lane == 0)
+            # Rows out of use have seen no key; what makes them different is that the sink is not theirs.
+            lse = where(used, top + cute.math.log2(total, fastmath=True) * LN_2, -Float32.inf)
+            self.write_lse(call.lse, at, lse, lane == 0)
+        share = cute.arch.rcp_approx(total)
         for start in cutlass.range_constexpr(0, self.problem.head_dim_v, LANES * COLUMNS):
             column = start + lane * COLUMNS
             if column < self.problem.head_dim_v:
-                self.columns(call, (*place, head), parts, finite(lse), column)
+                self.columns(call, (*place, head), parts, (top, share), column)
 
     @cute.jit
     def merge(self, parts: cute.Tensor, sink: Float32 | None, lane: Int32):
-        """(largest exponent of two, sum of all splits' exp2 relative to it), the same in all lanes."""
+        """(largest lse, sum of all splits' exp(lse) relative to it), the same in all lanes."""
         top = Float32(-Float32.inf)
         for split in cutlass.range(lane, parts.shape[0], LANES, unroll=1):
-            top = cute.arch.fmax(top, parts[split] * LOG2_E)
+            top = cute.arch.fmax(top, parts[split])
         top = cute.arch.warp_reduction_max(top)
         if cutlass.const_expr(sink is not None):
             top = cute.arch.fmax(top, sink)
         top = finite(top)
         total = Float32(0.0)
         for split in cutlass.range(lane, parts.shape[0], LANES, unroll=1):
-            total += exp2(parts[split] * LOG2_E - top)
+            total += exp2((parts[split] - top) * LOG2_E)
         total = cute.arch.warp_reduction_sum(total)
         if cutlass.const_expr(sink is not None):
-            total += exp2(sink - top)
+            total += exp2((sink - top) * LOG2_E)
         return top, total
 
     @cute.jit
@@ -98,18 +100,22 @@ class CombineKernel:
             target[at] = lse
 
     @cute.jit
-    def columns(self, call: CombineOperands, place: tuple, parts: cute.Tensor, lse: Float32, column: Int32):
-        """The output's columns `column` to `column + COLUMNS` of one row; lse: finite, as exponent of two."""
+    def columns(self, call: CombineOperands, place: tuple, parts: cute.Tensor, scale: tuple, column: Int32):
+        """The output's columns `column` to `column + COLUMNS` of one row.
+
+        scale: (largest lse, 1 over the sum of what is relative to it).
+        """
+        top, share = scale
         out = cute.make_rmem_tensor(COLUMNS, Float32)
         part = cute.make_rmem_tensor(COLUMNS, Float32)
         out.fill(0.0)
         for split in cutlass.range(parts.shape[0], unroll=1):
             if parts[split] != -Float32.inf:
-                weight = exp2(parts[split] * LOG2_E - lse)
+                weight = exp2((parts[split] - top) * LOG2_E) * share
                 source = call.partial_out[(split, *place, None)]
                 cute.autovec_copy(cute.local_tile(source, (COLUMNS,), (column // COLUMNS,)), part)
                 for c in cutlass.range_constexpr(COLUMNS):
-                    out[c] = out[c] + weight * part[c]
+                    out[c] = cute.math.fma(weight, part[c], out[c])
         rounded = cute.make_rmem_tensor(COLUMNS, DTYPES[self.problem.dtype])
         rounded.store(out.load().to(DTYPES[self.problem.dtype]))
         target = call.out[(*place, None)]
