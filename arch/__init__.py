@@ -1,13 +1,14 @@
 """One kernel tree per GPU architecture.
 
-Nothing here imports torch, and nothing is loaded until a device asks for it: `load(capability)`
-imports the tree that serves a compute capability and returns its kernels in order of preference.
+Nothing here imports torch, and nothing is loaded until a device asks for it: `load(device)` imports the
+tree that serves its compute capability and returns the kernels of an operation in order of preference.
 """
 
 from __future__ import annotations
 
 import importlib
 
+from .kernel import Kernel
 from .problem import Device
 
 # Compute capability (major, minor or None for any) -> tree. The first match wins.
@@ -28,7 +29,8 @@ def tree_of(capability: tuple[int, int]) -> str | None:
     return None
 
 
-def load(device: Device) -> tuple[type, ...]:
-    """Kernel classes that may serve `device`, in order of preference."""
+def load(device: Device, operation: str = "forward") -> tuple[Kernel, ...]:
+    """Kernels of an operation that may serve `device`, in order of preference."""
     tree = tree_of(device.capability)
-    return () if tree is None else importlib.import_module(f".{tree}", __name__).KERNELS
+    kernels = () if tree is None else importlib.import_module(f".{tree}", __name__).KERNELS
+    return tuple(kernel for kernel in kernels if kernel.operation == operation)

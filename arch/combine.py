@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .problem import Device, Problem, Spec, Support
+from .kernel import Kernel, Tuning
+from .problem import Problem, Spec, Support
 
 WARPS = 4
 
@@ -100,27 +101,15 @@ class Config:
         return 0
 
 
-class Combine:
-    """Merges what a split forward kernel wrote."""
-
-    name = "common.combine"
-    support = Support(
+COMBINE = Kernel(
+    name="common.combine",
+    operation="combine",
+    support=Support(
         capabilities=((8, 0), (12, 1)),
         dtypes=("float16", "bfloat16"),
         head_dims=range(8, 257, 8),
         features=frozenset(),
-    )
-
-    def __init__(self, problem: CombineProblem, config: Config):
-        self.problem, self.config = problem, config
-
-    @staticmethod
-    def config(problem: CombineProblem, device: Device) -> Config:
-        """One serves all."""
-        return Config()
-
-    def launcher(self):
-        """What to compile: called with fake operands in `CombineOperands` order and a stream."""
-        from .common.combine import CombineKernel
-
-        return CombineKernel(self.problem, self.config)
+    ),
+    tuning=Tuning(config=lambda problem, device, sizes: Config()),
+    launches=".common.combine:CombineKernel",
+)

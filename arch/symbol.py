@@ -195,11 +195,9 @@ class TableSymbol:
         return Symbol(self.kind, "load", self.name, *map(operand, index))
 
     def __getitem__(self, index: Any) -> Symbol:
-        from .elementwise import where
-
         several = index if isinstance(index, tuple) else (index,)
         found = [i if type(i) is Symbol and i.op in ("batch", "head") else operand(i) for i in several]
-        return self.load([_from_the_end(i, n, where) for i, n in zip(found, self.shape, strict=False)])
+        return self.load([_from_the_end(i, n) for i, n in zip(found, self.shape, strict=False)])
 
     def __len__(self) -> NoReturn:
         _refuse("a table's length is shape[0], which is not known while a rule is traced")
@@ -208,10 +206,13 @@ class TableSymbol:
         _refuse("a table has no truth: ask whether the field `is None`")
 
 
-def _from_the_end(index: Any, size: Symbol, where: Any) -> Any:
+def _from_the_end(index: Any, size: Symbol) -> Any:
     """Python's meaning of a negative index."""
     if isinstance(index, Symbol):
-        return index if index.op in ("batch", "head") else where(index < 0, index + size, index)
+        if index.op in ("batch", "head"):
+            return index
+        counted = index + size
+        return call("where", joined(counted, index), index < 0, counted, index)
     return index if index >= 0 else size + index
 
 

@@ -19,6 +19,7 @@ import torch
 
 from . import arch, rules
 from .arch.combine import WARPS, CombineProblem
+from .arch.kernel import Kernel
 from .arch.problem import FEATURES, Device, Problem, Sizes
 from .masks import Mask
 from .scores import Score
@@ -58,9 +59,9 @@ class Place(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One launch: of a kernel class, for a problem of its own, with a config."""
+    """One launch: of a kernel, for a problem of its own, with a config."""
 
-    kernel: Any
+    kernel: Kernel
     problem: Any
     config: Any
 
@@ -82,7 +83,7 @@ class Answer:
 
     problem: Problem
     device: Device
-    kernel: Any = None
+    kernel: Kernel | None = None
     config: Any = None
     refusals: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -145,7 +146,7 @@ def place_of(device: torch.device) -> Place:
     return Place(active.device, "emulator")
 
 
-def dispatch(problem: Problem, device: Device) -> tuple[Any, Any]:
+def dispatch(problem: Problem, device: Device) -> tuple[Kernel, Any]:
     """(kernel, config) for `problem`; NotImplementedError with every kernel's every reason."""
     answer = select(problem, device, _only.get())
     if not answer:
@@ -208,7 +209,7 @@ def _part_of(problem: Problem) -> Problem:
     return replace(problem, split_kv=True, sink=False, lse=True)
 
 
-def _merging(kernel: Any, problem: Problem, device: Device) -> Step:
+def _merging(kernel: Kernel, problem: Problem, device: Device) -> Step:
     """What merges the parts that `kernel` wrote into the answer to `problem`."""
     merging = CombineProblem.of(problem)
     return Step(kernel.combine, merging, kernel.combine.config(merging, device))
@@ -310,7 +311,7 @@ def features() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _serves(kernel: Any, device: Device) -> bool:
+def _serves(kernel: Kernel, device: Device) -> bool:
     low, high = kernel.support.capabilities
     return low <= device.capability <= high
 

@@ -9,7 +9,6 @@ runtime or to the emulator. The compiler is imported when something must be comp
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import logging
 import re
@@ -18,10 +17,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import arch, cache
+from . import cache
+from .arch.kernel import Kernel
 from .arch.problem import Device, Spec
 from .cache import Artifact
 
@@ -33,7 +34,7 @@ compiled: list[str] = []  # key of every kernel that this process compiled, in o
 
 
 @functools.cache
-def executable(kernel: Any, problem: Any, config: Any, device: Device, route: str) -> Callable[..., None]:
+def executable(kernel: Kernel, problem: Any, config: Any, device: Device, route: str) -> Callable[..., None]:
     """The kernel as a function of its operands, those of `problem.specs()`. route: "cuda" or "emulator"."""
     built = artifact(kernel, problem, config, device)
     if route == "cuda":
@@ -45,32 +46,31 @@ def executable(kernel: Any, problem: Any, config: Any, device: Device, route: st
     return EmulatedKernel(built, device)
 
 
-def artifact(kernel: Any, problem: Any, config: Any, device: Device) -> Artifact:
+def artifact(kernel: Kernel, problem: Any, config: Any, device: Device) -> Artifact:
     """The compiled kernel, from disk where it is there."""
     key = key_of(kernel, problem, config, device)
     return cache.get(key, lambda: build(kernel, problem, config, device))
 
 
-def key_of(kernel: Any, problem: Any, config: Any, device: Device) -> str:
+def key_of(kernel: Kernel, problem: Any, config: Any, device: Device) -> str:
     """The name of the kernel's file."""
     return cache.key_of(kernel.name, sources_of(kernel), problem, config, device.target)
 
 
-def sources_of(kernel: Any) -> str:
+def sources_of(kernel: Kernel) -> str:
     """Digest of the sources that the kernel is compiled from.
 
-    A kernel from elsewhere may import any of ours; its own files are those that its module's name begins.
+    A kernel from elsewhere may import any of ours; its own files are those whose names begin its module's.
     """
-    trees = f"{__package__}.arch."
-    if not kernel.__module__.startswith(trees):
-        own = Path(inspect.getfile(kernel))
-        return cache.sources_digest(Path(__file__), *sorted(own.parent.glob(f"{own.stem}*.py")))
-    name = kernel.__module__.removeprefix(trees).partition(".")[0]
-    is_tree = (Path(arch.__file__).parent / name).is_dir()
-    return cache.sources_digest(Path(__file__), tree=name if is_tree else "common")
+    module = kernel.launches.partition(":")[0]
+    if not module.startswith("."):
+        own = Path(find_spec(module).origin)
+        beside = (path for path in own.parent.glob("*.py") if own.stem.startswith(path.stem))
+        return cache.sources_digest(Path(__file__), *sorted(beside))
+    return cache.sources_digest(Path(__file__), tree=module.split(".")[1])
 
 
-def build(kernel: Any, problem: Any, config: Any, device: Device) -> Artifact:
+def build(kernel: Kernel, problem: Any, config: Any, device: Device) -> Artifact:
     """Compile. RuntimeError, from an ImportError, where the compiler is not installed."""
     key = key_of(kernel, problem, config, device)
     try:
@@ -80,7 +80,7 @@ def build(kernel: Any, problem: Any, config: Any, device: Device) -> Artifact:
     started = time.perf_counter()
     function = re.sub(r"\W", "_", key)
     with _COMPILER:
-        host, ptx, cubin = _compile(kernel(problem, config).launcher(), problem, device, function)
+        host, ptx, cubin = _compile(kernel.launcher(problem, config), problem, device, function)
     compiled.append(key)
     _LOG.info("compiled %s in %.1f s", key, time.perf_counter() - started)
     return Artifact(host, ptx, cubin, _describe(kernel, problem, config, device, function, ptx))

@@ -15,12 +15,12 @@ import pytest
 from cute_flash import arch, cache, dispatch, executable
 from cute_flash.arch.problem import Problem
 from cute_flash.cache import Artifact, CorruptArtifact
-from tests.tiny import Tiny
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = Problem("float16", 64, 64, lse=False)
 A100 = dispatch.EMULATED["sm80"]
-CONFIG = Tiny.config(PROBLEM, A100)
+CONFIG = TINY.config(PROBLEM, A100)
 MADE = Artifact(b"\x7fELF host code", b".version 8.0", b"\x7fELF cubin", {"kernel": "made up", "π": [1]})
 
 # A process that calls attention once, on an emulated GPU, and says what it compiled and imported. The
@@ -32,8 +32,8 @@ if "no_compiler" in sys.argv:
 import torch, cute_flash
 from cute_flash import arch, executable
 if "real" not in sys.argv:
-    from tests.tiny import Tiny
-    arch.load = lambda device: (Tiny,)
+    from tests.tiny import TINY
+    arch.load = lambda device: (TINY,)
 q = torch.full((2, 3, 2, 64), 2.0).half()
 with cute_flash.emulated("sm80"):
     out = cute_flash.flash_attn_func(q, q, q, softmax_scale=0.5)
@@ -114,10 +114,10 @@ def test_a_bundle_serves_without_the_compiler(tmp_path):
 
 def test_a_bundle_is_found_whatever_compiled_it(tmp_path, monkeypatch):
     """File names hold no version of the compiler; the cache keeps each version's files apart."""
-    key = executable.key_of(Tiny, PROBLEM, CONFIG, A100)
+    key = executable.key_of(TINY, PROBLEM, CONFIG, A100)
     tag = cache.compiler_tag()
     monkeypatch.setattr(cache, "versions", lambda: {"nvidia-cutlass-dsl": "4.7.0", "apache-tvm-ffi": None})
-    assert executable.key_of(Tiny, PROBLEM, CONFIG, A100) == key
+    assert executable.key_of(TINY, PROBLEM, CONFIG, A100) == key
     assert cache.compiler_tag() == "dsl4.7.0-ffiNone" != tag
 
 
@@ -184,7 +184,7 @@ def test_what_a_kernel_is_compiled_from_is_in_its_key(tree):
     device = dispatch.EMULATED[tree]
     kernel = arch.load(device)[0]
     problem = Problem("bfloat16", 64, 64)
-    launcher = type(kernel(problem, kernel.config(problem, device)).launcher())
+    launcher = type(kernel.launcher(problem, kernel.config(problem, device)))
     root = Path(arch.__file__).parent
     found = set(cache.sources(root, tree))
     assert Path(inspect.getfile(launcher)) in found and set((root / tree).rglob("*.py")) <= found

@@ -22,7 +22,7 @@ from cute_flash.arch.problem import Operands, Problem
 from cute_flash.emulator.execution.launch import View
 from cute_flash.masks import SlidingWindow
 from cute_flash.scores import Softcap
-from tests.tiny import Tiny
+from tests.tiny import TINY
 
 A100 = dispatch.EMULATED["sm80"]
 WINDOW, _ = rules.decode(rules.encode([SlidingWindow(1, 1)], []).code)
@@ -31,7 +31,7 @@ PROBLEM = Problem("float16", 64, 64, mask=WINDOW)
 
 @pytest.fixture(scope="module")
 def tiny() -> executable.Artifact:
-    return executable.artifact(Tiny, PROBLEM, Tiny.config(PROBLEM, A100), A100)
+    return executable.artifact(TINY, PROBLEM, TINY.config(PROBLEM, A100), A100)
 
 
 def test_what_is_described(tiny):
@@ -46,8 +46,11 @@ def test_what_is_described(tiny):
             "strides": "strided",
             "meaning": "queries",
             "written": False,
+            "values": "any",
         }
     ]
+    assert [o["name"] for o in described["operands"] if o["is_tuple"]] == ["mask_values"]
+    assert set(members["q"][0]["dims"][:3]) <= set(described["sizes"])
     written = {name for name, found in members.items() if any(member["written"] for member in found)}
     assert written == {"out", "lse"}
     assert [m["dtype"] for m in members["mask_values"]] == ["int32", "int32"]
@@ -79,22 +82,22 @@ def test_host_code_runs_on_any_x86_64(tiny, monkeypatch):
     assert vzeroupper not in tiny.object
     if " avx " in Path("/proc/cpuinfo").read_text():
         monkeypatch.setattr(executable, "_for_any_host", lambda module: None)
-        assert vzeroupper in executable.build(Tiny, PROBLEM, Tiny.config(PROBLEM, A100), A100).object
+        assert vzeroupper in executable.build(TINY, PROBLEM, TINY.config(PROBLEM, A100), A100).object
 
 
 def test_the_key_is_the_argument_list():
-    config = Tiny.config(PROBLEM, A100)
-    key = executable.key_of(Tiny, PROBLEM, config, A100)
+    config = TINY.config(PROBLEM, A100)
+    key = executable.key_of(TINY, PROBLEM, config, A100)
     others = [
         (replace(PROBLEM, head_dim=128), config, A100),
         (replace(PROBLEM, mask=None), config, A100),
         (PROBLEM, replace(config, threads=128), A100),
         (PROBLEM, config, dispatch.EMULATED["sm86"]),
     ]
-    keys = [executable.key_of(Tiny, *other) for other in others]
+    keys = [executable.key_of(TINY, *other) for other in others]
     assert len({key, *keys}) == 5
-    assert executable.key_of(Tiny, replace(PROBLEM), replace(config), replace(A100)) == key
-    assert executable.key_of(Tiny, PROBLEM, config, replace(A100, shared_memory=1)) == key
+    assert executable.key_of(TINY, replace(PROBLEM), replace(config), replace(A100)) == key
+    assert executable.key_of(TINY, PROBLEM, config, replace(A100, shared_memory=1)) == key
 
 
 # The loader.
@@ -383,7 +386,7 @@ def test_the_words_of_the_command_are_those_of_calls():
 
 @pytest.fixture
 def only_tiny(monkeypatch):
-    monkeypatch.setattr(dispatch.arch, "load", lambda device: (Tiny,))
+    monkeypatch.setattr(dispatch.arch, "load", lambda device: (TINY,))
     dispatch.select.cache_clear()
     yield
     dispatch.select.cache_clear()
@@ -403,7 +406,7 @@ def test_compile_makes_a_bundle(only_tiny, tmp_path, capsys):
 def test_compile_emits_parts(only_tiny, tmp_path, tiny):
     command = ["compile", str(tmp_path), "--emit", "ptx,cubin,object,json", "--features", "window,lse"]
     assert main([*command, "--dtype", "float16", "--head-dim", "64x64"]) == 0
-    key = executable.key_of(Tiny, PROBLEM, Tiny.config(PROBLEM, A100), A100)
+    key = executable.key_of(TINY, PROBLEM, TINY.config(PROBLEM, A100), A100)
     parts = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
     assert digests == {

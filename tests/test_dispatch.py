@@ -12,7 +12,7 @@ import torch
 
 import cute_flash
 from cute_flash import arch, dispatch, repeat
-from cute_flash.arch.combine import Combine, CombineProblem
+from cute_flash.arch.combine import COMBINE, CombineProblem
 from cute_flash.arch.problem import FEATURES, Device, Problem, Sizes, Support
 from cute_flash.masks import Causal, Document
 from cute_flash.scores import Softcap
@@ -99,7 +99,7 @@ def sizes(batch: int = 1, seqlen_q: int = 8) -> Sizes:
 def splitting(name: str, **declared):
     """A kernel that splits keys in as many parts as the call has sequences, unless told otherwise."""
     kernel = fake_kernel(name, features=frozenset(("dense", "sink", "lse", "split_kv")), **declared)
-    kernel.combine = Combine
+    kernel.combine = COMBINE
     return kernel
 
 
@@ -128,7 +128,7 @@ def test_what_joins_once_is_left_to_the_combine_kernel(kernels):
     kernels(splitting("parts"))
     plan = dispatch.plan(replace(PLAIN, sink=True), A100, sizes(), 2)
     assert plan.forward.problem == replace(PLAIN, split_kv=True, lse=True)
-    assert plan.combine.kernel is Combine
+    assert plan.combine.kernel is COMBINE
     assert plan.combine.problem == CombineProblem("float16", 64, sink=True, lse=False)
 
 

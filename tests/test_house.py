@@ -27,6 +27,7 @@ MOST_LINES = 700
 ALLOWED = (
     ("arch/elementwise.py", set(), {"cutlass", "torch"}),
     ("arch/__init__.py", set(), set()),
+    ("arch/kernel.py", set(), set()),
     ("arch/problem.py", set(), set()),
     ("arch/rule.py", set(), set()),
     ("arch/common/mask.py", set(), set()),
@@ -212,12 +213,11 @@ def graph() -> dict[str, set[str]]:
     return {
         name: arrows(name, path.name == "__init__.py", path.read_text(), known)
         for name, path in known.items()
-        if not name.startswith("cute_flash.arch")
     }
 
 
 def test_no_circles_of_imports(graph):
-    assert circle({name: others & set(graph) for name, others in graph.items()}) == []
+    assert circle(graph) == []
 
 
 def test_the_emulators_floors(graph):

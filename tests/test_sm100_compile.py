@@ -10,7 +10,7 @@ import pytest
 from cute_flash import executable
 from cute_flash.arch.problem import Device, Sizes
 from cute_flash.arch.sm100 import tuning
-from cute_flash.arch.sm100.forward import Forward
+from cute_flash.arch.sm100.forward import FORWARD
 from cute_flash.emulator.execution import cubin
 from tests.test_resources import EXTREMES, answer_for, resources
 
@@ -49,9 +49,9 @@ def problem_of(extreme: str, dims: tuple[int, int]):
 
 def assert_in_registers(problem, device: Device, path, sizes: Sizes | None = None) -> None:
     """Compile, and find nothing in local memory, no more registers than there are, and tcgen05."""
-    assert Forward.reasons(problem, device) == ()
-    config = Forward.config(problem, device, sizes)
-    built = executable.artifact(Forward, problem, config, device)
+    assert FORWARD.reasons(problem, device) == ()
+    config = FORWARD.config(problem, device, sizes)
+    built = executable.artifact(FORWARD, problem, config, device)
     used = resources(built.cubin, path)
     assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
     assert used["REG"] <= config.launch_registers
@@ -78,7 +78,7 @@ def test_rows_compile_without_spills(target, extreme, dims, tmp_path):
 @pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
 def test_ctas_that_persist_compile_without_spills(target, dims, tmp_path):
     device, problem = replace(DEVICES[target], multiprocessors=148), problem_of("even", dims)
-    assert Forward.config(problem, device).persistent
+    assert FORWARD.config(problem, device).persistent
     assert_in_registers(problem, device, tmp_path / "kernel.cubin")
 
 
@@ -89,16 +89,16 @@ def test_few_rows_compile_without_spills(extreme, dims, tmp_path):
     """One Q tile with the blocks of keys that many rows have, which no row of the table holds."""
     device, sizes = replace(B200, multiprocessors=148), Sizes(1, 1, 1, 20, 999)
     problem = replace(problem_of(extreme, dims), gqa=False)
-    assert Forward.config(problem, device, sizes).tile_m == 128
+    assert FORWARD.config(problem, device, sizes).tile_m == 128
     assert_in_registers(problem, device, tmp_path / "kernel.cubin", sizes)
 
 
 @pytest.mark.parametrize("extreme, splits", [("light", 0), ("even", 2)])
 def test_ctas_do_not_persist_where_tiles_differ(extreme, splits):
     problem = answer_for(replace(ASKED[extreme], dims=(64, 64), splits=splits), "sm100").problem
-    config = replace(Forward.config(problem, B200), persistent=1)
+    config = replace(FORWARD.config(problem, B200), persistent=1)
     with pytest.raises(ValueError, match="CTAs persist where all tiles have as many blocks"):
-        Forward(problem, config).launcher()
+        FORWARD.launcher(problem, config)
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)], ids=str)
@@ -108,7 +108,7 @@ def test_splits_compile_without_spills(dims, tmp_path):
 
 
 def test_every_row_is_covered():
-    chosen = {Forward.config(problem_of(*row), B200) for row in ROWS}
+    chosen = {FORWARD.config(problem_of(*row), B200) for row in ROWS}
     assert chosen == {row.config for row in tuning.ROWS}
 
 
@@ -135,4 +135,4 @@ def test_every_head_dim_has_a_row():
         for dim_v in range(8, 257, 8):
             for extreme in EXTREMES:
                 problem = replace(problem_of(extreme, (64, 64)), head_dim=dim, head_dim_v=dim_v)
-                assert Forward.reasons(problem, B200) == ()
+                assert FORWARD.reasons(problem, B200) == ()

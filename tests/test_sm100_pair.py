@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cute_flash import dispatch, executable, repeat
 from cute_flash.arch.problem import Problem, Sizes
 from cute_flash.arch.sm100 import tuning
-from cute_flash.arch.sm100.forward import Forward
+from cute_flash.arch.sm100.forward import FORWARD
 from tests.cases import CASES, RAGGED, Case
 from tests.emulator.negative.mutations import everywhere
 from tests.emulator.negative.trial import Subject, objection
@@ -74,7 +74,7 @@ def test_heads_in_one_tile(splits, pairs_only):
     """Heads share the pair's rows, which one head would not fill."""
     case = Case("", ((25, 300),), heads=(10, 1), dims=(256, 256), mask="causal", splits=splits, sink=True)
     problem = answer_for(case, "sm100").problem
-    assert Forward.config(problem, B200, Sizes(1, 10, 1, 25, 300)).heads == 8
+    assert FORWARD.config(problem, B200, Sizes(1, 10, 1, 25, 300)).heads == 8
     check(case)
 
 
@@ -146,9 +146,9 @@ def test_every_change_is_noticed(change, pairs_only):
     ],
 )
 def test_who_gets_a_pair(problem, rows, ctas):
-    config = Forward.config(problem, B200, Sizes(1, 1, 1, rows, 4096))
+    config = FORWARD.config(problem, B200, Sizes(1, 1, 1, rows, 4096))
     assert config.ctas == ctas
-    assert config in Forward.configs(problem, B200)
+    assert config in FORWARD.configs(problem, B200)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -156,17 +156,17 @@ def test_who_gets_a_pair(problem, rows, ctas):
 def test_every_config_is_known_beforehand(dims, group, rows):
     """So a bundle can hold every kernel that some call gets."""
     problem = Problem("bfloat16", *dims, gqa=group > 1)
-    config = Forward.config(problem, B200, Sizes(1, group, 1, rows, 999))
-    assert config in Forward.configs(problem, B200)
+    config = FORWARD.config(problem, B200, Sizes(1, group, 1, rows, 999))
+    assert config in FORWARD.configs(problem, B200)
 
 
 @pytest.mark.parametrize("dims", [(128, 128), (136, 136)])
 def test_pairs_that_persist_stay_in_registers(dims, tmp_path):
     """What B200 gets: tests/test_sm100_compile.py compiles for GPUs of one multiprocessor."""
     problem = Problem("bfloat16", *dims)
-    config = Forward.config(problem, B200)
+    config = FORWARD.config(problem, B200)
     assert config.ctas == 2 and config.persistent == B200.multiprocessors // 2
-    used = resources(executable.artifact(Forward, problem, config, B200).cubin, tmp_path / "kernel.cubin")
+    used = resources(executable.artifact(FORWARD, problem, config, B200).cubin, tmp_path / "kernel.cubin")
     assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cute_flash import dispatch, executable, ops
 from cute_flash.arch.problem import Problem
-from cute_flash.arch.sm100.forward import Forward
+from cute_flash.arch.sm100.forward import FORWARD
 from tests.cases import CASES, Case
 from tests.emulator.negative.mutations import everywhere
 from tests.emulator.negative.trial import Subject, objection
@@ -127,6 +127,6 @@ def test_every_change_is_noticed(name):
 ])  # fmt: skip
 def test_who_loads_so(head_dim, target, reduces):
     device, problem = replace(B300, capability=target), Problem("bfloat16", head_dim, head_dim)
-    assert {config.reducing_loads for config in Forward.configs(problem, device)} == {reduces}
-    built = executable.artifact(Forward, problem, Forward.config(problem, device), device)
+    assert {config.reducing_loads for config in FORWARD.configs(problem, device)} == {reduces}
+    built = executable.artifact(FORWARD, problem, FORWARD.config(problem, device), device)
     assert (b"tcgen05.ld.red" in built.ptx) == reduces

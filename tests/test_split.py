@@ -16,9 +16,9 @@ from cute_flash.arch.common.blocks import Phase, Range, part_of
 from cute_flash.arch.problem import Problem, Sizes
 from cute_flash.arch.sm80 import tuning as sm80
 from cute_flash.arch.sm90 import tuning
-from cute_flash.arch.sm90.forward import Forward
+from cute_flash.arch.sm90.forward import FORWARD
 from cute_flash.arch.sm100 import tuning as sm100
-from cute_flash.arch.sm100.forward import Forward as Blackwell
+from cute_flash.arch.sm100.forward import FORWARD as BLACKWELL
 from cute_flash.masks import Causal, Document, PrefixLM
 from cute_flash.rules import decode, encode
 from tests.cases import CASES, Case, WindowByHead
@@ -26,7 +26,7 @@ from tests.harness import Call, answer_for
 from tests.test_resources import EXTREMES, resources
 
 H100, B200 = dispatch.EMULATED["sm90"], dispatch.EMULATED["sm100"]
-PACKING = {"sm90": Forward, "sm100": Blackwell}  # the kernels whose tiles hold several heads
+PACKING = {"sm90": FORWARD, "sm100": BLACKWELL}  # the kernels whose tiles hold several heads
 GROUPED = Problem("bfloat16", 128, 128, gqa=True)
 TABLE = torch.zeros(4, dtype=torch.int32)
 EVERY = settings(max_examples=200, deadline=None, derandomize=True, database=None)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cute_flash.arch.problem import Device, Problem, Sizes, Support
+from cute_flash.arch.kernel import Kernel, Tuning
+from cute_flash.arch.problem import Problem, Support
 
 
 @dataclass(frozen=True)
@@ -21,37 +22,15 @@ class TinyConfig:
         return 0
 
 
-class Tiny:
-    """The kernel class that dispatch sees."""
-
-    name = "tests.tiny"
-    support = Support(
+TINY = Kernel(
+    name="tests.tiny",
+    operation="forward",
+    support=Support(
         capabilities=((8, 0), (12, 0)),
         dtypes=("float16",),
         head_dims=(64, 128),
         features=frozenset(("dense", "mask", "lse", "gqa")),
-    )
-
-    def __init__(self, problem: Problem, config: TinyConfig):
-        self.config = config
-
-    @staticmethod
-    def config(problem: Problem, device: Device, sizes: Sizes | None = None) -> TinyConfig:
-        """A thread per column."""
-        return TinyConfig(threads=problem.head_dim)
-
-    @staticmethod
-    def configs(problem: Problem, device: Device) -> tuple[TinyConfig, ...]:
-        """The only one."""
-        return (Tiny.config(problem, device),)
-
-    @staticmethod
-    def reasons(problem: Problem, device: Device) -> tuple[str, ...]:
-        """What `support` says."""
-        return Tiny.support.reasons(problem, device)
-
-    def launcher(self):
-        """What to compile."""
-        from tests.tiny_kernel import TinyLauncher
-
-        return TinyLauncher(self.config.threads)
+    ),
+    tuning=Tuning(config=lambda problem, device, sizes: TinyConfig(threads=problem.head_dim)),
+    launches="tests.tiny_kernel:TinyLauncher",
+)

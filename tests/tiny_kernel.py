@@ -25,8 +25,8 @@ def kernel(q: cute.Tensor, out: cute.Tensor, lse, scale: cutlass.Float32, values
 class TinyLauncher:
     """What is compiled."""
 
-    def __init__(self, threads: int):
-        self.threads = threads
+    def __init__(self, problem, config):
+        self.threads = config.threads
 
     @cute.jit
     def __call__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..sm80 import Forward as Sm80Forward
-from .forward import Forward
+from .. import sm80
+from .forward import FORWARD
 
-KERNELS = (Forward, Sm80Forward)
+KERNELS = (FORWARD, *sm80.KERNELS)

@@ -21,7 +21,7 @@ from cute_flash.dispatch import EMULATED
 from cute_flash.emulator.__main__ import main
 from cute_flash.emulator.execution.launch import View
 from cute_flash.emulator.front.portfolio import Held, examine
-from tests.tiny import Tiny, TinyConfig
+from tests.tiny import TINY, TinyConfig
 
 README = Path(emulator.__file__).with_name("README.md").read_text()
 EXAMPLE = re.search(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1]
@@ -143,7 +143,7 @@ def emitted(tmp_path_factory) -> Path:
     """A small kernel as --emit leaves it."""
     path = tmp_path_factory.mktemp("emitted") / "tiny.json"
     problem = Problem("float16", 64, 64)
-    built = executable.artifact(Tiny, problem, TinyConfig(64), EMULATED["sm80"])
+    built = executable.artifact(TINY, problem, TinyConfig(64), EMULATED["sm80"])
     for name, data in built.files().items():
         path.with_suffix(Path(name).suffix).write_bytes(data)
     return path

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from cute_flash import executable, objectfile, ops
-from cute_flash.arch.combine import Combine
+from cute_flash.arch.combine import COMBINE
 from cute_flash.arch.problem import Device
 from cute_flash.cache import Artifact
 from cute_flash.dispatch import EMULATED, Step
@@ -63,7 +63,7 @@ def objection(
 
     @cache
     def changed(kernel, problem, tuned, device, route):
-        if (kernel is Combine) != subject.combine:
+        if (kernel is COMBINE) != subject.combine:
             return unchanged(subject, Step(kernel, problem, tuned), device)
         artifact = compiled(subject, Step(kernel, problem, tuned), device)
         ptx = change(artifact.ptx.decode())
@@ -92,7 +92,7 @@ def check(call: Call, *results: torch.Tensor) -> None:
 
 def compiled(subject: Subject, step: Step, device: Device) -> Artifact:
     """A kernel of a subject's call."""
-    config = step.config if step.kernel is Combine or subject.config is None else subject.config
+    config = step.config if step.kernel is COMBINE or subject.config is None else subject.config
     return executable.artifact(step.kernel, step.problem, config, device)
 
 
@@ -160,7 +160,7 @@ def dependencies(subject: Subject, device: str) -> Iterator[bytes]:
 def ptx_of(subject: Subject, device: str) -> str:
     """The PTX of the kernel that is changed."""
     found = launches(subject, device)
-    ptx = next(one.artifact.ptx for one in found if (one.kernel is Combine) == subject.combine)
+    ptx = next(one.artifact.ptx for one in found if (one.kernel is COMBINE) == subject.combine)
     # The compiler leaves millions of objects; collections would look through them for every change.
     gc.collect()
     gc.freeze()
