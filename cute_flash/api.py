@@ -4,6 +4,10 @@
                 the last dimension contiguous, all other strides multiples of 16 bytes
     positions   query row i of a sequence stands at key position i + seqlen_k - seqlen_q
     a score     softmax_scale * q·k, then softcap, ALiBi, `score`; then what the masks hide is -inf
+    numbers     P V is summed in float32 before it is normalised, and overflows where values come near the
+                largest of bfloat16. A NaN or an infinity in keys or values beyond a sequence's length, or in
+                another sequence, reaches no row; in a value that only a mask hides it may reach any row
+                whose tile holds it, for 0 * NaN is NaN
 
 Errors: TypeError, ValueError and NotImplementedError name the argument, what was given and what is
 allowed; RuntimeError for CPU tensors without an emulated device.
@@ -58,6 +62,8 @@ def flash_attn_func(
     alibi_slopes: float32 (heads,) or (batch, heads): slope * |distance| is taken off (Press et al. 2022).
     deterministic: the same call gives the same bits either way. True: a row's bits depend on its sequence
         alone, not on the batch, the heads or the other queries: num_splits, where it is left open, is 1.
+        (On compute capability 10.0 with causal or window_size the last bits may differ with the number of
+        queries: blocks that are wholly visible to all of a tile's compute some exponentials by polynomials.)
     return_attn_probs: also return lse and S_dmask, the float32 softmax weights before dropout, (batch,
         heads, seqlen_q, seqlen_k), with a minus sign where dropout removed them. For tests only: it is
         computed by plain torch in O(seqlen**2) memory.
