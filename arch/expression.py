@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 from . import elementwise
 
-LARGEST_POSITION = 1 << 30  # of queries and keys, and of a rule's numbers that are computed in 32 bits
+# Of queries and keys, and of a rule's numbers that 32 bits are enough for: two of them and a constant, added.
+LARGEST_POSITION = (1 << 30) - (1 << 20)
 INT32, INT64 = (-(1 << 31), (1 << 31) - 1), (-(1 << 63), (1 << 63) - 1)
 _RANGES = {
     **dict.fromkeys(("q", "q_first", "q_last"), (-LARGEST_POSITION, LARGEST_POSITION - 1)),

@@ -195,9 +195,8 @@ class TableSymbol:
         return Symbol(self.kind, "load", self.name, *map(operand, index))
 
     def __getitem__(self, index: Any) -> Symbol:
-        several = index if isinstance(index, tuple) else (index,)
-        found = [i if type(i) is Symbol and i.op in ("batch", "head") else operand(i) for i in several]
-        return self.load([_from_the_end(i, n) for i, n in zip(found, self.shape, strict=False)])
+        several = map(operand, index if isinstance(index, tuple) else (index,))
+        return self.load([_from_the_end(i, n) for i, n in zip(several, self.shape, strict=False)])
 
     def __len__(self) -> NoReturn:
         _refuse("a table's length is shape[0], which is not known while a rule is traced")
@@ -208,12 +207,10 @@ class TableSymbol:
 
 def _from_the_end(index: Any, size: Symbol) -> Any:
     """Python's meaning of a negative index."""
-    if isinstance(index, Symbol):
-        if index.op in ("batch", "head"):
-            return index
-        counted = index + size
-        return call("where", joined(counted, index), index < 0, counted, index)
-    return index if index >= 0 else size + index
+    if not isinstance(index, Symbol):
+        return index if index >= 0 else size + index
+    never_negative = index.op in ("batch", "head", "k")
+    return index if never_negative else call("where", INT, index < 0, index + size, index)
 
 
 def leaf(name: str) -> Symbol:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+from typing import Any
 
 import pytest
+import torch
 
 from cute_flash.arch.common.blocks import phases
 from cute_flash.arch.common.mask import (
@@ -22,6 +25,7 @@ from cute_flash.arch.common.score import ALiBi, Chain, Score, Softcap
 from cute_flash.arch.elementwise import maximum, minimum
 from cute_flash.arch.expression import LARGEST_POSITION, expression
 from cute_flash.arch.rule import describe, traced
+from cute_flash.arch.symbol import TableSymbol
 from cute_flash.rules import MaskFunction
 
 
@@ -245,6 +249,23 @@ def test_a_text_holds_what_is_computed_and_no_names():
     assert text_of(Another(4)) == text_of(EveryThird(7))
     visible = "visible = (((k + int0) % 3) == 0)"
     assert text_of(EveryThird(7)) == f"leaves int\n{visible}\nkeys = 0, seqlen_k\nfull = 0, 0"
+
+
+def test_tables_are_read_by_load_or_by_index():
+    @dataclasses.dataclass(frozen=True)
+    class Reads(Mask):
+        table: Any
+
+        def visible(self, q, k):
+            return self.table[k, -1] == self.table[q, 0]
+
+    rows = torch.tensor([[1, 2], [2, 3], [3, 1]], dtype=torch.int32)
+    found = known(Reads(rows))
+    for q, k in itertools.product(range(-3, 3), range(3)):
+        assert found.visible(q, k) == (rows[k, -1] == rows[q, 0]).item()
+    for index, message in (((0,), "2 dimensions is read with 1 indices"), ((0.5, 0), "which is no integer")):
+        with pytest.raises(TypeError, match=message):
+            TableSymbol("table0", "int", 2).load(index)
 
 
 def test_what_is_used_twice_is_written_once():
