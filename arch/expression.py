@@ -125,6 +125,10 @@ class Expression:
         """Operations that a score is for every pair of query and key."""
         return len(self.sections["score"].per_pair)
 
+    def sees_positions(self) -> bool:
+        """Whether a score depends on where query and key are."""
+        return bool(self.sections["score"].needs & {"q", "k"})
+
     def is_light(self) -> bool:
         """Whether a mask asks no more of a pair than two comparisons that must both hold."""
         operations = self.sections["visible"].per_pair

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .arch.expression import LARGEST_POSITION
 from .arch.rule import Rule
 
 INT32 = -(2**31), 2**31 - 1
@@ -19,7 +20,7 @@ INT32 = -(2**31), 2**31 - 1
 # is still finite.
 FLOAT32 = 2.0**-126, 2.0**127
 LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
-LARGEST_BOUND = 2**30  # of a window: added to a position it is an int32
+LARGEST_BOUND = LARGEST_POSITION  # of a window: added to a position it is an int32
 MOST_SPLITS = 128  # parts of the keys
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)

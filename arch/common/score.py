@@ -44,7 +44,7 @@ class Softcap(Score):
         return LargeSoftcap(self.cap) if self.cap > LARGEST_PLAIN_CAP else self
 
     def score(self, s, batch, head, q, k):
-        return self.cap * tanh(s * (1.0 / self.cap))
+        return self.cap * tanh(s / self.cap)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LargeSoftcap(Score):
     cap: float
 
     def score(self, s, batch, head, q, k):
-        x = s * (1.0 / self.cap)
+        x = s / self.cap
         return where(absolute(x) < 1 / 32, s - s * x * x * (1 / 3), self.cap * tanh(x))
 
 

@@ -164,13 +164,14 @@ SOFTCAP_WORK = 3  # s / cap, tanh, * cap
 def crowded(problem: Problem, device: Device) -> bool:
     """Whether a problem needs many registers besides scores.
 
-    With dropout, with rules that read tables, with a mask of more than two comparisons, with a score of more
-    operations than a softcap has; on 11.0, which has no arithmetic on pairs, with any rule.
+    With dropout, with rules that read tables, with a mask of more than two comparisons, with a score that sees
+    positions or has more operations than a softcap; on 11.0, which has no arithmetic on pairs, with any rule.
     """
     rules = [rule for rule in (problem.mask, problem.score) if rule]
     tables = any(rule.reads_tables() for rule in rules)
     long = problem.mask is not None and not problem.mask.is_light()
-    heavy = problem.score is not None and problem.score.work() > SOFTCAP_WORK
+    score = problem.score
+    heavy = score is not None and (score.work() > SOFTCAP_WORK or score.sees_positions())
     return problem.dropout or tables or long or heavy or bool(rules and device.capability == (11, 0))
 
 
