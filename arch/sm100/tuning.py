@@ -164,8 +164,8 @@ SOFTCAP_WORK = 3  # s / cap, tanh, * cap
 def crowded(problem: Problem, device: Device) -> bool:
     """Whether a problem needs many registers besides scores.
 
-    With dropout, rules that read tables, a mask of more than two comparisons, a score that sees positions or has
-    more operations than a softcap; on 11.0, which has no arithmetic on pairs, with any rule.
+    With dropout, rules that read tables, a mask of more than two comparisons, a score that sees positions or
+    has more operations than a softcap; on 11.0, which has no arithmetic on pairs, with any rule.
     """
     rules = [rule for rule in (problem.mask, problem.score) if rule]
     tables = any(rule.reads_tables() for rule in rules)

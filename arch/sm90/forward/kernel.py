@@ -87,7 +87,7 @@ class ForwardKernel:
         if self.config.longest_first:
             nbytes = self.dtype.width // 8 * (self.problem.head_dim + self.problem.head_dim_v)
             together = maximum(L2_FOR_SECTION // (nbytes * maximum(keys, 1)), 1) * group
-            together = minimum(together, heads * batches)  # all of them: few keys would let the product overflow
+            together = minimum(together, heads * batches)  # else, with very few keys, sizes would overflow
         splits = call.out.shape[0] if self.problem.split_kv else 1
         blocks = cute.ceil_div(rows, rows_of_tile(self.config))
         return InSections(*map(Int32, (blocks, heads, batches, splits, together)))
