@@ -23,7 +23,7 @@ import torch
 from .arch.common.mask import Both, Causal, Mask, SlidingWindow
 from .arch.common.score import ALiBi, Chain, Score, Softcap
 from .arch.expression import Expression, expression
-from .arch.rule import Rule, describe, traced
+from .arch.rule import Rule, RuleType, describe, traced
 
 _SHORT = reprlib.Repr()
 _SHORT.maxother = 60
@@ -117,17 +117,31 @@ def _encode(rule: Rule | None, pools: tuple[list, list, list]) -> str:
     """The text of a rule; its values are appended to the pools of tensors, ints and floats."""
     if rule is None:
         return ""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and type(rule) in (MaskFunction, ScoreFunction) and _is_closed(rule.function):
+        return _text_of_code(type(rule), rule.function.__code__)
     kind, found = describe(rule)
-    for leaf, value in zip(kind.leaves(), found, strict=True):
-        pools[_POOL.get(leaf, 0)].append(value)
-    if not torch.compiler.is_compiling():
-        if type(rule) in (MaskFunction, ScoreFunction) and _is_closed(rule.function):
-            return _text_of_code(type(rule), rule.function.__code__)
-        return _text(kind) if kind.ships() else traced(kind)
-    # torch.compile guards on what the tracing looks at, but for what a class has from the function around it.
-    for cls in kind.classes():
-        _check_closures(cls)
-    return traced(kind)
+    shipped = None if compiling else _SHIPPED.get(kind)
+    text, pool_of = shipped or _traced(kind, compiling)
+    for pool, value in zip(pool_of, found, strict=True):
+        pools[pool].append(value)
+    return text
+
+
+# Type of a rule that ships -> its text, and the pool of each of its values.
+_SHIPPED: dict[RuleType, tuple[str, tuple[int, ...]]] = {}
+
+
+def _traced(kind: RuleType, compiling: bool) -> tuple[str, tuple[int, ...]]:
+    """The text of rules of a type, and the pool of each of their values."""
+    if compiling:
+        # torch.compile guards on what tracing looks at, but for what a class has from a function around it.
+        for cls in kind.classes():
+            _check_closures(cls)
+    result = traced(kind), tuple([_POOL.get(leaf, 0) for leaf in kind.leaves()])
+    if not compiling and kind.ships():
+        _SHIPPED[kind] = result
+    return result
 
 
 def _is_closed(function: types.FunctionType) -> bool:
@@ -166,7 +180,6 @@ def _enclosed(value: Any) -> bool:
 
 
 _POOL = {"int": 1, "int64": 1, "float": 2}
-_text = functools.lru_cache(maxsize=4096)(traced)
 
 
 @functools.lru_cache(maxsize=4096)
