@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import cutlass
+import cutlass.cute as cute
+
 from cute_flash.arch.expression import expression
-from cute_flash.arch.problem import Spec
+from cute_flash.arch.kernel import Kernel, Tuning
+from cute_flash.arch.problem import Spec, Support
 
 THREADS = 128
 
@@ -57,38 +61,38 @@ class ExpressionConfig:
         return 0
 
 
-class ExpressionKernel:
-    """The kernel class."""
-
-    name = "tests.expression"
+class ExpressionLauncher:
+    """What is compiled."""
 
     def __init__(self, problem: ExpressionProblem, config: ExpressionConfig):
-        self.problem = problem
+        self.rules = [expression(text) for text in problem.texts]
 
-    def launcher(self):
-        """What to compile."""
-        import cuda.bindings.driver as cuda
-        import cutlass
-        import cutlass.cute as cute
+    @cute.kernel
+    def kernel(self, q: cute.Tensor, k: cute.Tensor, s: cute.Tensor, integers, floats, values):
+        """A thread's numbers."""
+        i = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
+        if i < q.shape[0]:
+            for n in cutlass.range_constexpr(len(self.rules)):
+                found = self.rules[n].at(values, 0, 0, 0, 0).score(s[i], 0, 0, q[i], k[i])
+                found = cutlass.as_numeric(found)
+                if cutlass.const_expr(found.dtype is cutlass.Float32):
+                    floats[n, i] = found
+                else:
+                    integers[n, i] = cutlass.Int64(found)
 
-        rules = [expression(text) for text in self.problem.texts]
+    @cute.jit
+    def __call__(self, *operands_and_stream):
+        """Operands in their order, and the stream."""
+        *operands, stream = operands_and_stream
+        call = Operands(*operands)
+        blocks = cute.ceil_div(call.q.shape[0], THREADS)
+        self.kernel(*call).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
-        @cute.kernel
-        def kernel(q: cute.Tensor, k: cute.Tensor, s: cute.Tensor, integers, floats, values):
-            i = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
-            if i < q.shape[0]:
-                for n in cutlass.range_constexpr(len(rules)):
-                    found = cutlass.as_numeric(rules[n].at(values, 0, 0, 0, 0).score(s[i], 0, 0, q[i], k[i]))
-                    if cutlass.const_expr(found.dtype is cutlass.Float32):
-                        floats[n, i] = found
-                    else:
-                        integers[n, i] = cutlass.Int64(found)
 
-        @cute.jit
-        def launch(q, k, s, integers, floats, values, stream: cuda.CUstream):
-            blocks = cute.ceil_div(q.shape[0], THREADS)
-            kernel(q, k, s, integers, floats, values).launch(
-                grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
-            )
-
-        return launch
+EXPRESSIONS = Kernel(
+    name="tests.expressions",
+    operation="forward",
+    support=Support(((8, 0), (12, 1)), ("float16",), (64,), frozenset()),
+    tuning=Tuning(config=lambda problem, device, sizes: ExpressionConfig()),
+    launches="tests.expression_kernel:ExpressionLauncher",
+)

@@ -17,7 +17,7 @@ from cute_flash.arch.rule import Rule, describe, traced
 from cute_flash.arch.symbol import INT, Symbol
 from cute_flash.dispatch import EMULATED, emulated
 from cute_flash.executable import executable
-from tests.expression_kernel import ExpressionConfig, ExpressionKernel, ExpressionProblem, Operands
+from tests.expression_kernel import EXPRESSIONS, ExpressionConfig, ExpressionProblem, Operands
 
 INTEGERS: dict[str, Callable] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv,
@@ -98,7 +98,7 @@ def texts(functions: dict[str, Callable], a: torch.Tensor, b: torch.Tensor) -> t
 def on_the_device(arch: str, functions: dict[str, Callable], a, b) -> tuple[torch.Tensor, torch.Tensor]:
     """(integers, floats) of all functions, one row each."""
     problem = ExpressionProblem(texts(functions, a, b), tuple(str(x.dtype)[6:] for x in (a, b)))
-    run = executable(ExpressionKernel, problem, ExpressionConfig(), EMULATED[arch], "emulator")
+    run = executable(EXPRESSIONS, problem, ExpressionConfig(), EMULATED[arch], "emulator")
     k, s = torch.arange(len(a), dtype=torch.int32), torch.zeros(len(a))
     integers = torch.zeros(len(functions), len(a), dtype=torch.int64)
     floats = torch.full((len(functions), len(a)), math.nan)
