@@ -30,10 +30,9 @@ def main(arguments: list[str]) -> int:
 
     from cute_flash.dispatch import only
 
-    torch.set_grad_enabled(False)
     options = {"races": True} if chosen.races and chosen.machine != measure.CUDA else {}
     try:
-        with only(chosen.kernel):
+        with torch.no_grad(), only(chosen.kernel):
             seconds = (_case if chosen.case else _row)(chosen.case or chosen.row, chosen.machine, options)
     except KeyError as error:
         print(error.args[0], file=sys.stderr)

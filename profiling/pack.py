@@ -240,12 +240,12 @@ def _compile_for(what: Any, kernel: str | None, arch: str, directory: str) -> st
 
     from cute_flash import cache, executable
 
-    torch.set_grad_enabled(False)
     try:
-        for asked in asked_for(what, arch, kernel):
-            path = Path(directory) / (executable.key_of(*asked) + cache.SUFFIX)
-            if not path.exists():
-                cache.write(path, executable.artifact(*asked))
+        with torch.no_grad():
+            for asked in asked_for(what, arch, kernel):
+                path = Path(directory) / (executable.key_of(*asked) + cache.SUFFIX)
+                if not path.exists():
+                    cache.write(path, executable.artifact(*asked))
     except NotImplementedError as error:
         return "" if kernel else f"{error}"
     except Exception as error:
