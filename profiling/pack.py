@@ -260,25 +260,29 @@ def asked_for(what: Any, arch: str, kernel: str | None = None) -> list[tuple]:
     """
     import torch
 
-    from cute_flash import emulated, flash_attn_func
+    from cute_flash import emulated, flash_attn_func, repeat
     from cute_flash.dispatch import only
     from tests.cases import CASES
     from tests.harness import Call
 
-    found: list[tuple] = []
+    found: dict[tuple, None] = {}
 
     def record(kernel, problem, config, device, route):
-        found.append((kernel, problem, config, device))
+        found[kernel, problem, config, device] = None
         return lambda *operands: None
 
-    with mock.patch("cute_flash.ops.executable", record), only(kernel):
-        if isinstance(what, str):
-            Call.make(CASES[what]).run(arch)
-        else:
-            with emulated(arch):
-                inputs = (torch.empty(shape, dtype=torch.bfloat16) for shape in what.shapes)
-                flash_attn_func(*inputs, causal=what.causal)
-    return found
+    repeat.forget()  # calls that are remembered ask for no kernel; nor may these be
+    try:
+        with mock.patch("cute_flash.ops.executable", record), only(kernel):
+            if isinstance(what, str):
+                Call.make(CASES[what]).run(arch)
+            else:
+                with emulated(arch):
+                    inputs = (torch.empty(shape, dtype=torch.bfloat16) for shape in what.shapes)
+                    flash_attn_func(*inputs, causal=what.causal)
+    finally:
+        repeat.forget()
+    return list(found)
 
 
 def flash_attn_4(directory: Path, arch: str, quick: bool) -> dict[str, str]:
