@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from tests.reference import attention
+from tests.reference import attention, gradients
 
 LSE_ATOL = 2e-5
+GRADIENTS = ("dq", "dk", "dv", "dsink")
 
 
 def assert_accurate(out, lse, tensors: tuple, *, lse_atol: float = LSE_ATOL, **call) -> None:
@@ -19,11 +20,27 @@ def assert_accurate(out, lse, tensors: tuple, *, lse_atol: float = LSE_ATOL, **c
     """
     exact, dtype = attention(*tensors, **call), tensors[0].dtype
     peer, _ = attention(*tensors, compute=dtype, **call)
-    largest = exact[0].abs().max().item() if exact[0].numel() else 0.0
-    hold("out", out, exact[0], peer, torch.finfo(dtype).eps / 2 * largest)
+    hold("out", out, exact[0], peer, half_a_unit(dtype, exact[0]))
     if lse is not None:
         _, peer = attention(*tensors, compute=torch.float32, **call)
         hold("lse", lse, exact[1], peer, lse_atol)
+
+
+def assert_gradients_accurate(found, tensors: tuple, dout, dlse, **call) -> None:
+    """Hold dq, dk, dv and, with a sink, dsink of a call on `tensors` (q, k, v) to the rule.
+
+    Each: twice torch's error in the input dtype, plus half a unit in the last place of the largest gradient.
+    """
+    dtype = tensors[0].dtype
+    exact = gradients(tensors, dout, dlse, **call)
+    peer = gradients(tensors, dout, dlse, compute=dtype, **call)
+    for name, *each in zip(GRADIENTS[: len(exact)], found, exact, peer, strict=True):
+        hold(name, *each, half_a_unit(dtype, each[1]))
+
+
+def half_a_unit(dtype: torch.dtype, exact) -> float:
+    """What rounding the largest of these numbers to `dtype` may change it by."""
+    return torch.finfo(dtype).eps / 2 * (exact.abs().max().item() if exact.numel() else 0.0)
 
 
 def hold(name: str, ours, exact, peer, atol: float) -> None:

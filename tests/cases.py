@@ -238,9 +238,18 @@ def singles() -> Iterator[Case]:
     yield Case("dropout_varlen", RAGGED, varlen=True, dropout=0.3)
     yield Case("sink", sink=True)
     yield Case("sink_without_keys", ((70, 20),), sink=True, mask="causal")
+    yield from special()
     yield from few_rows()
     yield from split()
     yield from blocked()
+
+
+def special() -> Iterator[Case]:
+    """Rows and keys whose gradients need a thought; others stand among the lengths and used lengths."""
+    yield Case("keys_unseen", ((20, 400),), mask="window")
+    yield Case("rows_without_keys", ((300, 70),), mask="causal")
+    yield Case("sink_alone", ((70, 0),), sink=True)
+    yield Case("scores_near_overflow", dtype="float16", softmax_scale=1200.0)
 
 
 def blocked() -> Iterator[Case]:

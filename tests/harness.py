@@ -17,7 +17,7 @@ import torch
 import cute_flash
 from cute_flash import BlockMask, rules
 from cute_flash.arch.rule import Rule, describe
-from tests.accuracy import assert_accurate
+from tests.accuracy import assert_accurate, assert_gradients_accurate
 from tests.cases import BLOCKS, MASKS, SCORES, Case, Sizes
 from tests.reference import Dropout
 
@@ -94,37 +94,79 @@ class Call:
 
     def run(self, device: str, **emulator_options: Any):
         """(out, lse) of cute_flash on `device`, from and into poisoned surroundings, on the CPU."""
-        case = self.case
-        out_shape = (*self.tensors["q"].shape[:-1], case.dims[1])
+        out_shape = (*self.tensors["q"].shape[:-1], self.case.dims[1])
         blank = torch.full(out_shape, math.nan, dtype=self.tensors["q"].dtype)
-        placed = {
-            name: Poisoned.holding(tensor, case.layout, device)
-            for name, tensor in (self.tensors | {"out": blank}).items()
-        }
-        arguments = {name: moved(value, device) for name, value in self.arguments.items()}
-        arguments |= {"dropout_p": case.dropout, "return_lse": True, "out": placed["out"].view}
-        arguments["num_splits"] = case.splits
-        function = cute_flash.flash_attn_func
-        if case.varlen:
-            function = cute_flash.flash_attn_varlen_func
-            longest = [max(lengths) for lengths in zip(*case.seqlens, strict=True)]
-            arguments |= {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
-        before = {name: placed[name].storage.clone() for name in "qkv"}
-        with where(device, **emulator_options):
-            out, lse = function(*(placed[name].view for name in "qkv"), **arguments)[:2]
+        placed = self._placed(self.tensors | {"out": blank}, device)
+        function, arguments = self._function(device)
+        with unchanged({name: placed[name] for name in "qkv"}), where(device, **emulator_options):
+            tensors = (placed[name].view for name in "qkv")
+            out, lse = function(*tensors, out=placed["out"].view, **arguments)[:2]
         assert out.data_ptr() == placed["out"].view.data_ptr(), "out is not the tensor that was given"
         placed["out"].assert_surroundings_untouched()
-        for name, storage in before.items():
-            assert torch.equal(storage.view(torch.int16), placed[name].storage.view(torch.int16)), name
         return out.cpu(), lse.cpu()
+
+    def run_backward(self, dout, dlse, device: str, **emulator_options: Any) -> tuple[torch.Tensor, ...]:
+        """dq, dk, dv and, with a sink, dsink, as `run`; dout, too, lies in poisoned surroundings."""
+        placed = self._placed(self.tensors | {"dout": dout}, device)
+        function, arguments = self._function(device)
+        leaves = [placed[name].view.requires_grad_() for name in "qkv"]
+        if self.case.sink:
+            leaves.append(arguments["learnable_sink"].detach().requires_grad_())
+            arguments["learnable_sink"] = leaves[3]
+        with unchanged(placed), where(device, **emulator_options):
+            results = function(*leaves[:3], **arguments)[:2]
+            found = torch.autograd.grad(results, leaves, (placed["dout"].view, moved(dlse, device)))
+        for gradient, leaf in zip(found, leaves, strict=True):
+            assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+        return tuple(gradient.cpu() for gradient in found)
 
     def check(self, device: str, **emulator_options: Any) -> None:
         """Run, and hold the result to the accuracy rule."""
-        case, told = self.case, dict(self.arguments)
-        if case.dropout:
-            told["dropout"] = Dropout(case.dropout, *next_rng_state(device))
+        told = self.told(device)
         out, lse = self.run(device, **emulator_options)
         assert_accurate(out, lse, tuple(self.tensors.values()), **told)
+
+    def check_gradients(self, device: str, **emulator_options: Any) -> None:
+        """Run forward and backward, and hold the gradients to the accuracy rule."""
+        told, (dout, dlse) = self.told(device), self.cotangents()
+        found = self.run_backward(dout, dlse, device, **emulator_options)
+        assert_gradients_accurate(found, tuple(self.tensors.values()), dout, dlse, **told)
+
+    def cotangents(self, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fresh normal gradients of out, in its dtype, and of lse, float32; NaN beyond a used length."""
+        generator, q = torch.Generator().manual_seed(seed), self.tensors["q"]
+        dout = torch.randn(*q.shape[:-1], self.case.dims[1], generator=generator).to(q.dtype)
+        dlse = torch.randn(q.shape[:-1], generator=generator).transpose(-1, -2).contiguous()
+        unused = q.isnan().any(-1)
+        return dout.masked_fill(unused[..., None], math.nan), dlse.masked_fill(unused.mT, math.nan)
+
+    def told(self, device: str) -> dict[str, Any]:
+        """What the oracle is told besides the tensors of this call, which is the next one on `device`."""
+        if not self.case.dropout:
+            return dict(self.arguments)
+        return self.arguments | {"dropout": Dropout(self.case.dropout, *next_rng_state(device))}
+
+    def _function(self, device: str) -> tuple[Callable, dict[str, Any]]:
+        """The function of cute_flash that serves the case, and what it is given besides q, k, v and out."""
+        arguments = {name: moved(value, device) for name, value in self.arguments.items()}
+        arguments |= {"dropout_p": self.case.dropout, "return_lse": True, "num_splits": self.case.splits}
+        if not self.case.varlen:
+            return cute_flash.flash_attn_func, arguments
+        longest = [max(lengths) for lengths in zip(*self.case.seqlens, strict=True)]
+        arguments |= {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
+        return cute_flash.flash_attn_varlen_func, arguments
+
+    def _placed(self, tensors: dict[str, torch.Tensor], device: str) -> dict[str, Poisoned]:
+        return {name: Poisoned.holding(x, self.case.layout, device) for name, x in tensors.items()}
+
+
+@contextlib.contextmanager
+def unchanged(placed: dict[str, Poisoned]):
+    """Raises where a storage has changed at the end."""
+    before = {name: tensor.storage.clone() for name, tensor in placed.items()}
+    yield
+    for name, storage in before.items():
+        assert torch.equal(storage.view(torch.int16), placed[name].storage.view(torch.int16)), name
 
 
 def next_rng_state(device: str) -> list[int]:

@@ -73,6 +73,19 @@ def packed(q, k, v, cu_seqlens_q, cu_seqlens_k, *, seqused_q=None, seqused_k=Non
     return out, lse
 
 
+def gradients(tensors, dout, dlse, *, compute=torch.float64, learnable_sink=None, **call):
+    """What sum(out * dout) + sum(lse * dlse) changes by, for q, k, v and, where there is one, the sink.
+
+    By autograd in `compute`, in which the gradients are. dout, dlse: shaped as out and lse, NaN where unread.
+    """
+    given = tuple(x.to(compute) for x in (*tensors, learnable_sink) if x is not None)
+
+    def function(q, k, v, sink=None):
+        return attention(q, k, v, compute=compute, learnable_sink=sink, **call)
+
+    return torch.autograd.functional.vjp(function, given, (dout.to(compute), dlse.to(compute)))[1]
+
+
 def one_head(q, k, v, where: tuple[int, int, int], call: Call):
     """(out, lse) of q (seqlen_q, dim), k (seqlen_k, dim), v (seqlen_k, dim_v); where: batch, head, heads."""
     batch, head, heads = where
@@ -80,8 +93,10 @@ def one_head(q, k, v, where: tuple[int, int, int], call: Call):
     s = scores(q @ k.T * scale, batch, head, call)
     if call.learnable_sink is not None:
         s = torch.cat([s, call.learnable_sink[head].to(s).expand(len(s), 1)], dim=1)
-    lse = s.logsumexp(dim=1) if s.shape[1] else s.new_full((len(s),), -math.inf)
-    p = s.softmax(dim=1)[:, : len(k)].masked_fill(lse.isneginf()[:, None], 0.0)
+    without = s.isneginf().all(dim=1)  # rows without keys: softmax has no value there, and no gradient
+    s = s.masked_fill(without[:, None], 0.0)
+    lse = s.logsumexp(dim=1).masked_fill(without, -math.inf)
+    p = s.softmax(dim=1)[:, : len(k)].masked_fill(without[:, None], 0.0)
     if call.dropout is None:
         return p @ v, lse
     keep = keep_mask(call.dropout, batch * heads + head, *p.shape)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+import cute_flash
 from cute_flash.arch.common.mask import Causal, Document, PrefixLM, SlidingWindow
 from cute_flash.arch.common.score import ALiBi, Chain, Score, Softcap
-from tests.accuracy import assert_accurate, hold
-from tests.reference import Dropout, attention, keep_mask, philox
+from tests.accuracy import GRADIENTS, assert_accurate, assert_gradients_accurate, hold
+from tests.cases import CASES, hides_rows
+from tests.harness import Call
+from tests.reference import Dropout, attention, gradients, keep_mask, philox
 
 INF = math.inf
 
@@ -211,6 +215,69 @@ def test_dropout_keeps_the_expectation(p):
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(64)))
 
 
+# gradients
+
+
+def test_gradients_equal_sdpa():
+    tensors, dout = random_tensors(6, 6), random_tensors(6)[0]
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(sdpa(*leaves, is_causal=True), leaves, dout)
+    found = gradients(tensors, dout, torch.zeros(2, 4, 6), causal=True)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"learnable_sink": torch.tensor([0.5, -1.0, 0.0, 2.0]), "causal": True},
+        {"softcap": 2.0, "alibi_slopes": torch.tensor([0.5, 1.0, 2.0, 4.0])},
+        {"score": hides_rows, "window_size": (1, 1)},
+        {"dropout": Dropout(0.4, seed=1, offset=2), "learnable_sink": torch.zeros(4)},
+    ],
+    ids=lambda call: "-".join(call),
+)
+def test_gradients_equal_differences(call):
+    """A small step changes what they say; of 8 queries, 5 come before any of the 3 keys."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = random_tensors(8, 3)
+    given = [*tensors, *(x.double() for x in [call.pop("learnable_sink", None)] if x is not None)]
+    step, dout, dlse = ([torch.randn(x.shape, generator=generator).double() for x in xs]
+                        for xs in (given, given[:1], [torch.empty(2, 4, 8)]))
+
+    def loss(sign):
+        q, k, v, *sink = (x + sign * 1e-5 * towards for x, towards in zip(given, step, strict=True))
+        out, lse = attention(q, k, v, learnable_sink=sink[0] if sink else None, **call)
+        return (out * dout[0]).sum() + (lse * dlse[0]).masked_fill(lse.isneginf(), 0.0).sum()
+
+    sink = given[3] if len(given) > 3 else None
+    found = gradients(tensors, dout[0], dlse[0], learnable_sink=sink, **call)
+    slope = sum((gradient * towards).sum() for gradient, towards in zip(found, step, strict=True))
+    torch.testing.assert_close(slope, (loss(1) - loss(-1)) / 2e-5)
+
+
+def test_gradients_of_special_rows():
+    """0 for queries without keys, keys that no query sees, and rows past a used length."""
+    tensors, dout, dlse = random_tensors(8, 3), random_tensors(8)[0], torch.ones(2, 4, 8)
+    dq, dk, dv = gradients(tensors, dout, dlse, causal=True)
+    assert not dq[:, :5].any() and all(x[:, key].any() for x in (dk, dv) for key in range(3))
+    dq, dk, dv = gradients(tensors, dout, dlse, mask=SlidingWindow(None, -1))
+    assert not dk[:, 2].any() and not dv[:, 2].any() and dv[:, 1].any()
+    dout[0, 6:], dlse[0, :, 6:] = math.nan, math.nan
+    used = {"seqused_q": torch.tensor([6, 8]), "seqused_k": torch.tensor([2, 3])}
+    dq, dk, dv = gradients(tensors, dout, dlse, **used)
+    assert dq[0, 5].all() and not dq[0, 6:].any() and dq[1, 6:].all()
+    assert dk[0, 1].all() and not dk[0, 2:].any() and not dv[0, 2:].any()
+
+
+def test_gradients_of_a_sink_alone():
+    """Without keys out is 0 and lse the sink: its gradient is what comes through lse."""
+    q, k, v = random_tensors(5, 0)
+    dlse = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    *others, dsink = gradients((q, k, v), q, dlse, learnable_sink=torch.zeros(4))
+    assert not any(x.any() for x in others)
+    torch.testing.assert_close(dsink, dlse.sum((0, 2)))
+
+
 # the accuracy rule can fail
 
 
@@ -224,6 +291,38 @@ def test_accuracy_rule():
         assert_accurate(wrong, lse.float(), tensors)
     with pytest.raises(AssertionError, match="lse: error"):
         assert_accurate(out.bfloat16(), lse.float() + 1e-4, tensors)
+
+
+def test_accuracy_rule_of_gradients():
+    """The rule holds for gradients computed in float32, and does not with one number wrong."""
+    call = Call.make(CASES["sink_without_keys"])
+    told, (dout, dlse), tensors = call.told("sm80"), call.cotangents(), tuple(call.tensors.values())
+    right = gradients(tensors, dout, dlse, compute=torch.float32, **told)
+    right = [*(x.bfloat16() for x in right[:3]), right[3]]
+    assert_gradients_accurate(right, tensors, dout, dlse, **told)
+    for i, name in enumerate(GRADIENTS):
+        wrong = [x.clone() for x in right]
+        wrong[i].flatten()[-1] += wrong[i].abs().max() / 8
+        with pytest.raises(AssertionError, match=f"{name}: error"):
+            assert_gradients_accurate(wrong, tensors, dout, dlse, **told)
+
+
+@pytest.mark.parametrize("name", ["used_qk_causal", "sink", "layout_sliced"])
+def test_harness_takes_gradients(name, monkeypatch):
+    """Of a function in plain torch that stands in for ours; a scale that is 5 % off is noticed."""
+    function = "flash_attn_varlen_func" if CASES[name].varlen else "flash_attn_func"
+
+    def stand_in(*tensors, error=0.0, **call):
+        for name in {"dropout_p", "return_lse", "num_splits", "max_seqlen_q", "max_seqlen_k"} & call.keys():
+            del call[name]
+        out, lse = attention(*tensors, compute=torch.float32, softmax_scale=(1 + error) / 8, **call)
+        return out.to(tensors[0].dtype), lse
+
+    monkeypatch.setattr(cute_flash, function, stand_in)
+    Call.make(CASES[name]).check_gradients("sm80")
+    monkeypatch.setattr(cute_flash, function, partial(stand_in, error=0.05))
+    with pytest.raises(AssertionError, match="dq: error"):
+        Call.make(CASES[name]).check_gradients("sm80")
 
 
 @pytest.mark.parametrize("ours, exact, peer", [(math.nan, 1.0, 1.0), (INF, -INF, -INF), (1.0, 1.0, math.nan)])
