@@ -33,7 +33,7 @@ def count_tiles(tile_m: int, heads: int, sizes: Sizes) -> int:
     return sizes.batch * groups * -(-sizes.seqlen_q * heads // tile_m)
 
 
-def telling_sizes(problem: Problem, q_rows: Iterable[int], most: int) -> Iterator[Sizes]:
+def config_probe_sizes(problem: Problem, q_rows: Iterable[int], most: int) -> Iterator[Sizes]:
     """Sizes among which every config is found that depends on heads of a tile, or on how many rows there are.
 
     q_rows: rows, of all heads of a group, from which on something changes.

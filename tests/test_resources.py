@@ -18,7 +18,7 @@ from tests.harness import answer_for
 nvidia = pytest.importorskip("nvidia.cu13", reason="cuobjdump comes with the package nvidia-cuda-cuobjdump")
 CUOBJDUMP = next(Path(folder) / "bin" / "cuobjdump" for folder in nvidia.__path__)
 
-# The most that a call can ask for, where rules are light (see tuning.py), and where they are not.
+# The most that a call can ask for, where registers are left (see tuning.py), and where they are not.
 LIGHT = Case("light", dtype="float16", varlen=True, used="qk", heads=(4, 2), mask="window", sink=True)
 EXTREMES = {
     "light": LIGHT,
@@ -69,8 +69,8 @@ def test_extremes(device, rules, dims, tmp_path):
 
 
 def test_every_row_is_covered():
-    assert {(row.head_dim, row.head_dim_v) for row in tuning.FORWARD} == set(DIMS)
-    for row in tuning.FORWARD:
+    assert {(row.head_dim, row.head_dim_v) for row in tuning.ROWS} == set(DIMS)
+    for row in tuning.ROWS:
         answers = [answer_for(replace(EXTREMES[r], dims=d), device) for device, r, d in SHIPPED]
         assert any(replace(answer.config, stages=row.config.stages) == row.config for answer in answers), row
 

@@ -38,7 +38,7 @@ HEAD_DIMS = ((136, 160), (256, 8), (200, 200), (8, 256), (40, 104))
 def pairs_only(monkeypatch):
     """The table has only its rows of pairs, for whatever they can serve."""
     rows = [replace(row, even=False, gain=math.inf) for row in tuning.ROWS if row.config.ctas == 2]
-    monkeypatch.setattr(tuning, "ROWS", tuple(rows))
+    monkeypatch.setattr(tuning.FORWARD, "rows", tuple(rows))
     yield from _forgetting_choices()
 
 
@@ -172,7 +172,7 @@ def test_pairs_that_persist_stay_in_registers(dims, tmp_path):
 
 def test_pairs_are_split_among_half_as_many():
     problem, sizes = Problem("bfloat16", 256, 256), Sizes(1, 1, 1, 256, 1 << 16)
-    assert 60 <= tuning.splits(problem, B200, sizes) <= B200.multiprocessors // 2
+    assert 60 <= FORWARD.splits(problem, B200, sizes) <= B200.multiprocessors // 2
 
 
 def test_a_launch_is_whole_pairs(pairs_only):

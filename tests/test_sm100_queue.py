@@ -32,7 +32,7 @@ def queues_only(monkeypatch):
     def scheduled(config, problem, device):
         return replace(config, dynamic=True, softmax_registers=184, other_registers=64)
 
-    monkeypatch.setattr(tuning, "scheduled", scheduled)
+    monkeypatch.setattr(tuning.FORWARD, "scheduled", scheduled)
     repeat.forget()
     yield
     repeat.forget()

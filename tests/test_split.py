@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 
 import cute_flash
 from cute_flash import dispatch, executable, repeat
-from cute_flash.arch import packing
+from cute_flash.arch import packing, tuning
 from cute_flash.arch.common.blocks import Phase, Range, part_of
 from cute_flash.arch.problem import Problem, Sizes
-from cute_flash.arch.sm80 import tuning as sm80
-from cute_flash.arch.sm90 import tuning
+from cute_flash.arch.sm80 import FORWARD as AMPERE
 from cute_flash.arch.sm90.forward import FORWARD
-from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.forward import FORWARD as BLACKWELL
 from cute_flash.masks import Causal, Document, PrefixLM
 from cute_flash.rules import decode, encode
@@ -53,51 +51,51 @@ def test_parts_are_the_whole(cuts, parts):
 
 
 def test_a_full_gpu_is_not_split():
-    assert tuning.splits(GROUPED, H100, Sizes(8, 32, 8, 4096, 4096)) == 1
-    assert tuning.splits(GROUPED, H100, Sizes(16, 64, 8, 1, 4096)) == 1
+    assert FORWARD.splits(GROUPED, H100, Sizes(8, 32, 8, 4096, 4096)) == 1
+    assert FORWARD.splits(GROUPED, H100, Sizes(16, 64, 8, 1, 4096)) == 1
 
 
 def test_few_rows_and_many_keys_are_split():
     """One wave: every multiprocessor gets a part, and no second wave is begun."""
     for batch in (1, 2, 4):
-        splits = tuning.splits(GROUPED, H100, Sizes(batch, 64, 8, 1, 65536))
+        splits = FORWARD.splits(GROUPED, H100, Sizes(batch, 64, 8, 1, 65536))
         assert 100 <= batch * 8 * splits <= 132
 
 
 def test_blackwell_splits_by_its_own_tiles():
     """256 rows of one head, 128 keys: one wave of 8 heads, and a full GPU or a window stays whole."""
     problem = replace(GROUPED, gqa=False)
-    assert 100 <= 8 * sm100.splits(problem, B200, Sizes(1, 8, 8, 256, 65536)) <= 148
-    assert sm100.splits(problem, B200, Sizes(8, 32, 8, 4096, 4096)) == 1
+    assert 100 <= 8 * BLACKWELL.splits(problem, B200, Sizes(1, 8, 8, 256, 65536)) <= 148
+    assert BLACKWELL.splits(problem, B200, Sizes(8, 32, 8, 4096, 4096)) == 1
     window = answer_for(replace(CASES["few_rows"], mask="window"), "sm100").problem
-    assert sm100.splits(window, B200, Sizes(1, 6, 2, 1, 65536)) == 1
+    assert BLACKWELL.splits(window, B200, Sizes(1, 6, 2, 1, 65536)) == 1
 
 
 def test_blackwell_takes_few_rows_in_one_tile():
     """Rows of a group's heads side by side; from 129 on two tiles."""
     for seqlen_q, heads, tiles in ((1, 8, 1), (16, 8, 1), (17, 8, 2), (4096, 1, 2)):
-        config = sm100.forward_config(GROUPED, B200, Sizes(1, 16, 2, seqlen_q, 999))
+        config = BLACKWELL.config(GROUPED, B200, Sizes(1, 16, 2, seqlen_q, 999))
         assert (config.heads, config.tiles) == (heads, tiles)
 
 
 def test_ampere_fills_every_place_that_an_sm_has():
     """A query row alone: a wave has as many CTAs as the 108 multiprocessors hold at once, here 2 each."""
     problem, a100 = replace(GROUPED, gqa=False), dispatch.EMULATED["sm80"]
-    assert sm80.forward_config(problem, a100).resident(problem, a100) == 2
-    assert 150 <= 8 * sm80.splits(problem, a100, Sizes(1, 8, 8, 1, 65536)) <= 216
-    assert sm80.splits(problem, a100, Sizes(8, 32, 8, 4096, 4096)) == 1
+    assert AMPERE.config(problem, a100).resident(problem, a100) == 2
+    assert 150 <= 8 * AMPERE.splits(problem, a100, Sizes(1, 8, 8, 1, 65536)) <= 216
+    assert AMPERE.splits(problem, a100, Sizes(8, 32, 8, 4096, 4096)) == 1
     window = answer_for(replace(CASES["few_rows"], mask="window"), "sm80").problem
-    assert sm80.splits(window, a100, Sizes(1, 6, 2, 1, 65536)) == 1
+    assert AMPERE.splits(window, a100, Sizes(1, 6, 2, 1, 65536)) == 1
 
 
 def test_few_keys_are_not_split():
     for seqlen_k in (0, 1, 128, 500):
-        assert tuning.splits(GROUPED, H100, Sizes(1, 64, 8, 1, seqlen_k)) == 1
+        assert FORWARD.splits(GROUPED, H100, Sizes(1, 64, 8, 1, seqlen_k)) == 1
 
 
 def test_a_window_is_not_split():
     window = answer_for(replace(CASES["few_rows"], mask="window"), "sm90").problem
-    assert tuning.splits(window, H100, Sizes(1, 6, 2, 1, 65536)) == 1
+    assert FORWARD.splits(window, H100, Sizes(1, 6, 2, 1, 65536)) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,7 +104,7 @@ def test_a_window_is_not_split():
      (8, 128, 1), (8, 4096, 1), (4, 40, 2)],
 )
 def test_heads_of_a_tile(group, seqlen_q, heads):
-    config = tuning.forward_config(GROUPED, H100, Sizes(1, group * 2, 2, seqlen_q, 999))
+    config = FORWARD.config(GROUPED, H100, Sizes(1, group * 2, 2, seqlen_q, 999))
     assert config.heads == heads
     assert config.consumers == (1 if seqlen_q * heads <= 64 else 2)
 
@@ -145,8 +143,7 @@ def unpacked(monkeypatch):
     """A function after which heads have tiles of their own."""
 
     def separate() -> None:
-        for tree in (tuning, sm100):
-            monkeypatch.setattr(tree, "heads_of_tile", lambda *_: 1)
+        monkeypatch.setattr(tuning, "heads_of_tile", lambda *_: 1)
         repeat.forget()
 
     yield separate

@@ -6,7 +6,7 @@ No roles and no mbarriers: every warp loads, multiplies and stores. Other trees 
 from __future__ import annotations
 
 from ..combine import COMBINE
-from ..kernel import Kernel, Tuning
+from ..kernel import Kernel
 from ..problem import Support
 from . import tuning
 
@@ -25,11 +25,7 @@ FORWARD = Kernel(
             )
         ),
     ),
-    tuning=Tuning(
-        config=lambda problem, device, sizes: tuning.forward_config(problem, device),
-        fitting=tuning.fitting_configs,
-        splits=tuning.splits,
-    ),
+    tuning=tuning.FORWARD.tuning,
     launches=".sm80.forward:ForwardKernel",
     combine=COMBINE,
 )

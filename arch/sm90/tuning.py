@@ -1,16 +1,24 @@
-"""Tile sizes of the sm90 kernels: a table, read top to bottom; the first row that serves is taken."""
+"""Tile sizes of the sm90 kernels: a table, read top to bottom; the first row that serves is taken.
+
+What chose the rows: registers, then shared memory. S, P and O of a thread take tile_n / 2 + tile_n / 4 +
+head_dim_v / 2 registers and about 30 more are needed beside, as cubins show: no row spills. `setmaxnreg`
+moves registers inside what a CTA is launched with: 504 for three warpgroups, 512 for four. Both ways to
+overlap where registers allow: without the one inside a warpgroup FlashAttention-3 falls from 661 to 582
+TFLOP/s (Shah et al. 2024, table 2: H100, head dim 128). In order, P takes the place of S. No row was timed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..packing import count_tiles, heads_of_tile, telling_sizes
-from ..problem import Device, Problem, Sizes
-from ..split import fastest_splits, sees_few_blocks
+from ..problem import Device, Problem
+from ..tuning import Row, Table
+
+# Half of an H100's 50 MB, which are two partitions: a section's K and V stay while its tiles last.
+L2_FOR_SECTION = 25 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """How the forward kernel works on a problem.
 
@@ -54,36 +62,25 @@ class Config:
         return 2 * (self.tile_m * q_and_out + self.stages * self.tile_n * (dim + dim_v)) + 1024
 
 
-def forward_config(problem: Problem, device: Device, sizes: Sizes | None = None) -> Config | None:
-    """The first row that serves, fits and divides the blocks of a block mask, as the call's sizes have it.
-
-    None where there is none.
-    """
-    fitting = fitting_configs(problem, device)
-    config = next((c for c in fitting if problem.takes_tiles(c.tile_m, c.tile_n)), None)
-    if config is None or sizes is None:
-        return config and scheduled(config, problem, device)
-    heads = heads_of_tile(problem, config.tile_m, MOST_HEADS, sizes)
-    packed = replace(config, heads=heads)
-    if sizes.seqlen_q * heads <= FEW_ROWS:
-        packed = for_few_rows(packed, problem, device)
-    return scheduled(packed, problem, device)
+PLAIN, NUMBERS, TABLES = range(3)
 
 
-def fitting_configs(problem: Problem, device: Device) -> Iterator[Config]:
-    """Rows that serve and fit, block mask aside."""
-    return (row.config for row in ROWS if row.serves(problem, device))
+def register_pressure(problem: Problem, device: Device) -> int:
+    """NUMBERS: its rules hold values. TABLES: they read tables, or there is dropout. Otherwise PLAIN."""
+    rules = [rule for rule in (problem.mask, problem.score) if rule]
+    if problem.dropout or any(rule.reads_tables() for rule in rules):
+        return TABLES
+    return NUMBERS if any(rule.leaves() for rule in rules) else PLAIN
 
 
-def forward_configs(problem: Problem, device: Device) -> tuple[Config, ...]:
-    """Every config that `forward_config` gives for some sizes."""
-    found = (None, *telling_sizes(problem, (1, FEW_ROWS + 1), MOST_HEADS))
-    return tuple(dict.fromkeys(forward_config(problem, device, sizes) for sizes in found))
+def fitted(config: Config, problem: Problem, device: Device) -> Config | None:
+    """The config where there is room for it; dropout draws its numbers for 32 keys at a time."""
+    fits = config.shared_memory(problem) <= device.shared_memory
+    return config if fits and not (problem.dropout and config.tile_n % 32) else None
 
 
 # Rows of Q that one warpgroup takes: with no more, a second one would have nothing to do.
 FEW_ROWS = 64
-MOST_HEADS = 16  # of a tile; a group of more is taken in several
 STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under way as shared memory holds
 
 
@@ -92,10 +89,6 @@ def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
     few = replace(config, consumers=1, producer_registers=24, consumer_registers=240, ping_pong=False)
     deep = (replace(few, stages=stages) for stages in range(STAGES_FOR_FEW_ROWS, few.stages, -1))
     return next((c for c in deep if c.shared_memory(problem) <= device.shared_memory), few)
-
-
-# Half of an H100's 50 MB, which are two partitions: a section's K and V stay while its tiles last.
-L2_FOR_SECTION = 25 << 20
 
 
 def scheduled(config: Config, problem: Problem, device: Device) -> Config:
@@ -112,63 +105,63 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     return persistent if fits and device.multiprocessors > 1 and not problem.split_kv else config
 
 
-def splits(problem: Problem, device: Device, sizes: Sizes) -> int:
-    """In how many parts to take the keys of a call."""
-    config = forward_config(replace(problem, split_kv=True), device, sizes)
-    if config is None or sees_few_blocks(problem):
-        return 1
-    tiles = count_tiles(config.tile_m, config.heads, sizes)
-    return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), device.multiprocessors)
-
-
-PLAIN, NUMBERS, TABLES = range(3)
-
-
-def demand(problem: Problem) -> int:
-    """How many registers a problem needs besides S, P and O: least for PLAIN, most for TABLES.
-
-    NUMBERS: its rules hold values. TABLES: they read tables, or there is dropout.
-    """
-    rules = [rule for rule in (problem.mask, problem.score) if rule]
-    if problem.dropout or any(rule.reads_tables() for rule in rules):
-        return TABLES
-    return NUMBERS if any(rule.leaves() for rule in rules) else PLAIN
-
-
-@dataclass(frozen=True)
-class Row:
-    """A config, and the largest head dims and demand that it serves."""
-
-    head_dim: int
-    head_dim_v: int
-    demand: int
-    config: Config
-
-    def serves(self, problem: Problem, device: Device) -> bool:
-        """Whether it takes `problem`; dropout draws its numbers for 32 keys at a time."""
-        return (
-            problem.head_dim <= self.head_dim
-            and problem.head_dim_v <= self.head_dim_v
-            and demand(problem) <= self.demand
-            and not (problem.dropout and self.config.tile_n % 32)
-            and self.config.shared_memory(problem) <= device.shared_memory
-        )
-
-
-# Chosen by registers: S, P and O of a thread take tile_n / 2 + tile_n / 4 + head_dim_v / 2 of them and about
-# 30 more are needed beside, as cubins show: none of these spills. Speeds are not measured.
-#   `setmaxnreg` moves registers inside what a CTA is launched with: 504 for three warpgroups, 512 for four.
-#   Three compute warpgroups read a K or V tile for 192 rows instead of 128, but leave 160 registers each.
-#   Both ways to overlap where registers allow: without the one inside a warpgroup FlashAttention-3 falls from
-#   661 to 582 TFLOP/s (Shah et al. 2024, table 2: H100, head dim 128). In order, P takes the place of S.
+TWO = {"consumers": 2, "stages": 2, "producer_registers": 24, "consumer_registers": 240}
 ROWS = (
-    Row(64, 64, PLAIN, Config(3, 128, 2, 32, 160)),
-    Row(64, 64, NUMBERS, Config(2, 128, 2, 24, 240)),
-    Row(64, 64, TABLES, Config(2, 96, 2, 24, 240)),
-    Row(192, 128, NUMBERS, Config(2, 128, 2, 24, 240)),
-    Row(192, 128, TABLES, Config(2, 64, 2, 24, 240)),
-    Row(192, 192, NUMBERS, Config(2, 112, 2, 24, 240)),
-    Row(192, 192, TABLES, Config(2, 64, 2, 24, 240)),
-    Row(256, 256, NUMBERS, Config(2, 80, 2, 40, 232)),
-    Row(256, 256, TABLES, Config(2, 64, 2, 24, 240, overlap=False)),
+    Row(
+        head_dim=64, head_dim_v=64, pressure=PLAIN,
+        config=Config(consumers=3, tile_n=128, stages=2, producer_registers=32, consumer_registers=160),
+        why="a third warpgroup reads each tile of K and V for 192 rows instead of 128, but leaves 160 "
+        "registers to each: with a window's two numbers it spills",
+    ),
+    Row(
+        head_dim=64, head_dim_v=64, pressure=NUMBERS,
+        config=Config(**TWO, tile_n=128),
+        why="two warpgroups, for the registers that values of rules take",
+    ),
+    Row(
+        head_dim=64, head_dim_v=64, pressure=TABLES,
+        config=Config(**TWO, tile_n=96),
+        why="tables and dropout take registers from S; with documents, a score of one's own and dropout 128 "
+        "does not spill either",
+    ),
+    Row(
+        head_dim=192, head_dim_v=128, pressure=NUMBERS,
+        config=Config(**TWO, tile_n=128),
+        why="two stages of (192, 128) in shared memory",
+    ),
+    Row(
+        head_dim=192, head_dim_v=128, pressure=TABLES,
+        config=Config(**TWO, tile_n=64),
+        why="as for (64, 64), with 32 registers more for O; 96 does not spill there either",
+    ),
+    Row(
+        head_dim=192, head_dim_v=192, pressure=NUMBERS,
+        config=Config(**TWO, tile_n=112),
+        why="two stages of (192, 192) in shared memory",
+    ),
+    Row(
+        head_dim=192, head_dim_v=192, pressure=TABLES,
+        config=Config(**TWO, tile_n=64),
+        why="as for (192, 128), with 32 registers more for O; 96 does not spill there either",
+    ),
+    Row(
+        head_dim=256, head_dim_v=256, pressure=NUMBERS,
+        config=Config(consumers=2, tile_n=80, stages=2, producer_registers=40, consumer_registers=232),
+        why="two stages of (256, 256) in shared memory",
+    ),
+    Row(
+        head_dim=256, head_dim_v=256, pressure=TABLES,
+        config=Config(**TWO, tile_n=64, overlap=False),
+        why="O takes 128 registers: in order, P needs none of its own",
+    ),
+)  # fmt: skip
+FORWARD = Table(
+    rows=ROWS,
+    register_pressure=register_pressure,
+    fitted=fitted,
+    at_once=lambda config, problem, device: device.multiprocessors,
+    most_heads=16,  # a group of more is taken in several
+    few_rows=FEW_ROWS,
+    for_few_rows=for_few_rows,
+    scheduled=scheduled,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...combine import COMBINE
-from ...kernel import Kernel, Tuning
+from ...kernel import Kernel
 from ...problem import Support
 from .. import tuning
 
@@ -22,12 +22,7 @@ FORWARD = Kernel(
             )
         ),
     ),
-    tuning=Tuning(
-        config=tuning.forward_config,
-        configs=tuning.forward_configs,
-        fitting=tuning.fitting_configs,
-        splits=tuning.splits,
-    ),
+    tuning=tuning.FORWARD.tuning,
     launches=".sm100.forward.kernel:ForwardKernel",
     combine=COMBINE,
 )

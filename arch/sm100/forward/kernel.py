@@ -43,12 +43,13 @@ from ...common.schedule import InSections, OneTile, tile_per_cta
 from ...common.sequence import sequence_of
 from ...elementwise import minimum
 from ...problem import Operands, Problem
+from ...tuning import equal_tiles
 from ..edge import Slots
 from ..group import Group
 from ..mma import Products
 from ..queue import SLOTS, Queue
 from ..tmem import Plan
-from ..tuning import TILE_M, Config, equal_tiles
+from ..tuning import TILE_M, Config
 from .correction import Correction
 from .job import Edges, Job, LoadEnds, Memory, MmaEnds, Past, Work, rows_of_tile
 from .load import Load

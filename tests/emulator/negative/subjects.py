@@ -47,73 +47,84 @@ ASKED_BETWEEN = {
         "no wait for an mbarrier", "no arrival", "half the bytes expected", "one arrival more expected",
     )
 }  # fmt: skip
+HOPPER = {"consumers": 2, "stages": 2, "producer_registers": 24, "consumer_registers": 240}
+ONE_TILE = {
+    "tiles": 1, "slots": 2, "k_stages": 2, "v_stages": 2, "polynomial": 4,
+    "softmax_registers": 240, "correction_registers": 152, "other_registers": 112,
+}  # fmt: skip
+TWO_TILES = {
+    "tiles": 2, "slots": 1, "k_stages": 2, "v_stages": 2, "polynomial": 6,
+    "softmax_registers": 192, "correction_registers": 80, "other_registers": 48,
+}  # fmt: skip
 # Tiles of 3, 2, 3, 0 and 1 blocks that one CTA takes one after the other; one has no keys, and one no rows.
 TILES = replace(
     FULL, seqlens=((100, 180), (3, 100), (70, 140), (5, 0), (0, 9), (9, 60)), varlen=True, mask="causal"
 )
 SUBJECTS = {
-    ("sm80", "window"): Subject(WINDOW, sm80.Config(128, 64, 4, stages=1), COPIES | MASKS),
-    ("sm80", "full"): Subject(FULL, sm80.Config(128, 64, 4, stages=2), COPIES | MASKS),
-    ("sm80", "split"): Subject(SPLIT, sm80.Config(128, 64, 4, stages=2), COPIES),
-    ("sm90", "window"): Subject(
-        replace(WINDOW, seqlens=((100, 500),)), sm90.Config(2, 32, 2, 24, 240), TMA | WGMMA | MASKS
+    ("sm80", "window"): Subject(
+        WINDOW, sm80.Config(tile_m=128, tile_n=64, warps=4, stages=1), COPIES | MASKS
     ),
-    ("sm90", "in order"): Subject(FULL, sm90.Config(2, 64, 2, 24, 240, overlap=False), TMA | WGMMA | MASKS),
+    ("sm80", "full"): Subject(FULL, sm80.Config(tile_m=128, tile_n=64, warps=4, stages=2), COPIES | MASKS),
+    ("sm80", "split"): Subject(SPLIT, sm80.Config(tile_m=128, tile_n=64, warps=4, stages=2), COPIES),
+    ("sm90", "window"): Subject(
+        replace(WINDOW, seqlens=((100, 500),)), sm90.Config(**HOPPER, tile_n=32), TMA | WGMMA | MASKS
+    ),
+    ("sm90", "in order"): Subject(FULL, sm90.Config(**HOPPER, tile_n=64, overlap=False), TMA | WGMMA | MASKS),
     ("sm90", "persistent"): Subject(
-        Case("", ((100, 200),), heads=(3, 3)), sm90.Config(2, 64, 2, 24, 240, persistent=1), TMA | WGMMA
+        Case("", ((100, 200),), heads=(3, 3)), sm90.Config(**HOPPER, tile_n=64, persistent=1), TMA | WGMMA
     ),
     ("sm90", "packed"): Subject(
         Case("", ((5, 300),), heads=(8, 1)),
-        sm90.Config(1, 64, 2, 24, 240, ping_pong=False, heads=8),
+        sm90.Config(**HOPPER | {"consumers": 1}, tile_n=64, ping_pong=False, heads=8),
         TMA | WGMMA,
     ),
-    ("sm90", "split"): Subject(SPLIT, sm90.Config(2, 64, 2, 24, 240), LEAVING),
-    ("sm90", "combine"): Subject(MANY_SPLITS, sm90.Config(2, 64, 2, 24, 240), LANES, combine=True),
+    ("sm90", "split"): Subject(SPLIT, sm90.Config(**HOPPER, tile_n=64), LEAVING),
+    ("sm90", "combine"): Subject(MANY_SPLITS, sm90.Config(**HOPPER, tile_n=64), LANES, combine=True),
     ("sm100", "window"): Subject(
         replace(WINDOW, seqlens=((200, 340),)),
-        sm100.Config(2, 1, 32, 2, 2, 6, 192, 80, 48),
+        sm100.Config(**TWO_TILES, tile_n=32),
         TMA | TCGEN05 | MASKS,
     ),
     ("sm100", "causal"): Subject(
         replace(FULL, dims=(128, 128), mask="causal"),
-        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112),
+        sm100.Config(**ONE_TILE, tile_n=64),
         TMA | TCGEN05 | MASKS,
     ),
     ("sm100", "pair"): Subject(
         replace(FULL, seqlens=((200, 500),), mask="causal"),
-        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, ctas=2),
+        sm100.Config(**ONE_TILE, tile_n=64, ctas=2),
         BETWEEN,
     ),
     # Causal, so that O must be rescaled, with rows of both tiles.
     ("sm100", "split"): Subject(
         replace(SPLIT, seqlens=((150, 450),), mask="causal"),
-        sm100.Config(2, 1, 64, 2, 2, 6, 192, 80, 48),
+        sm100.Config(**TWO_TILES, tile_n=64),
         LEAVING | LEAVING_TENSOR_MEMORY,
     ),
     # Three tiles of one CTA; all have 3 blocks, or 2 or none: each wait is needed with some number of blocks.
     # Scores are large, so that O must be rescaled.
     ("sm100", "persistent"): Subject(
         PERSISTING,
-        sm100.Config(2, 1, 32, 2, 2, 6, 192, 80, 48, persistent=1),
+        sm100.Config(**TWO_TILES, tile_n=32, persistent=1),
         STAYING,
         also=tuple(replace(PERSISTING, seqlens=((150, keys),)) for keys in (60, 0)),
     ),
     ("sm100", "queue"): Subject(
         TILES,
-        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, dynamic=True),
+        sm100.Config(**ONE_TILE, tile_n=64, dynamic=True),
         STAYING | QUEUE,
         options={"ctas_per_wave": 1},
     ),
     ("sm100", "queue pair"): Subject(
         replace(TILES, seqlens=((200, 180), (30, 100), (130, 140), (5, 0), (0, 9), (9, 60))),
-        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, ctas=2, dynamic=True),
+        sm100.Config(**ONE_TILE, tile_n=64, ctas=2, dynamic=True),
         ASKED_BETWEEN | QUEUE | MULTICAST,
         options={"ctas_per_wave": 2},
     ),
     # Tiles of two heads, of which the third is alone in one.
     ("sm100", "packed"): Subject(
         Case("", ((66, 192),), heads=(3, 1), mask="causal"),
-        sm100.Config(1, 2, 64, 2, 2, 4, 240, 152, 112, heads=2),
+        sm100.Config(**ONE_TILE, tile_n=64, heads=2),
         LEAVING | COPYING_OUT | MASKS,
     ),
 }
