@@ -2,6 +2,7 @@
 
 Nothing here imports torch, and nothing is loaded until a device asks for it: `load(device)` imports the
 tree that serves its compute capability and returns the kernels of an operation in order of preference.
+Trees list kernels of all operations (`problem.OPERATIONS`) together.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ def tree_of(capability: tuple[int, int]) -> str | None:
 
 def load(device: Device, operation: str = "forward") -> tuple[Kernel, ...]:
     """Kernels of an operation that may serve `device`, in order of preference."""
+    return tuple(kernel for kernel in kernels_of(device) if kernel.operation == operation)
+
+
+def kernels_of(device: Device) -> tuple[Kernel, ...]:
+    """Kernels of all operations that may serve `device`."""
     tree = tree_of(device.capability)
-    kernels = () if tree is None else importlib.import_module(f".{tree}", __name__).KERNELS
-    return tuple(kernel for kernel in kernels if kernel.operation == operation)
+    return () if tree is None else importlib.import_module(f".{tree}", __name__).KERNELS

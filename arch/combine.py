@@ -6,10 +6,10 @@ each part (Dao et al. 2023, "Flash-Decoding"; Milakov and Gimelshein 2018). Ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
-from .kernel import Kernel, Tuning
+from .kernel import Kernel, Step, Steps, Tuning
 from .problem import Problem, Spec, Support
 
 WARPS = 4
@@ -19,6 +19,7 @@ WARPS = 4
 class CombineProblem:
     """What merging depends on; names as in `Problem`. The sink, which no part has seen, joins here."""
 
+    operation: ClassVar[str] = "combine"
     dtype: str
     head_dim_v: int
     varlen: bool = False
@@ -30,11 +31,20 @@ class CombineProblem:
     def of(problem: Problem) -> CombineProblem:
         """What remains to be done after a split problem, to answer `problem`."""
         return CombineProblem(
-            problem.dtype, problem.head_dim_v, problem.varlen, problem.seqused_q, problem.sink, problem.lse
+            dtype=problem.dtype,
+            head_dim_v=problem.head_dim_v,
+            varlen=problem.varlen,
+            seqused_q=problem.seqused_q,
+            sink=problem.sink,
+            lse=problem.lse,
         )
 
     def features(self) -> tuple[str, ...]:
         """None that a kernel may lack."""
+        return ()
+
+    def conflicts(self) -> tuple[str, ...]:
+        """None."""
         return ()
 
     def specs(self) -> CombineOperands:
@@ -110,6 +120,21 @@ COMBINE = Kernel(
         head_dims=range(8, 257, 8),
         features=frozenset(),
     ),
-    tuning=Tuning(config=lambda problem, device, sizes: Config()),
+    tuning=Tuning(
+        config=lambda problem, device, sizes: Config(),
+        blocks=lambda config, sizes, _: sizes.seqlen_q * sizes.heads_q * sizes.batch // WARPS + sizes.batch,
+    ),
     launches=".common.combine:CombineKernel",
 )
+
+
+def part_of(problem: Problem) -> Problem:
+    """The problem of one part of the keys. The sink joins when parts are merged, by their log-sum-exp."""
+    return replace(problem, split_kv=True, sink=False, lse=True)
+
+
+def split(part: Step, merging: Step, splits: int) -> Steps:
+    """Attention over each of the parts, into scratch, then the parts' merging."""
+    renamed = (("out", "partial_out"), ("lse", "partial_lse"))
+    scratch: dict[str, float | None] = {"partial_out": None, "partial_lse": None}
+    return Steps((part._replace(renamed=renamed), merging), scratch, {"splits": splits})

@@ -1,6 +1,7 @@
 """What is asked, of which device, and what a kernel answers: the words that host and trees share.
 
-    Problem   what a call asks that changes compiled code           (frozen, hashable, printable)
+    Asked     what the problems of all operations have in common: attention's Problem is the first of them
+    Problem   what a call of attention asks that changes compiled code   (frozen, hashable, printable)
     Device    what the answer depends on besides                    (frozen)
     Sizes     how large a call is: for tuning only, never in compiled code
     Config    how a kernel chose to do it: each tree's tuning.py    (frozen, defined there)
@@ -13,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from .expression import Expression
 
-# Every feature a call may need, in the order of the README's table, with its words there.
+# Every feature that a call may need, in the order of the README's table, with its words there.
 FEATURES = {
     "dense": "dense batches",
     "varlen": "packed sequences (`cu_seqlens`)",
@@ -32,9 +33,13 @@ FEATURES = {
     "lse": "log-sum-exp out",
     "split_kv": "split-KV (`num_splits`)",
     "paged_kv": "paged KV (`block_table`)",
-    "kvcache": "KV cache append and decode",
+}
+# What kernels do, in the same order: a type of problem for each. Not every device has kernels for all.
+OPERATIONS = {
+    "forward": "attention",
+    "combine": "merging of split keys",
+    "decode": "KV cache append and decode",
     "backward": "backward",
-    "fp8": "FP8",
 }
 
 
@@ -66,6 +71,41 @@ class Sizes(NamedTuple):
     seqlen_k: int
 
 
+class Asked(Protocol):
+    """What the problems of all operations have in common.
+
+    Each is a frozen dataclass whose fields are all that compiled code depends on: its `repr` is part of the
+    compile key. operation: a key of OPERATIONS. dtype: "float16" or "bfloat16".
+    """
+
+    operation: ClassVar[str]
+
+    @property
+    def dtype(self) -> str:
+        """Of the tensors that the user gives."""
+        ...
+
+    def features(self) -> tuple[str, ...]:
+        """The features that this problem needs, keys of FEATURES."""
+        ...
+
+    def conflicts(self) -> tuple[str, ...]:
+        """Why no kernel can serve it, whatever its features: what excludes each other."""
+        ...
+
+    def specs(self) -> Any:
+        """What a kernel is launched with, in order: a named tuple of Specs, tuples of Specs, and None."""
+        ...
+
+    def known_sizes(self) -> dict[str, int]:
+        """The dimensions, as Specs name them, that compiled code knows; head dims among them."""
+        ...
+
+    def example_sizes(self) -> dict[str, int]:
+        """Sizes of the other dimensions, for trying a kernel out."""
+        ...
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a call asks that changes compiled code; sizes are not part of it.
@@ -79,6 +119,7 @@ class Problem:
     split_kv: the keys are shared out among CTAs: out and lse are a partial result for each of them.
     """
 
+    operation: ClassVar[str] = "forward"
     dtype: str
     head_dim: int
     head_dim_v: int
@@ -111,6 +152,12 @@ class Problem:
             "split_kv": self.split_kv,
         }
         return tuple(name for name, needs in needed.items() if needs)
+
+    def conflicts(self) -> tuple[str, ...]:
+        """Why no kernel can serve it, whatever its features."""
+        if self.block_size and (self.varlen or self.seqused_q or self.seqused_k):
+            return ("no block mask for packed sequences or used lengths: its blocks are of one length",)
+        return ()
 
     def takes_tiles(self, tile_m: int, tile_n: int) -> bool:
         """Whether tiles of these rows of Q and of K and V divide the blocks of the mask, if there is one."""
@@ -279,24 +326,27 @@ class Support:
     head_dims: Iterable[int]
     features: frozenset[str]
 
-    def reasons(self, problem: Problem, device: Device) -> tuple[str, ...]:
-        """Every reason why not; empty when the kernel serves `problem` on `device`."""
-        found = []
+    def serves(self, device: Device) -> bool:
+        """Whether its capability is among those that are declared."""
         low, high = self.capabilities
-        if not low <= device.capability <= high:
+        return low <= device.capability <= high
+
+    def reasons(self, problem: Asked, device: Device) -> tuple[str, ...]:
+        """Every reason why not; empty when the kernel serves `problem` on `device`."""
+        found, sizes = [], problem.known_sizes()
+        if not self.serves(device):
+            low, high = self.capabilities
             found.append(f"needs compute capability {_dotted(low)} to {_dotted(high)}, "
                          f"the device has {_dotted(device.capability)}")
         if problem.dtype not in self.dtypes:
             found.append(f"dtype {problem.dtype} is not one of {', '.join(self.dtypes)}")
         for name in ("head_dim", "head_dim_v"):
-            if getattr(problem, name) not in self.head_dims:
-                found.append(f"{name} {getattr(problem, name)} is not in {_ranged(self.head_dims)}")
+            if name in sizes and sizes[name] not in self.head_dims:
+                found.append(f"{name} {sizes[name]} is not in {_ranged(self.head_dims)}")
         for feature in problem.features():
             if feature not in self.features:
                 found.append(f"no {FEATURES[feature]}")
-        if problem.block_size and (problem.varlen or problem.seqused_q or problem.seqused_k):
-            found.append("no block mask for packed sequences or used lengths: its blocks are of one length")
-        return tuple(found)
+        return (*found, *problem.conflicts())
 
 
 def no_tile(problem: Problem, device: Device, configs: Iterable[Any]) -> str:

@@ -11,17 +11,18 @@ import contextvars
 import functools
 import os
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from . import arch, rules
-from .arch.combine import WARPS, CombineProblem
-from .arch.kernel import Kernel
-from .arch.problem import FEATURES, Device, Problem, Sizes
+from .arch.combine import CombineProblem, part_of, split
+from .arch.kernel import Kernel, Step, Steps
+from .arch.problem import FEATURES, OPERATIONS, Asked, Device, Sizes
 from .masks import Mask
+from .problems import problem
 from .scores import Score
 
 LARGEST_GRID = 2**31 - 1  # blocks along x of a launch
@@ -58,22 +59,6 @@ class Place(NamedTuple):
     route: str
 
 
-class Step(NamedTuple):
-    """One launch: of a kernel, for a problem of its own, with a config."""
-
-    kernel: Kernel
-    problem: Any
-    config: Any
-
-
-class Plan(NamedTuple):
-    """What a call launches: attention, and where the keys are split, what merges the splits' results."""
-
-    forward: Step
-    splits: int = 1
-    combine: Step | None = None
-
-
 @dataclass(frozen=True)
 class Answer:
     """What `supports` says: true where a kernel serves the problem; `str` gives it, or the reasons.
@@ -81,7 +66,7 @@ class Answer:
     refusals: (kernel's name, its reasons) of every kernel that was asked before.
     """
 
-    problem: Problem
+    problem: Asked
     device: Device
     kernel: Kernel | None = None
     config: Any = None
@@ -146,7 +131,7 @@ def place_of(device: torch.device) -> Place:
     return Place(active.device, "emulator")
 
 
-def dispatch(problem: Problem, device: Device) -> tuple[Kernel, Any]:
+def dispatch(problem: Asked, device: Device) -> tuple[Kernel, Any]:
     """(kernel, config) for `problem`; NotImplementedError with every kernel's every reason."""
     answer = select(problem, device, _only.get())
     if not answer:
@@ -154,65 +139,63 @@ def dispatch(problem: Problem, device: Device) -> tuple[Kernel, Any]:
     return answer.kernel, answer.config
 
 
-def plan(problem: Problem, device: Device, sizes: Sizes, num_splits: int) -> Plan:
-    """The launches that answer an unsplit `problem`; NotImplementedError as `dispatch` has it.
+def plan(problem: Asked, device: Device, sizes: Sizes, num_splits: int = 0) -> Steps:
+    """The steps that answer an unsplit `problem`; NotImplementedError as `dispatch` has it.
 
     num_splits: among how many CTAs a row block's keys are shared out; 0 leaves it to the kernel's tuning.
     """
     planned = _planned(problem, device, sizes, num_splits, _only.get())
-    rows = sizes.batch * sizes.heads_q * sizes.seqlen_q
-    if rows * planned.splits > LARGEST_GRID:
-        _check_grid(planned, sizes)
+    splits = planned.sizes.get("splits", 1)
+    if sizes.batch * sizes.heads_q * max(sizes.seqlen_q, sizes.seqlen_k) * splits > LARGEST_GRID:
+        _check_grid(planned, sizes, splits)
     return planned
 
 
-def _check_grid(planned: Plan, sizes: Sizes) -> None:
-    """All tiles are counted along one dimension of the grid, and merging takes a few rows in each block."""
-    tiles = -(-sizes.seqlen_q // planned.forward.config.tile_m) * sizes.heads_q * sizes.batch * planned.splits
-    merging = sizes.seqlen_q * sizes.heads_q * sizes.batch // WARPS + sizes.batch if planned.combine else 0
-    if max(tiles, merging) > LARGEST_GRID:
+def _check_grid(planned: Steps, sizes: Sizes, splits: int) -> None:
+    """All blocks of a launch are counted along one dimension of the grid."""
+    most = max(step.kernel.tuning.blocks(step.config, sizes, splits) for step in planned.steps)
+    if most > LARGEST_GRID:
         raise NotImplementedError(
             f"the call has {sizes.batch} sequences of up to {sizes.seqlen_q} queries and {sizes.heads_q} "
-            f"heads, with num_splits {planned.splits}: {max(tiles, merging)} blocks; allowed: {LARGEST_GRID}"
+            f"heads, with num_splits {splits}: {most} blocks; allowed: {LARGEST_GRID}"
         )
 
 
 @functools.lru_cache(maxsize=4096)
-def _planned(problem: Problem, device: Device, sizes: Sizes, num_splits: int, _wanted: str | None) -> Plan:
+def _planned(problem: Asked, device: Device, sizes: Sizes, num_splits: int, _wanted: str | None) -> Steps:
     """`plan`, remembered; dispatch reads the kernel that is `_wanted` from the context."""
     kernel, _ = dispatch(problem, device)
     if not num_splits:
         splits_itself = "split_kv" in kernel.support.features
         num_splits = kernel.splits(problem, device, sizes) if splits_itself else 1
     if num_splits == 1:
-        return Plan(Step(kernel, problem, kernel.config(problem, device, sizes)))
-    partial = _part_of(problem)
-    kernel, _ = dispatch(partial, device)
-    forward = Step(kernel, partial, kernel.config(partial, device, sizes))
-    return Plan(forward, num_splits, _merging(kernel, problem, device))
+        return kernel.steps(problem, device, kernel.config(problem, device, sizes))
+    part, merging = part_of(problem), CombineProblem.of(problem)
+    kernel, _ = dispatch(part, device)
+    step = Step(kernel, part, kernel.config(part, device, sizes))
+    return split(step, _helper(merging, device), num_splits)
 
 
-def steps(problem: Problem, device: Device) -> tuple[Step, ...]:
+def steps(problem: Asked, device: Device) -> tuple[Step, ...]:
     """Every launch that calls of an unsplit `problem` may need by themselves, whatever their sizes."""
     kernel, _ = dispatch(problem, device)
-    found = [Step(kernel, problem, config) for config in kernel.configs(problem, device)]
+    found: list[Step] = []
+    for config in kernel.configs(problem, device):
+        found += kernel.steps(problem, device, config).steps
     if "split_kv" in kernel.support.features:
-        partial = _part_of(problem)
-        kernel, _ = dispatch(partial, device)
-        found += [Step(kernel, partial, config) for config in kernel.configs(partial, device)]
-        found.append(_merging(kernel, problem, device))
-    return tuple(found)
+        part, merging = part_of(problem), CombineProblem.of(problem)
+        kernel, _ = dispatch(part, device)
+        found += [Step(kernel, part, config) for config in kernel.configs(part, device)]
+        found.append(_helper(merging, device))
+    return tuple(dict.fromkeys(found))
 
 
-def _part_of(problem: Problem) -> Problem:
-    """The problem of one part of the keys. The sink joins when parts are merged, by their log-sum-exp."""
-    return replace(problem, split_kv=True, sink=False, lse=True)
-
-
-def _merging(kernel: Kernel, problem: Problem, device: Device) -> Step:
-    """What merges the parts that `kernel` wrote into the answer to `problem`."""
-    merging = CombineProblem.of(problem)
-    return Step(kernel.combine, merging, kernel.combine.config(merging, device))
+def _helper(problem: Asked, device: Device) -> Step:
+    """A step beside the one that `only` may have chosen: any kernel serves that can."""
+    answer = select(problem, device)
+    if not answer:
+        raise NotImplementedError(str(answer))
+    return Step(answer.kernel, problem, answer.config)
 
 
 @contextlib.contextmanager
@@ -234,10 +217,10 @@ def wanted() -> str | None:
 
 
 @functools.cache
-def select(problem: Problem, device: Device, wanted: str | None = None) -> Answer:
-    """The first kernel that serves `problem` on `device`; of this name, where one is wanted."""
+def select(problem: Asked, device: Device, wanted: str | None = None) -> Answer:
+    """The first kernel of its operation that serves `problem` on `device`; of this name, if one is wanted."""
     refusals = []
-    for kernel in arch.load(device):
+    for kernel in arch.load(device, problem.operation):
         reasons = kernel.reasons(problem, device)
         if wanted not in (None, kernel.name):
             reasons = (*reasons, f"only {wanted} is asked for")
@@ -246,7 +229,10 @@ def select(problem: Problem, device: Device, wanted: str | None = None) -> Answe
         refusals.append((kernel.name, tuple(reasons)))
     if not refusals:
         served = sorted({major for (major, _), _ in arch.TREES})
-        refusals.append(("none", (f"there are kernels for compute capabilities {served} only",)))
+        words = f"there are kernels for compute capabilities {served} only"
+        if arch.tree_of(device.capability):
+            words = f"there is no kernel for {OPERATIONS[problem.operation]}"
+        refusals.append(("none", (words,)))
     return Answer(problem, device, refusals=tuple(refusals))
 
 
@@ -268,13 +254,11 @@ def supports(
     `sink`, `lse`, `split_kv` (num_splits above 1), all False unless given; `block_size`, a block mask's
     (block_q, block_k).
     """
-    mask_type, score_type = rules.decode(rules.encode(_parts(mask, Mask), _parts(score, Score)).code)
-    problem = Problem(
-        dtype=str(dtype).removeprefix("torch."),
+    asked = problem(
+        dtype=dtype,
         head_dim=head_dim,
-        head_dim_v=head_dim if head_dim_v is None else head_dim_v,
-        mask=mask_type,
-        score=score_type,
+        head_dim_v=head_dim_v,
+        code=rules.encode(_parts(mask, Mask), _parts(score, Score)).code,
         **{"lse": False, **features},
     )
     if device is None:
@@ -283,8 +267,8 @@ def supports(
             raise RuntimeError(f"no GPU is at hand and none is emulated: give device, one of {names}")
         device = "cuda" if emulation() is None else "cpu"
     if isinstance(device, str) and not device.startswith(("cuda", "cpu")):
-        return select(problem, _emulated_device(device, "device"), _only.get())
-    return select(problem, place_of(torch.device(device)).device, _only.get())
+        return select(asked, _emulated_device(device, "device"), _only.get())
+    return select(asked, place_of(torch.device(device)).device, _only.get())
 
 
 def _parts(given: Any, base: type) -> list:
@@ -295,25 +279,31 @@ def _parts(given: Any, base: type) -> list:
 
 def features() -> str:
     """The table of architectures and features, in Markdown, from what the kernels declare."""
-    kernels = {
-        name: [k for k in arch.load(device) if _serves(k, device)] for name, device in EMULATED.items()
-    }
+    forward = [_serving(device, "forward") for device in EMULATED.values()]
 
     def merged(served: list, values: Any) -> str:
         return ", ".join(dict.fromkeys(text for kernel in served for text in values(kernel.support))) or "–"
 
-    rows = [["", *kernels], ["---", *([":-:"] * len(kernels))]]
-    rows.append(["dtypes", *(merged(served, lambda s: s.dtypes) for served in kernels.values())])
-    rows.append(["head dims", *(merged(served, _head_dims) for served in kernels.values())])
+    def marked(found: Iterable[Any]) -> list[str]:
+        return ["✓" if one else "–" for one in found]
+
+    rows = [["", *EMULATED], ["---", *([":-:"] * len(EMULATED))]]
+    rows.append(["dtypes", *(merged(served, lambda s: s.dtypes) for served in forward)])
+    rows.append(["head dims", *(merged(served, _head_dims) for served in forward)])
     for feature, words in FEATURES.items():
-        marks = ["✓" if any(feature in k.support.features for k in s) else "–" for s in kernels.values()]
-        rows.append([words, *marks])
+        has = (any(feature in kernel.support.features for kernel in served) for served in forward)
+        rows.append([words, *marked(has)])
+    for operation, words in OPERATIONS.items():
+        if operation not in ("forward", "combine"):
+            rows.append([words, *marked(_serving(device, operation) for device in EMULATED.values())])
+    eight_bits = (merged(served, lambda s: s.dtypes).count("float8") for served in forward)
+    rows.append(["FP8", *marked(eight_bits)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _serves(kernel: Kernel, device: Device) -> bool:
-    low, high = kernel.support.capabilities
-    return low <= device.capability <= high
+def _serving(device: Device, operation: str) -> list[Kernel]:
+    """Kernels of an operation that serve some problem on `device`."""
+    return [kernel for kernel in arch.load(device, operation) if kernel.support.serves(device)]
 
 
 def _head_dims(support: Any) -> tuple[str, ...]:
@@ -341,9 +331,11 @@ def _from_environment(name: str) -> Emulation | None:
     return Emulation(name, _emulated_device(name, "CUTE_FLASH_EMULATE")) if name else None
 
 
-def _in_words(problem: Problem) -> str:
-    dims = f"{problem.head_dim}"
-    if problem.head_dim_v != problem.head_dim:
-        dims += f" and {problem.head_dim_v} for v"
-    asked = ", ".join(FEATURES[feature] for feature in problem.features())
-    return f"attention in {problem.dtype} with head_dim {dims}, {asked},"
+def _in_words(asked: Asked) -> str:
+    known = asked.known_sizes()
+    head_dim_v = known["head_dim_v"]
+    dims = f"{(head_dim := known.get('head_dim', head_dim_v))}"
+    if head_dim_v != head_dim:
+        dims += f" and {head_dim_v} for v"
+    features = "".join(f", {FEATURES[feature]}" for feature in asked.features())
+    return f"{OPERATIONS[asked.operation]} in {asked.dtype} with head_dim {dims}{features},"

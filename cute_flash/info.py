@@ -103,8 +103,7 @@ def _of_these_sources(kernels: list[Path]) -> int:
     """How many of the files are of the sources that are installed here."""
     from .executable import sources_of
 
-    loaded = {kernel for device in dispatch.EMULATED.values() for kernel in arch.load(device)}
-    loaded |= {kernel.combine for kernel in loaded if kernel.combine}
+    loaded = {kernel for device in dispatch.EMULATED.values() for kernel in arch.kernels_of(device)}
     begin = tuple(cache.beginning_of(kernel.name, sources_of(kernel)) for kernel in loaded)
     return sum(path.name.startswith(begin) for path in kernels)
 

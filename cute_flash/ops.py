@@ -8,29 +8,20 @@ is an argument.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import contents, flops, rules
-from .arch.combine import CombineOperands
-from .arch.problem import Operands, Problem, Sizes
-from .dispatch import Place, Plan, place_of, plan
-from .executable import executable
+from . import contents, flops, launch, rules, schema
+from .dispatch import place_of, plan
+from .launch import Bound
 from .probabilities import signed_probabilities
+from .problems import problem_of, sizes_of
 from .request import DROPOUT_STEPS, Call, keep_threshold
 
 _LIBRARY = torch.library.Library("cute_flash", "DEF")
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? seqused_q, Tensor? seqused_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "Tensor? sink, Tensor? rng_state, Scalar softmax_scale, float dropout_p, "
-    "str rules, Tensor[] rule_tensors, SymInt[] rule_ints, Scalar[] rule_floats, "
-    "Tensor? block_counts, Tensor? block_indices, int[] block_size, bool lse, SymInt num_splits"
-)
+_ARGUMENTS = schema.arguments(Call)
 
 
 def forward(call: Call, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,35 +55,47 @@ def _by_head(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, .
     return (rows[0], heads, rows[1]) if cu_seqlens_q is None else (heads, *rows)
 
 
-def _forward(*arguments):
-    call, out = Call(*arguments), _new_out(*arguments)
+class Answer(NamedTuple):
+    """What a call comes to. bound: what was launched for it; None where nothing was."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    bound: Bound | None
+
+
+def answer(call: Call, out: torch.Tensor | None) -> Answer:
+    """What the operators do. out: where the user wants the result."""
+    given = out
+    if out is None:
+        out = _new_out(call.q, call.k, call.v)
+        if has_no_sequence(call):
+            out.zero_()
+    else:
+        contents.check_out(call, out)
+    lse, bound = new_lse(call.q, lse_shape(call)), None
     if has_no_sequence(call):
-        out.zero_()
-    return out, _fill(out, call)
+        contents.check(call, out)
+        lse.fill_(-torch.inf)
+    elif out.numel():
+        bound = _launch(call, out, lse)
+    if given is not None:
+        note_written(out)
+    return Answer(out, lse, bound)
+
+
+def _forward(*arguments):
+    out, lse, _ = answer(Call(*arguments), None)
+    return out, lse
 
 
 def _forward_out(out, *arguments):
-    call = Call(*arguments)
-    contents.check_out(call, out)
-    lse = _fill(out, call)
-    note_written(out)
-    return lse
+    return answer(Call(*arguments), out).lse
 
 
 def note_written(out: torch.Tensor) -> None:
     """Raise a tensor's version, as every in-place operator does."""
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
-
-
-def _fill(out, call):
-    lse = new_lse(call.q, lse_shape(call))
-    if has_no_sequence(call):
-        contents.check(call, out)
-        lse.fill_(-torch.inf)
-    elif out.numel():
-        _launch(call, out, lse)
-    return lse
 
 
 def has_no_sequence(call: Call) -> bool:
@@ -118,66 +121,18 @@ def _probabilities_fake(q, k, *_):
     return q.new_empty((batch, heads, seqlen_q, seqlen_k), dtype=torch.float32)
 
 
-def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
-    planned, place = plan_of(call)
+def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Bound:
+    place = place_of(call.q.device)
+    planned = plan(problem_of(call), place.device, sizes_of(call), call.num_splits)
     contents.check(call, out)
-    run(bound(planned, place), operands(call, out, lse if call.lse else None))
+    values = values_of(call, out, lse)
+    bound = launch.bind(planned, place, values)
+    launch.run(bound, values)
+    return bound
 
 
-class Bound(NamedTuple):
-    """A plan's kernels, ready to be called."""
-
-    forward: Callable[..., None]
-    splits: int
-    combine: Callable[..., None] | None
-
-
-def bound(planned: Plan, place: Place) -> Bound:
-    """The plan's kernels, compiled and loaded."""
-    combine = planned.combine and executable(*planned.combine, place.device, place.route)
-    return Bound(executable(*planned.forward, place.device, place.route), planned.splits, combine)
-
-
-def run(kernels: Bound, given: Operands) -> None:
-    """Launch. Where keys are split: attention over their parts into fp32 scratch, then the parts' merging."""
-    if kernels.combine is None:
-        kernels.forward(*given)
-        return
-    q, out = given.q, given.out
-    partial_out = q.new_empty((kernels.splits, *out.shape), dtype=torch.float32)
-    partial_lse = new_lse(q, (kernels.splits, *_by_head(q, given.cu_seqlens_q)))
-    kernels.forward(*given._replace(out=partial_out, lse=partial_lse, sink=None))
-    merged = (out, given.lse, given.cu_seqlens_q, given.seqused_q, given.sink, given.max_seqlen_q)
-    kernels.combine(*CombineOperands(partial_out, partial_lse, *merged))
-
-
-def plan_of(call: Call) -> tuple[Plan, Place]:
-    """Which kernels serve a call, and where."""
-    q, v = call.q, call.v
-    problem = _problem(
-        q.dtype, q.shape[-1], v.shape[-1], call.rules,
-        call.cu_seqlens_q is not None, call.seqused_q is not None, call.seqused_k is not None,
-        q.shape[-2] != v.shape[-2], call.rng_state is not None, call.sink is not None, call.lse,
-        tuple(call.block_size) or None,
-    )
-    place = place_of(q.device)
-    return plan(problem, place.device, _sizes(call), call.num_splits), place
-
-
-def _sizes(call: Call) -> Sizes:
-    batch = call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
-    return Sizes(batch, call.q.shape[-2], call.k.shape[-2], call.max_seqlen_q, call.max_seqlen_k)
-
-
-@functools.cache
-def _problem(dtype: torch.dtype, head_dim: int, head_dim_v: int, code: str, *rest: Any) -> Problem:
-    """A Problem from what a call's tensors and rules show; building one anew costs more than this lookup."""
-    mask, score = rules.decode(code)
-    return Problem(str(dtype).removeprefix("torch."), head_dim, head_dim_v, mask, score, *rest)
-
-
-def operands(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> Operands:
-    """What a kernel is launched with for a call."""
+def values_of(call: Call, out: torch.Tensor | None, lse: torch.Tensor | None) -> dict[str, Any]:
+    """The values of a call by the names of the kernels' operands; what it lacks is None."""
     mask_values, score_values = rules.values(
         call.rules, call.rule_tensors, call.rule_ints, call.rule_floats
     )
@@ -185,14 +140,27 @@ def operands(call: Call, out: torch.Tensor, lse: torch.Tensor | None) -> Operand
     if call.rng_state is not None:
         threshold = keep_threshold(call.dropout_p)
         scale = DROPOUT_STEPS / threshold
-    return Operands(
-        call.q, call.k, call.v, out, lse,
-        call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
-        call.sink, call.rng_state, call.softmax_scale, threshold, scale,
-        None if call.cu_seqlens_q is None else call.max_seqlen_q,
-        call.block_counts, call.block_indices,
-        mask_values, score_values,
-    )
+    return {
+        "q": call.q,
+        "k": call.k,
+        "v": call.v,
+        "out": out,
+        "lse": lse,
+        "cu_seqlens_q": call.cu_seqlens_q,
+        "cu_seqlens_k": call.cu_seqlens_k,
+        "seqused_q": call.seqused_q,
+        "seqused_k": call.seqused_k,
+        "sink": call.sink,
+        "rng_state": call.rng_state,
+        "softmax_scale": call.softmax_scale,
+        "keep_threshold": threshold,
+        "keep_scale": scale,
+        "max_seqlen_q": call.max_seqlen_q,
+        "block_counts": call.block_counts,
+        "block_indices": call.block_indices,
+        "mask_values": mask_values,
+        "score_values": score_values,
+    }
 
 
 def _no_vmap(*_):

@@ -14,23 +14,27 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import cache, rules
+from .arch.kernel import Step
 from .arch.problem import Device, Problem
-from .dispatch import EMULATED, Step, select, steps
+from .dispatch import EMULATED, select, steps
 from .executable import artifact, key_of
 from .masks import Document, PrefixLM
+from .problems import problem
 from .request import DTYPES
 
 _TABLE = torch.zeros(1, 1, dtype=torch.int32)
 _SLOPES = torch.zeros(1, 1)
 
 # Word -> what it adds to a call: keywords of a Problem, or arguments of the interface (rules).
-_FLAGS = ("varlen", "seqused_q", "seqused_k", "gqa", "dropout", "sink", "lse")
+# Splits are the call's, not a word: what merges them is compiled with what takes them.
+_FLAGS = tuple(field.name for field in fields(Problem) if field.type == "bool" and field.name != "split_kv")
 _RULES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window": {"window": (1, 1)},
@@ -76,23 +80,23 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     arguments.directory.mkdir(cache.FOLDER_MODE, parents=True, exist_ok=True)
     wanted = list(_wanted(arguments))
     failed = 0
-    for number, (device, problem, words) in enumerate(wanted, start=1):
-        answer = select(problem, device)
-        dims = f"{problem.head_dim}x{problem.head_dim_v}"
-        name = f"[{number}/{len(wanted)}] {device.target} {problem.dtype} {dims} {words}"
+    for number, (device, asked, words) in enumerate(wanted, start=1):
+        answer = select(asked, device)
+        dims = f"{asked.head_dim}x{asked.head_dim_v}"
+        name = f"[{number}/{len(wanted)}] {device.target} {asked.dtype} {dims} {words}"
         if not answer:
             say(f"{name}: {answer}")
             failed = 1
             continue
         started = time.perf_counter()
-        keys = [_write(step, device, arguments) for step in steps(problem, device)]
+        keys = [_write(step, device, arguments) for step in steps(asked, device)]
         say(f"{name}: {', '.join(keys)}, {time.perf_counter() - started:.1f} s")
     return failed
 
 
 def _write(step: Step, device: Device, arguments: argparse.Namespace) -> str:
     """Compile one kernel and write what is asked for; its key."""
-    key, built = key_of(*step, device), artifact(*step, device)
+    key, built = key_of(*step.compiled, device), artifact(*step.compiled, device)
     for part in arguments.emit or ():
         suffix = Path(PARTS[part]).suffix
         (arguments.directory / f"{key}{suffix}").write_bytes(built.files()[PARTS[part]])
@@ -118,8 +122,9 @@ def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Prob
             raise ValueError(f"--features has {word!r}; allowed: {', '.join(WORDS)}")
     masks = rules.mask_of(given["causal"], given["window"], given["mask"])
     scores = rules.score_of(given["softcap"], given["alibi_slopes"], None)
-    mask, score = rules.decode(rules.encode(masks, scores).code)
-    return Problem(dtype, *head_dims, mask=mask, score=score, **flags)
+    head_dim, head_dim_v = head_dims
+    code = rules.encode(masks, scores).code
+    return problem(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, code=code, **flags)
 
 
 def _refuse_contradictions(words: list[str]) -> None:

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from . import contents, dispatch, ops, overlap, request, rules, scalars
-from .arch.problem import Operands
+from . import contents, dispatch, launch, ops, overlap, request, rules, scalars
 from .request import Call, Options, Packing
 
 MOST = 1024  # decisions that are remembered; the oldest is forgotten first
@@ -48,7 +47,7 @@ class Decided(NamedTuple):
     shape and the strides of q. spans: bytes that out and each input reach over, where the user gives out.
     """
 
-    kernels: ops.Bound
+    bound: launch.Bound
     rules: tuple[str, list[int], list[float]]
     values: list[tuple | None] | None
     numbers: tuple
@@ -86,13 +85,32 @@ class Decided(NamedTuple):
                 return _by_all_checks(q, k, v, packing, options)
         values = self.values or rules.values(code, tensors, ints, floats)
         lse = None if self.lse_shape is None else ops.new_lse(q, self.lse_shape)
-        operands = Operands(
-            q, k, v, out, lse, cu_q, cu_k, used_q, used_k,
-            sink if sink is None or sink.dtype is torch.float32 else sink.float(),
-            request.draw_rng_state(q.device) if self.dropout else None,
-            *self.numbers, counts, indices, *values,
+        scale, threshold, keep_scale, longest = self.numbers
+        mask_values, score_values = values
+        launch.run(
+            self.bound,
+            {
+                "q": q,
+                "k": k,
+                "v": v,
+                "out": out,
+                "lse": lse,
+                "cu_seqlens_q": cu_q,
+                "cu_seqlens_k": cu_k,
+                "seqused_q": used_q,
+                "seqused_k": used_k,
+                "sink": sink if sink is None or sink.dtype is torch.float32 else sink.float(),
+                "rng_state": request.draw_rng_state(q.device) if self.dropout else None,
+                "softmax_scale": scale,
+                "keep_threshold": threshold,
+                "keep_scale": keep_scale,
+                "max_seqlen_q": longest,
+                "block_counts": counts,
+                "block_indices": indices,
+                "mask_values": mask_values,
+                "score_values": score_values,
+            },
         )
-        ops.run(self.kernels, operands)
         if given is not None:
             ops.note_written(given)
         return Result(out, lse)
@@ -173,7 +191,7 @@ def key_of(q, k, v, packing: Packing | None, options: Options, encoded: rules.En
         *_seen(q), *_seen(k), *_seen(v),
         dropout_p, type(dropout_p), scale, type(scale), softcap, type(softcap), num_splits, type(num_splits),
         window, *map(type, window), bool(causal), bool(deterministic), lse,
-        torch.is_grad_enabled(), ops.executable, dispatch.wanted(),
+        torch.is_grad_enabled(), launch.executable, dispatch.wanted(),
         None if q.is_cuda else dispatch.emulation().device,
         None if slopes is None else _seen(slopes),
         None if sink is None else _seen(sink),
@@ -216,20 +234,22 @@ def _by_all_checks(q, k, v, packing: Packing | None, options: Options) -> Result
 
 
 def _first(key: Hashable, q, k, v, packing: Packing | None, options: Options) -> Result:
-    """The first call of its key: by all checks and torch's dispatcher, and remembered."""
+    """The first call of its key: by all checks, and remembered; by torch's dispatcher if it has a say."""
     call = checked(q, k, v, packing, options)
-    result = Result(*ops.forward(call, options.out))
-    tensors = [value for value in (result.out, *call, *call.rule_tensors) if isinstance(value, torch.Tensor)]
-    launched = result.out.numel() and not ops.has_no_sequence(call)
-    if launched and all(type(tensor) in _PLAIN for tensor in tensors):
+    given = (options.out, *call, *call.rule_tensors)
+    tensors = [value for value in given if isinstance(value, torch.Tensor)]
+    if call.q.is_meta or not all(type(tensor) in _PLAIN for tensor in tensors):
+        return Result(*ops.forward(call, options.out))
+    out, lse, bound = ops.answer(call, options.out)
+    if bound is not None:
         if len(_DECIDED) >= MOST:
             _DECIDED.pop(list(_DECIDED)[0], None)  # other threads may be doing the same
-        _DECIDED[key] = _decide(call, result.out, options)
-    return result
+        _DECIDED[key] = _decide(call, out, bound, options)
+    return Result(out, lse)
 
 
-def _decide(call: Call, out: torch.Tensor, options: Options) -> Decided:
-    mine = ops.operands(call, out, None)
+def _decide(call: Call, out: torch.Tensor, bound: launch.Bound, options: Options) -> Decided:
+    mine = ops.values_of(call, out, None)
     own_rules = options.mask is None and options.score is None and options.block_mask is None
     fixed = own_rules and not call.rule_tensors
     given = options.out is not None
@@ -239,10 +259,12 @@ def _decide(call: Call, out: torch.Tensor, options: Options) -> Decided:
     )
     shape = tuple(out.shape)
     return Decided(
-        kernels=ops.bound(*ops.plan_of(call)),
+        bound=bound,
         rules=(call.rules, call.rule_ints, call.rule_floats),
-        values=[mine.mask_values, mine.score_values] if fixed else None,
-        numbers=(mine.softmax_scale, mine.keep_threshold, mine.keep_scale, mine.max_seqlen_q),
+        values=[mine["mask_values"], mine["score_values"]] if fixed else None,
+        numbers=(
+            mine["softmax_scale"], mine["keep_threshold"], mine["keep_scale"], mine["max_seqlen_q"],
+        ),
         out_shape=shape,
         like_q=shape == call.q.shape and call.q.stride() == out.stride() and not given,
         lse_shape=ops.lse_shape(call) if call.lse else None,

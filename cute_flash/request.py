@@ -8,7 +8,7 @@ ValueError for a wrong size or number, NotImplementedError for what no kernel do
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -54,7 +54,11 @@ class Packing(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A checked call: the arguments of the operators, in their order, without `out`."""
+    """A checked call: the arguments of the operators, in their order, without `out`.
+
+    The operators' schema is made from the annotations (schema.py). A Scalar may be one of torch.compile's
+    symbols, so that another number does not compile again; a float is a constant there.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -67,15 +71,15 @@ class Call(NamedTuple):
     max_seqlen_k: int
     sink: torch.Tensor | None
     rng_state: torch.Tensor | None
-    softmax_scale: float
+    softmax_scale: Annotated[float, "Scalar"]
     dropout_p: float
     rules: str
     rule_tensors: list[torch.Tensor]
     rule_ints: list[int]
-    rule_floats: list[float]
+    rule_floats: Annotated[list[float], "Scalar[]"]
     block_counts: torch.Tensor | None
     block_indices: torch.Tensor | None
-    block_size: list[int]
+    block_size: Annotated[list[int], "int[]"]
     lse: bool
     num_splits: int
 
@@ -95,7 +99,10 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
     batch_k, seqlen_k, _, _ = k.shape
     if batch_k != batch:
         raise ValueError(f"k has batch {batch_k}, q has {batch}: they must be equal")
-    packing = (None, None, None, None, seqlen_q, seqlen_k)
+    packing = Packing(
+        cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k,
+        seqused_q=None, seqused_k=None,
+    )  # fmt: skip
     return _call(q, k, v, packing, options, _Sizes(batch, heads, seqlen_q, seqlen_k))
 
 
@@ -121,8 +128,8 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, 
                 raise ValueError(f"{name} has {tensor.shape[0]} numbers, cu_seqlens has {batch} sequences")
     longest_q = scalars.length("max_seqlen_q", longest_q)
     longest_k = scalars.length("max_seqlen_k", longest_k)
-    sizes = _Sizes(batch, q.shape[1], longest_q, longest_k)
-    return _call(q, k, v, (cu_q, cu_k, used_q, used_k, longest_q, longest_k), options, sizes)
+    packing = packing._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
+    return _call(q, k, v, packing, options, _Sizes(batch, q.shape[1], longest_q, longest_k))
 
 
 def draw_rng_state(device: torch.device) -> torch.Tensor:
@@ -138,13 +145,13 @@ def keep_threshold(dropout_p: float) -> int:
     return round((1.0 - dropout_p) * DROPOUT_STEPS)
 
 
-def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
+def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
     dropout_p = _dropout_p(options.dropout_p)
     scale = options.softmax_scale
     scale = q.shape[-1] ** -0.5 if scale is None else scalars.positive("softmax_scale", scale)
     if options.alibi_slopes is not None:
         _check_tensor("alibi_slopes", options.alibi_slopes, q, (torch.float32,), None)
-    masks, blocks = _masks(options, q, k, sizes)
+    masks, block_mask = _masks(options, q, k, sizes), options.block_mask
     scores = rules.score_of(scalars.softcap(options.softcap), options.alibi_slopes, options.score)
     encoded = rules.encode(masks, scores)
     if encoded.ints or encoded.floats:
@@ -158,7 +165,23 @@ def _call(q, k, v, packing: tuple, options: Options, sizes: _Sizes) -> Call:
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
     splits = scalars.num_splits(options.num_splits, options.deterministic)
     return Call(
-        q, k, v, *packing, sink, rng_state, scale, dropout_p, *encoded, *blocks, options.lse, splits
+        q=q,
+        k=k,
+        v=v,
+        **packing._asdict(),
+        sink=sink,
+        rng_state=rng_state,
+        softmax_scale=scale,
+        dropout_p=dropout_p,
+        rules=encoded.code,
+        rule_tensors=encoded.tensors,
+        rule_ints=encoded.ints,
+        rule_floats=encoded.floats,
+        block_counts=None if block_mask is None else block_mask.counts,
+        block_indices=None if block_mask is None else block_mask.indices,
+        block_size=[] if block_mask is None else list(block_mask.block_size),
+        lse=options.lse,
+        num_splits=splits,
     )
 
 
@@ -169,12 +192,12 @@ def _dropout_p(given: Any) -> float:
     raise ValueError(f"dropout_p is {given}; allowed: 0 <= dropout_p <= 1 - 1/{DROPOUT_STEPS}")
 
 
-def _masks(options: Options, q: torch.Tensor, k: torch.Tensor, sizes: _Sizes) -> tuple[list, tuple]:
-    """Masks that must all show a pair, and counts, indices and block size of a block mask."""
+def _masks(options: Options, q: torch.Tensor, k: torch.Tensor, sizes: _Sizes) -> list[Rule]:
+    """Masks that must all show a pair."""
     rows_q, rows_k = q.shape[-3], k.shape[-3]  # at least those of the longest sequence
     window, block_mask = scalars.window(options.window_size, rows_q, rows_k), options.block_mask
     if block_mask is None:
-        return rules.mask_of(bool(options.causal), window, options.mask), (None, None, [])
+        return rules.mask_of(bool(options.causal), window, options.mask)
     _check_block_mask(block_mask, q, sizes)
     present = (options.causal, window != (None, None), options.mask is not None)
     named = zip(("causal", "window_size", "mask"), present, strict=True)
@@ -183,8 +206,7 @@ def _masks(options: Options, q: torch.Tensor, k: torch.Tensor, sizes: _Sizes) ->
             f"{beside} is given beside block_mask, which does not evaluate it in full blocks; allowed: a "
             "block mask made of all rules together, create_block_mask(Causal() & ..., ...)"
         )
-    masks = rules.mask_of(False, (None, None), block_mask.mask)
-    return masks, (block_mask.counts, block_mask.indices, list(block_mask.block_size))
+    return rules.mask_of(False, (None, None), block_mask.mask)
 
 
 def _check_block_mask(block_mask: Any, q: torch.Tensor, sizes: _Sizes) -> None:

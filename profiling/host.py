@@ -6,9 +6,9 @@ length. All are the least of many short rounds, so that other work on the machin
 
 Parts of a call again: `watched`, whether somebody watches operators; `rules`, mask and score objects as
 text and values; `key`, what the call is remembered under, and finding it; `result`, its memory; `operands`,
-what else the kernel takes, and calling it. Of a call anew: `checks`; `operator`, torch's dispatcher;
-`launch`, plan and operands; `remember`, for the next. Parts are timed by themselves, warmer than inside a
-call: they add up to less than the whole.
+what else the kernel takes, and calling it. Of a call anew: `checks`; `launch`, plan and operands; `remember`,
+for the next; and where somebody watches, `operator`, torch's dispatcher. Parts are timed by themselves,
+warmer than inside a call: they add up to less than the whole.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from cute_flash import (
     SlidingWindow,
     contents,
     create_block_mask,
+    launch,
     ops,
     repeat,
 )  # fmt: skip
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with (
-        mock.patch.object(ops, "executable", lambda *key: _nothing),
+        mock.patch.object(launch, "executable", lambda *key: _nothing),
         mock.patch.object(contents, "can_be_read", lambda device: False),
         cute_flash.emulated(chosen.arch),
         torch.no_grad(),
@@ -132,7 +133,7 @@ def parts(kind: Kind, rounds: int) -> dict[str, float]:
         "checks": lambda: repeat.checked(*given),
         "operator": lambda: ops.forward(call, options.out),
         "launch": lambda: ops._forward(*call),
-        "remember": lambda: repeat._decide(call, q, options),
+        "remember": lambda: repeat._decide(call, q, decided.bound, options),
     }
     found = {name: least(function, rounds) for name, function in timed.items()}
     found["operands"] -= found["result"]

@@ -273,7 +273,7 @@ def asked_for(what: Any, arch: str, kernel: str | None = None) -> list[tuple]:
 
     repeat.forget()  # calls that are remembered ask for no kernel; nor may these be
     try:
-        with mock.patch("cute_flash.ops.executable", record), only(kernel):
+        with mock.patch("cute_flash.launch.executable", record), only(kernel):
             if isinstance(what, str):
                 Call.make(CASES[what]).run(arch)
             else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import BlockMask, ops
+from cute_flash import BlockMask, launch
 
 HALF = torch.float16
 
@@ -20,7 +20,7 @@ def no_launch(monkeypatch):
     def launched(*key):
         raise AssertionError("launched")
 
-    monkeypatch.setattr(ops, "executable", launched)
+    monkeypatch.setattr(launch, "executable", launched)
     with cute_flash.emulated("sm80"):
         yield
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import Causal, ops, request, rules
+from cute_flash import Causal, launch, request, rules
 from cute_flash.arch.common.mask import SlidingWindow
 from cute_flash.arch.common.score import Chain
 from cute_flash.arch.problem import Operands
@@ -162,7 +162,7 @@ def test_dropout_in_sixteen_bits(dropout_p, threshold):
 def operands(monkeypatch):
     """Operands of every launch, which are not made."""
     seen = []
-    monkeypatch.setattr(ops, "executable", lambda *key: lambda *given: seen.append(Operands(*given)))
+    monkeypatch.setattr(launch, "executable", lambda *key: lambda *given: seen.append(Operands(*given)))
     with cute_flash.emulated("sm80"):
         yield seen
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import BlockMask, Softcap, create_block_mask, ops
+from cute_flash import BlockMask, Softcap, create_block_mask, launch
 from cute_flash.arch.problem import Operands
 from cute_flash.masks import Causal, Mask
 from cute_flash.scores import Score
@@ -114,7 +114,7 @@ def test_packed(no_launch, name):  # noqa: F811
 def operands(monkeypatch):
     """Operands of every launch, which are not made."""
     seen = []
-    monkeypatch.setattr(ops, "executable", lambda *key: lambda *given: seen.append(Operands(*given)))
+    monkeypatch.setattr(launch, "executable", lambda *key: lambda *given: seen.append(Operands(*given)))
     with cute_flash.emulated("sm80"):
         yield seen
 

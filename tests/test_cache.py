@@ -33,7 +33,7 @@ import torch, cute_flash
 from cute_flash import arch, executable
 if "real" not in sys.argv:
     from tests.tiny import TINY
-    arch.load = lambda device: (TINY,)
+    arch.load = lambda device, operation: (TINY,)
 q = torch.full((2, 3, 2, 64), 2.0).half()
 with cute_flash.emulated("sm80"):
     out = cute_flash.flash_attn_func(q, q, q, softmax_scale=0.5)
@@ -192,7 +192,8 @@ def test_what_a_kernel_is_compiled_from_is_in_its_key(tree):
     assert not found & {path for other in others for path in (root / other).rglob("*.py")}
     digest = executable.sources_of(kernel)
     assert digest == cache.sources_digest(Path(executable.__file__), tree=tree)
-    assert executable.sources_of(kernel.combine) == cache.sources_digest(
+    (combine,) = arch.load(device, "combine")
+    assert executable.sources_of(combine) == cache.sources_digest(
         Path(executable.__file__), tree="common"
     )
 

@@ -36,7 +36,7 @@ def tensors(batch, seqlen_q, seqlen_k, heads, heads_kv, place):
 def needed(answer, calls: list[Sizes]) -> int:
     """How many kernels tuning wants for calls of these sizes: one, unless few rows have their own config."""
     plans = [dispatch.plan(answer.problem, answer.device, sizes, 0) for sizes in calls]
-    steps = {step for plan in plans for step in (plan.forward, plan.combine) if step}
+    steps = {step.compiled for plan in plans for step in plan.steps}
     assert len(steps) <= len(dispatch.steps(answer.problem, answer.device))
     return len(steps)
 

@@ -13,6 +13,7 @@ import torch
 import cute_flash
 from cute_flash import arch, dispatch, repeat
 from cute_flash.arch.combine import COMBINE, CombineProblem
+from cute_flash.arch.kernel import Kernel, Step, Steps, Tuning
 from cute_flash.arch.problem import FEATURES, Device, Problem, Sizes, Support
 from cute_flash.masks import Causal, Document
 from cute_flash.scores import Softcap
@@ -26,8 +27,8 @@ class FakeConfig:
     memory: int = 0
 
 
-def fake_kernel(kernel_name: str, **declared):
-    """A kernel class that only declares."""
+def fake_kernel(name: str, **declared):
+    """A kernel that only declares. It splits keys in as many parts as the call has sequences, if it does."""
     defaults = {
         "capabilities": ((8, 0), (8, 9)),
         "dtypes": ("float16",),
@@ -35,31 +36,20 @@ def fake_kernel(kernel_name: str, **declared):
         "features": frozenset(("dense",)),
     }
 
-    class Fake:
-        name = kernel_name
-        support = Support(**(defaults | declared))
-
-        @staticmethod
-        def reasons(problem, device):
-            return Fake.support.reasons(problem, device)
-
-        @staticmethod
-        def config(problem, device, sizes=None):
-            return FakeConfig(device.shared_memory if sizes is None else sizes.seqlen_q)
-
-        @staticmethod
-        def splits(problem, device, sizes):
-            return sizes.batch
-
-    return Fake
+    tuning = Tuning(
+        config=lambda problem, device, sizes: FakeConfig(sizes.seqlen_q if sizes else device.shared_memory),
+        splits=lambda problem, device, sizes: sizes.batch,
+    )
+    return Kernel(name, "forward", Support(**(defaults | declared)), tuning, launches="")
 
 
 @pytest.fixture
 def kernels(monkeypatch):
     """A function that makes these kernels, and no others, the ones that any device has."""
 
-    def install(*classes):
-        monkeypatch.setattr(arch, "load", lambda device: classes)
+    def install(*forward):
+        others = {"combine": (COMBINE,)}
+        monkeypatch.setattr(arch, "load", lambda device, operation: others.get(operation, forward))
         repeat.forget()
 
     yield install
@@ -97,10 +87,8 @@ def sizes(batch: int = 1, seqlen_q: int = 8) -> Sizes:
 
 
 def splitting(name: str, **declared):
-    """A kernel that splits keys in as many parts as the call has sequences, unless told otherwise."""
-    kernel = fake_kernel(name, features=frozenset(("dense", "sink", "lse", "split_kv")), **declared)
-    kernel.combine = COMBINE
-    return kernel
+    """A kernel that can split keys."""
+    return fake_kernel(name, features=frozenset(("dense", "sink", "lse", "split_kv")), **declared)
 
 
 def test_one_launch_where_nothing_is_split(kernels):
@@ -108,28 +96,30 @@ def test_one_launch_where_nothing_is_split(kernels):
     kernels(whole)
     for num_splits in (0, 1):
         plan = dispatch.plan(PLAIN, A100, sizes(batch=7), num_splits)
-        assert plan == dispatch.Plan(dispatch.Step(whole, PLAIN, FakeConfig(8)), 1, None)
+        assert plan == Steps((Step(whole, PLAIN, FakeConfig(8)),))
 
 
 def test_the_config_may_depend_on_sizes(kernels):
     kernels(fake_kernel("whole"))
-    assert dispatch.plan(PLAIN, A100, sizes(seqlen_q=77), 0).forward.config == FakeConfig(77)
+    assert dispatch.plan(PLAIN, A100, sizes(seqlen_q=77), 0).steps[0].config == FakeConfig(77)
 
 
 @pytest.mark.parametrize("num_splits, expected", [(0, 3), (1, 1), (5, 5)])
 def test_splits_are_chosen_or_given(kernels, num_splits, expected):
     kernels(splitting("parts"))
     plan = dispatch.plan(PLAIN, A100, sizes(batch=3), num_splits)
-    assert plan.splits == expected and (plan.combine is not None) == (expected > 1)
+    assert plan.sizes == ({"splits": expected} if expected > 1 else {})
+    assert [step.kernel.name for step in plan.steps] == ["parts", "common.combine"][: 1 + (expected > 1)]
 
 
 def test_what_joins_once_is_left_to_the_combine_kernel(kernels):
     """Parts are told nothing of the sink and always write their log-sum-exp."""
     kernels(splitting("parts"))
     plan = dispatch.plan(replace(PLAIN, sink=True), A100, sizes(), 2)
-    assert plan.forward.problem == replace(PLAIN, split_kv=True, lse=True)
-    assert plan.combine.kernel is COMBINE
-    assert plan.combine.problem == CombineProblem("float16", 64, sink=True, lse=False)
+    part, merging = plan.steps
+    assert part.problem == replace(PLAIN, split_kv=True, lse=True)
+    assert merging.kernel is COMBINE
+    assert merging.problem == CombineProblem("float16", 64, sink=True, lse=False)
 
 
 def test_a_split_is_refused_with_its_reason(kernels):
@@ -140,8 +130,8 @@ def test_a_split_is_refused_with_its_reason(kernels):
 
 def test_another_kernel_may_serve_the_split(kernels):
     kernels(fake_kernel("whole"), splitting("parts"))
-    assert dispatch.plan(PLAIN, A100, sizes(batch=9), 0).splits == 1
-    assert dispatch.plan(PLAIN, A100, sizes(), 2).forward.kernel.name == "parts"
+    assert len(dispatch.plan(PLAIN, A100, sizes(batch=9), 0).steps) == 1
+    assert dispatch.plan(PLAIN, A100, sizes(), 2).steps[0].kernel.name == "parts"
 
 
 def test_a_device_without_a_tree_is_refused():
@@ -308,7 +298,8 @@ def test_the_feature_table_is_what_kernels_declare(kernels):
     assert rows[FEATURES["varlen"]] == ["–", "–", "–", "✓", "✓", "–"]
     assert rows["dtypes"] == [*["float16"] * 3, *["float16, bfloat16"] * 2, "–"]
     assert rows["head dims"] == [*["64"] * 3, *["8…64 by 8"] * 2, "–"]
-    assert set(rows) == {"", "---", "dtypes", "head dims", *FEATURES.values()}
+    operations = {"KV cache append and decode", "backward", "FP8"}
+    assert set(rows) == {"", "---", "dtypes", "head dims", *FEATURES.values(), *operations}
 
 
 def test_the_shipped_table_names_every_feature():

@@ -183,5 +183,5 @@ def test_its_bundle_is_the_tree_s(python, said):
     """Kernels have the same names whoever compiled them: bundles move between a wheel and its clone."""
     device = dispatch.EMULATED["sm80"]
     problem = precompile.problem_of("float16", (64, 64), ["dense"])
-    keys = {executable.key_of(*step, device) for step in dispatch.steps(problem, device)}
+    keys = {executable.key_of(*step.compiled, device) for step in dispatch.steps(problem, device)}
     assert keys == {path.stem for path in bundle(python).glob("*.kernel")}

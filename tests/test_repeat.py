@@ -17,7 +17,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_flash
-from cute_flash import ALiBi, Causal, Document, PrefixLM, SlidingWindow, Softcap, ops, repeat
+from cute_flash import ALiBi, Causal, Document, PrefixLM, SlidingWindow, Softcap, launch, repeat
 from cute_flash.arch.problem import Operands
 from cute_flash.masks import Mask
 from cute_flash.scores import Score
@@ -57,7 +57,7 @@ def noted(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(ops, "executable", executable)
+    monkeypatch.setattr(launch, "executable", executable)
     with cute_flash.emulated("sm80"), torch.no_grad():
         yield seen
 
@@ -66,13 +66,13 @@ def noted(monkeypatch):
 def anew(monkeypatch):
     """A list that grows with every call that is not like an earlier one."""
     found = []
-    original = ops.forward
+    original = repeat.checked
 
-    def forward(call, out):
-        found.append(call)
-        return original(call, out)
+    def checked(*given):
+        found.append(given)
+        return original(*given)
 
-    monkeypatch.setattr(ops, "forward", forward)
+    monkeypatch.setattr(repeat, "checked", checked)
     return found
 
 
@@ -112,7 +112,7 @@ def test_the_same_operands_again(noted, anew, name):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_split_keys_again(monkeypatch, anew, splits):
     seen = []
-    monkeypatch.setattr(ops, "executable", lambda *key: lambda *given: seen.append(given))
+    monkeypatch.setattr(launch, "executable", lambda *key: lambda *given: seen.append(given))
     for _ in range(2):
         attention(Q, K, V, learnable_sink=SINK, num_splits=splits, return_lse=True)
         packed(Q, K, V, num_splits=splits)

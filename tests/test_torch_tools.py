@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import cute_flash
-from cute_flash import ALiBi, ops
+from cute_flash import ALiBi, launch
 from cute_flash.arch.problem import Operands
 
 attention, varlen = cute_flash.flash_attn_func, cute_flash.flash_attn_varlen_func
@@ -32,7 +32,7 @@ def operands(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(ops, "executable", executable)
+    monkeypatch.setattr(launch, "executable", executable)
     with cute_flash.emulated("sm80"):
         yield seen
 

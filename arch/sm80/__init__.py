@@ -27,7 +27,6 @@ FORWARD = Kernel(
     ),
     tuning=tuning.FORWARD.tuning,
     launches=".sm80.forward:ForwardKernel",
-    combine=COMBINE,
 )
 
-KERNELS = (FORWARD,)
+KERNELS = (FORWARD, COMBINE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...combine import COMBINE
 from ...kernel import Kernel
 from ...problem import Support
 from .. import tuning
@@ -24,5 +23,4 @@ FORWARD = Kernel(
     ),
     tuning=tuning.FORWARD.tuning,
     launches=".sm100.forward.kernel:ForwardKernel",
-    combine=COMBINE,
 )

@@ -13,11 +13,12 @@ from unittest import mock
 
 import torch
 
-from cute_flash import executable, objectfile, ops
+from cute_flash import executable, objectfile
 from cute_flash.arch.combine import COMBINE
+from cute_flash.arch.kernel import Step
 from cute_flash.arch.problem import Device
 from cute_flash.cache import Artifact
-from cute_flash.dispatch import EMULATED, Step
+from cute_flash.dispatch import EMULATED
 from cute_flash.emulated_kernel import EmulatedKernel
 from cute_flash.emulator import EmulatorError
 from tests import accuracy, harness, proofs, reference
@@ -70,7 +71,7 @@ def objection(
         return EmulatedKernel(artifact._replace(ptx=ptx.encode()), device)
 
     calls = [Call.make(case) for case in (subject.case, *subject.also)]
-    with mock.patch.object(ops, "executable", changed):
+    with mock.patch("cute_flash.launch.executable", changed):
         for options, call in product(attempts, calls):
             try:
                 check(call, *call.run(device, **options, **subject.options))
@@ -140,7 +141,7 @@ def launches(subject: Subject, device: str) -> list[Launch]:
         found.append(Launch(kernel, compiled(subject, Step(kernel, problem, tuned), gpu), ()))
         return found[-1]
 
-    with mock.patch.object(ops, "executable", recorded):
+    with mock.patch("cute_flash.launch.executable", recorded):
         for case in (subject.case, *subject.also):
             Call.make(case).run(device)
     return found

@@ -1,0 +1,61 @@
+"""What a call of attention asks, in the words of kernels: the one place where its Problem is made."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from . import rules
+from .arch.problem import Problem, Sizes
+from .request import Call
+
+
+@functools.cache
+def problem(
+    *, dtype: torch.dtype | str, head_dim: int, head_dim_v: int | None = None, code: str = "", **features: Any
+) -> Problem:
+    """The Problem of a call with these head dims, rules and features, remembered.
+
+    head_dim_v: head_dim if None. code: the rules, as `rules.encode` has them. features: fields of Problem;
+    TypeError for others.
+    """
+    mask, score = rules.decode(code)
+    return Problem(
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=head_dim,
+        head_dim_v=head_dim if head_dim_v is None else head_dim_v,
+        mask=mask,
+        score=score,
+        **features,
+    )
+
+
+def problem_of(call: Call) -> Problem:
+    """What a checked call asks."""
+    return problem(
+        dtype=call.q.dtype,
+        head_dim=call.q.shape[-1],
+        head_dim_v=call.v.shape[-1],
+        code=call.rules,
+        varlen=call.cu_seqlens_q is not None,
+        seqused_q=call.seqused_q is not None,
+        seqused_k=call.seqused_k is not None,
+        gqa=call.q.shape[-2] != call.v.shape[-2],
+        dropout=call.rng_state is not None,
+        sink=call.sink is not None,
+        lse=call.lse,
+        block_size=tuple(call.block_size) or None,
+    )
+
+
+def sizes_of(call: Call) -> Sizes:
+    """How large a checked call is."""
+    return Sizes(
+        batch=call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1,
+        heads_q=call.q.shape[-2],
+        heads_kv=call.k.shape[-2],
+        seqlen_q=call.max_seqlen_q,
+        seqlen_k=call.max_seqlen_k,
+    )
