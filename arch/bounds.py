@@ -1,59 +1,69 @@
-"""Which keys a mask can show, and which it shows for certain, read off what it computes.
+"""Which keys a mask can show, and which it shows for certain, read off what it computes; queries likewise.
 
 A mask that gives no `keys` and `full` of its own gets them here, from the comparisons that it joins by `&`,
 `|` and `~`: where the two sides' difference is k or -k plus something that k is not in, the comparison bounds
-k. What is not understood bounds nothing, which is right, only slower.
+k; where k is not in it at all, it shows every key or none. What is not understood bounds nothing, which is
+right, only slower. Which queries see a range of keys is the same question with q in k's place.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .elementwise import maximum, minimum
+from .elementwise import maximum, minimum, where
+from .expression import LARGEST_POSITION
 from .symbol import INT, Symbol, kind_of, reachable
 
 MOST_OPERATIONS = 200  # of a mask that is looked at
 _FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 _NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
+_OTHER = {"k": "q", "q": "k"}
 
 
-class Keys(NamedTuple):
-    """Keys low <= k < high; None where that end is open."""
+class Span(NamedTuple):
+    """Positions low <= x < high; None where that end is open. whole: it is all of them or none."""
 
     low: Any = None
     high: Any = None
+    whole: bool = False
 
-    def ends(self, seqlen_k: Any) -> tuple[Any, Any]:
-        """Both ends."""
-        return 0 if self.low is None else self.low, seqlen_k if self.high is None else self.high
+    def ends(self, lowest: Any, beyond: Any) -> tuple[Any, Any]:
+        """Both ends; `lowest` and `beyond` for those that are open."""
+        return lowest if self.low is None else self.low, beyond if self.high is None else self.high
 
 
 class Shown(NamedTuple):
-    """Of the queries q_first..q_last: keys that any of them may see, and keys that all of them do."""
+    """Of a range of queries: keys that any of them may see, and keys that all of them do; or the reverse."""
 
-    possible: Keys
-    certain: Keys
+    possible: Span
+    certain: Span
 
 
-ALL, NONE = Keys(), Keys(0, 0)
+ALL, NONE = Span(whole=True), Span(0, 0, whole=True)
 UNKNOWN = Shown(ALL, NONE)
 
 
-def shown(visible: Any, q_first: Symbol, q_last: Symbol) -> Shown:
-    """What a mask shows. visible: a truth value made of the symbols q and k."""
+def shown(visible: Any, of: str, first: Symbol, last: Symbol) -> Shown:
+    """What a mask shows. visible: a truth value made of the symbols q and k.
+
+    of: "k", keys that the queries first..last see; "q", queries that see the keys first..last.
+    """
     if not isinstance(visible, Symbol):
         return Shown(ALL, ALL) if visible else Shown(NONE, NONE)
     order, _ = reachable((visible,))
     if len(order) > MOST_OPERATIONS:
         return UNKNOWN
-    return _Reader(order, q_first, q_last).shown(visible, negated=False)
+    return _Reader(order, of, first, last).shown(visible, negated=False)
 
 
 class _Reader:
-    """q_first..q_last: the queries. behind: which of the symbols q and k are behind a symbol, by its id."""
+    """of: the symbol that is bounded. first..last: what the other one is between.
 
-    def __init__(self, order: list[Symbol], q_first: Symbol, q_last: Symbol) -> None:
-        self.q_first, self.q_last = q_first, q_last
+    behind: which of the symbols q and k are behind a symbol, by its id.
+    """
+
+    def __init__(self, order: list[Symbol], of: str, first: Symbol, last: Symbol) -> None:
+        self.of, self.other, self.first, self.last = of, _OTHER[of], first, last
         self.behind: dict[int, set[str]] = {}
         for node in order:
             inside = [self.behind[id(arg)] for arg in node.args if isinstance(arg, Symbol)]
@@ -76,18 +86,20 @@ class _Reader:
         return UNKNOWN
 
     def compared(self, op: str, a: Any, b: Any) -> Shown:
-        """What `a op b` shows, if it is `k op rest` in other words."""
+        """What `a op b` shows, if it is `k op rest` in other words, or k is not in it."""
         sides = self.linear(a), self.linear(b)
         if None in sides:
             return UNKNOWN
-        (k_of_a, rest_of_a), (k_of_b, rest_of_b) = sides
-        if k_of_a - k_of_b == 1:
-            low, high = self.extent(self.known("-", rest_of_b, rest_of_a))
-        elif k_of_a - k_of_b == -1:
-            op, (low, high) = _FLIPPED[op], self.extent(self.known("-", rest_of_a, rest_of_b))
-        else:
-            return UNKNOWN
-        return _bounded(op, low, high)
+        (n_of_a, rest_of_a), (n_of_b, rest_of_b) = sides
+        low, high = self.extent(self.known("-", rest_of_b, rest_of_a))
+        if n_of_a - n_of_b == 0:
+            return _all_or_none(_FLIPPED[op], low, high)
+        if n_of_a - n_of_b == 1:
+            return _bounded(op, low, high)
+        if n_of_a - n_of_b == -1:
+            low, high = self.extent(self.known("-", rest_of_a, rest_of_b))
+            return _bounded(_FLIPPED[op], low, high)
+        return UNKNOWN
 
     def known(self, op: str, a: Any, b: Any) -> Any:
         """a op b, noting what is behind it."""
@@ -98,9 +110,9 @@ class _Reader:
 
     def linear(self, value: Any) -> tuple[int, Any] | None:
         """(n, rest) where the value is n * k + rest and k is not in rest; None where it is not so."""
-        if not self.needs(value, "k"):
+        if not self.needs(value, self.of):
             return 0, value
-        if value.op == "k":
+        if value.op == self.of:
             return 1, 0
         if value.op in ("+", "-"):
             a, b = map(self.linear, value.args)
@@ -113,10 +125,10 @@ class _Reader:
 
     def extent(self, value: Any) -> tuple[Any, Any]:
         """The least and the greatest that an integer without k is for these queries; None: not known."""
-        if not self.needs(value, "q"):
+        if not self.needs(value, self.other):
             return value, value
-        if value.op == "q":
-            return self.q_first, self.q_last
+        if value.op == self.other:
+            return self.first, self.last
         if value.op not in ("+", "-", "neg", "minimum", "maximum", "//", "*"):
             return None, None
         (a, b), *others = map(self.extent, value.args)
@@ -140,11 +152,30 @@ def _bounded(op: str, low: Any, high: Any) -> Shown:
         return UNKNOWN
     if op in ("<", "<="):
         more = int(op == "<=")
-        return Shown(Keys(high=high + more), Keys(high=low + more))
+        return Shown(Span(high=high + more), Span(high=low + more))
     if op in (">", ">="):
         more = int(op == ">")
-        return Shown(Keys(low=low + more), Keys(low=high + more))
-    return Shown(Keys(low, high + 1), NONE) if op == "==" else UNKNOWN
+        return Shown(Span(low=low + more), Span(low=high + more))
+    return Shown(Span(low, high + 1), NONE) if op == "==" else UNKNOWN
+
+
+def _all_or_none(op: str, low: Any, high: Any) -> Shown:
+    """What `t op 0` shows, which k is not in, for t between low and high."""
+    if low is None:
+        return UNKNOWN
+    sometimes, always = {
+        "<": (low < 0, high < 0), "<=": (low <= 0, high <= 0),
+        ">": (high > 0, low > 0), ">=": (high >= 0, low >= 0),
+        "==": ((low <= 0) & (high >= 0), (low == 0) & (high == 0)),
+        "!=": ((low != 0) | (high != 0), (low > 0) | (high < 0)),
+    }[op]
+    return Shown(_all_where(sometimes), _all_where(always))
+
+
+def _all_where(condition: Any) -> Span:
+    """All positions where a condition holds, else none."""
+    low = where(condition, -LARGEST_POSITION, LARGEST_POSITION)
+    return Span(low, -low, whole=True)
 
 
 def _both(a: Shown, b: Shown) -> Shown:
@@ -152,17 +183,31 @@ def _both(a: Shown, b: Shown) -> Shown:
 
 
 def _either(a: Shown, b: Shown) -> Shown:
-    """The certain keys of one of them: two ranges need not make one."""
-    (low, high), (low_b, high_b) = a.possible, b.possible
-    low = None if low is None or low_b is None else minimum(low, low_b)
-    high = None if high is None or high_b is None else maximum(high, high_b)
-    return Shown(Keys(low, high), b.certain if a.certain is NONE else a.certain)
+    """Of two ranges of certain keys that need not make one, the first."""
+    possible = _around(a.possible, b.possible)
+    if a.certain is NONE or b.certain is NONE:
+        return Shown(possible, b.certain if a.certain is NONE else a.certain)
+    make_one = _make_one(a.certain, b.certain)
+    return Shown(possible, _around(a.certain, b.certain) if make_one else a.certain)
 
 
-def _within(a: Keys, b: Keys) -> Keys:
-    """The keys of both; NONE where one is NONE."""
+def _make_one(a: Span, b: Span) -> bool:
+    """Whether two spans are one in any case: one is all or none, or both are open at the same end."""
+    both_low, both_high = a.low is None and b.low is None, a.high is None and b.high is None
+    return a.whole or b.whole or both_low or both_high
+
+
+def _around(a: Span, b: Span) -> Span:
+    """The least span with the positions of both."""
+    low = None if a.low is None or b.low is None else minimum(a.low, b.low)
+    high = None if a.high is None or b.high is None else maximum(a.high, b.high)
+    return Span(low, high, a.whole and b.whole)
+
+
+def _within(a: Span, b: Span) -> Span:
+    """The positions of both; NONE where one is NONE."""
     if a is NONE or b is NONE:
         return NONE
     low = b.low if a.low is None else a.low if b.low is None else maximum(a.low, b.low)
     high = b.high if a.high is None else a.high if b.high is None else minimum(a.high, b.high)
-    return Keys(low, high)
+    return Span(low, high, a.whole and b.whole)

@@ -6,6 +6,10 @@
     keys, full       of a mask, two bounds each, about q_first and q_last
     score            of a score, about s, q and k
 
+and what `reverse` adds for backward passes,
+
+    queries, full_queries    of a mask, two bounds each, about k_first and k_last
+
 all of them also about batch, head, seqlen_q, seqlen_k and the rule's own values: int0, float1, table2,
 numbered as `leaves` lists them. Operators have Python's meaning. Integers have 64 bits and wrap like torch's;
 they are computed in 32 bits where their range shows that this makes no difference, as is usual for positions,
@@ -28,7 +32,9 @@ LARGEST_POSITION = (1 << 30) - (1 << 20)
 INT32, INT64 = (-(1 << 31), (1 << 31) - 1), (-(1 << 63), (1 << 63) - 1)
 _RANGES = {
     **dict.fromkeys(("q", "q_first", "q_last"), (-LARGEST_POSITION, LARGEST_POSITION - 1)),
-    **dict.fromkeys(("batch", "head", "seqlen_q", "seqlen_k", "k"), (0, LARGEST_POSITION - 1)),
+    **dict.fromkeys(
+        ("batch", "head", "seqlen_q", "seqlen_k", "k", "k_first", "k_last"), (0, LARGEST_POSITION - 1)
+    ),
     "size": (1, INT32[1]),
     "int": (-LARGEST_POSITION, LARGEST_POSITION),
     "int64": INT64,
@@ -164,15 +170,22 @@ class Bound(NamedTuple):
 
     def keys(self, q_first: Any, q_last: Any, seqlen_k: Any) -> tuple[Any, Any]:
         """(low, high): no query in q_first..q_last sees a key outside low <= k < high."""
-        return self._bounds("keys", q_first, q_last, seqlen_k)
+        return self._bounds("keys", q_first=q_first, q_last=q_last, seqlen_k=seqlen_k)
 
     def full(self, q_first: Any, q_last: Any, seqlen_k: Any) -> tuple[Any, Any]:
         """(low, high): every query in q_first..q_last sees every key with low <= k < high."""
-        return self._bounds("full", q_first, q_last, seqlen_k)
+        return self._bounds("full", q_first=q_first, q_last=q_last, seqlen_k=seqlen_k)
 
-    def _bounds(self, name: str, q_first: Any, q_last: Any, seqlen_k: Any) -> tuple[Any, Any]:
-        found = self.expression.sections[name]
-        return found.evaluate({**self.known, "q_first": q_first, "q_last": q_last, "seqlen_k": seqlen_k})
+    def queries(self, k_first: Any, k_last: Any) -> tuple[Any, Any]:
+        """(low, high): no query outside low <= q < high sees a key in k_first..k_last."""
+        return self._bounds("queries", k_first=k_first, k_last=k_last)
+
+    def full_queries(self, k_first: Any, k_last: Any) -> tuple[Any, Any]:
+        """(low, high): every query with low <= q < high sees every key in k_first..k_last."""
+        return self._bounds("full_queries", k_first=k_first, k_last=k_last)
+
+    def _bounds(self, name: str, **about: Any) -> tuple[Any, Any]:
+        return self.expression.sections[name].evaluate({**self.known, **about})
 
 
 @functools.lru_cache(maxsize=4096)

@@ -308,7 +308,10 @@ def _refuse(message: str) -> NoReturn:
 
 _LEAVES = {
     name: Symbol(FLOAT if name == "s" else INT, name)
-    for name in ("s", "q", "k", "q_first", "q_last", "batch", "head", "seqlen_q", "seqlen_k")
+    for name in (
+        *("s", "q", "k", "q_first", "q_last", "k_first", "k_last"),
+        *("batch", "head", "seqlen_q", "seqlen_k"),
+    )
 }
 
 

@@ -23,7 +23,7 @@ from cute_flash import (
     request,
     rules,
 )
-from cute_flash.arch.common.blocks import Listed, Range, listed, part_of, phases
+from cute_flash.arch.common.blocks import Listed, Range, listed, part_of
 from cute_flash.arch.common.mask import Everything, Mask
 from cute_flash.arch.elementwise import load
 from tests import cases, test_rules
@@ -271,7 +271,8 @@ def test_lists_visit_what_ranges_visit(rule):
     made = create_block_mask(rule, 1, 1, 64, 75, block_size=16)
     for row in range(4):
         first = row * 16 + 75 - 64
-        by_range = {n for p in phases(rule, first, first + 15, 75, 16) for n in range(p.first, p.last)}
+        found = test_rules.phases_of(rule, first, first + 15, 75, 16)
+        by_range = {n for p in found for n in range(p.first, p.last)}
         counts, indices = list(rows_of(made))[row]
         assert set(walked(listed(indices, counts, 1, 5, True))) == by_range
 
@@ -285,7 +286,7 @@ def test_parts_of_visits_are_the_whole(parts, steps):
     for counts, indices in rows_of(BlockMask.from_blocks(visit, full, **told)):
         for visits in (
             listed(indices, counts, steps, -(-keys // 8), True),
-            Range(phases(SlidingWindow(20, 3), counts[0], counts[0] + 15, 75, 8)),
+            Range(test_rules.phases_of(SlidingWindow(20, 3), counts[0], counts[0] + 15, 75, 8)),
         ):
             found = [walked(part_of(visits, i, parts)) for i in range(parts)]
             assert sorted(n for part in found for n in part) == sorted(walked(visits))

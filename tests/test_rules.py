@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cute_flash.arch.common.blocks import phases
+from cute_flash.arch.common.blocks import Phase, phases
 from cute_flash.arch.common.mask import (
     Both,
     Causal,
@@ -107,12 +107,17 @@ def test_wrong_ranges_are_found(mask):
             check_ranges(mask, *place)
 
 
+def phases_of(mask: Mask, q_first: int, q_last: int, seqlen_k: int, tile_n: int) -> list[Phase]:
+    about = q_first, q_last, seqlen_k
+    return phases(mask.keys(*about), mask.full(*about), seqlen_k, tile_n)
+
+
 @pytest.mark.parametrize("tile_n", [1, 8, 16])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_phases_visit_what_is_visible_and_mask_what_is_not(mask, tile_n):
     for q_first, q_last, seqlen_k in places(seed=2, count=20):
         visited = []
-        for first, last, masked in phases(mask, q_first, q_last, seqlen_k, tile_n):
+        for first, last, masked in phases_of(mask, q_first, q_last, seqlen_k, tile_n):
             blocks = list(range(first, last))
             visited += reversed(blocks)
             for k in (k for n in blocks for k in range(n * tile_n, (n + 1) * tile_n) if not masked):
@@ -126,12 +131,12 @@ def test_phases_visit_what_is_visible_and_mask_what_is_not(mask, tile_n):
 
 def test_phases_skip_work():
     """Not only right but worth having: a narrow window visits few blocks, a causal row block masks few."""
-    window = phases(SlidingWindow(16, 0), 512, 527, 1024, 16)
+    window = phases_of(SlidingWindow(16, 0), 512, 527, 1024, 16)
     assert sum(max(0, p.last - p.first) for p in window) <= 3
-    causal = phases(Causal(), 512, 527, 1024, 16)
+    causal = phases_of(Causal(), 512, 527, 1024, 16)
     assert sum(p.last - p.first for p in causal) == 33
     assert sum(p.last - p.first for p in causal if p.masked) == 1
-    assert [p.masked for p in phases(EveryThird(0), 0, 15, 64, 16)] == [True]
+    assert [p.masked for p in phases_of(EveryThird(0), 0, 15, 64, 16)] == [True]
 
 
 class Table:

@@ -3,8 +3,9 @@
     Range     neighbouring blocks, from the last to the first: what a rule's bounds leave
     Listed    the blocks that a block mask lists
 
-Both answer the same questions, so that loops know no difference. A *place* is where a visit stands in the
-order; only these classes know what it is. Blocks come in phases that share one loop body each:
+Both answer the same questions, so that loops know no difference. A backward pass asks them the other way
+round: which blocks of rows the keys of a tile are seen by. A *place* is where a visit stands in the order;
+only these classes know what it is. Blocks come in phases that share one loop body each:
 
     first ........ full_first ........ full_last ........ last
           partly              wholly             partly
@@ -20,8 +21,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..elementwise import maximum, minimum, where
+from ..expression import LARGEST_POSITION
 from ..problem import Operands, Problem
-from .mask import Everything, Mask
+from ..reverse import EVERYWHERE
+from .mask import Everything
 
 
 class Phase(NamedTuple):
@@ -82,7 +85,7 @@ class Range:
         return self.start - place
 
     def block(self, place):
-        """The KV block visited there, in tiles."""
+        """The block visited there, in tiles."""
         return place
 
     def rest(self) -> Range:
@@ -151,33 +154,82 @@ def visits_of(
     rows, tile_n = tile
     if problem.block_size:
         block_q, block_k = problem.block_size
-        batches, heads = call.block_counts.shape[:2]  # each may be 1: the same lists for all
-        row = minimum(rules.batch, batches - 1), minimum(rules.head, heads - 1), first_row // block_q
-        counts, indices = (table[(*row, None)] for table in (call.block_counts, call.block_indices))
+        counts, indices = _lists(call, rules, first_row, block_q)
         tiles = _ceil_div(rules.seqlen_k, tile_n)
         return listed(indices, counts, block_k // tile_n, tiles, rules.mask is not None)
     seqlen_k = rules.seqlen_k
     end_row = minimum(first_row + rows, sequence.seqlen_q)
     if problem.seqused_q:
         seqlen_k = where(first_row < sequence.seqlen_q, seqlen_k, 0)  # rows out of use see nothing
-    q_first, q_last = first_row + sequence.offset, end_row - 1 + sequence.offset
-    return Range(phases(rules.mask or Everything(), q_first, q_last, seqlen_k, tile_n))
+    about = first_row + sequence.offset, end_row - 1 + sequence.offset, seqlen_k
+    mask = rules.mask or Everything()
+    return Range(phases(mask.keys(*about), mask.full(*about), seqlen_k, tile_n))
 
 
-def phases(mask: Mask, q_first, q_last, seqlen_k, tile_n: int) -> list[Phase]:
-    """Phases, in blocks, of the row block whose queries stand at q_first..q_last, in visiting order."""
-    low, high = mask.keys(q_first, q_last, seqlen_k)
-    full_low, full_high = mask.full(q_first, q_last, seqlen_k)
-    first = maximum(low, 0) // tile_n
-    last = _ceil_div(maximum(minimum(high, seqlen_k), 0), tile_n)
+def visits_from_keys(
+    problem: Problem, tile: tuple[int, int], call: Operands, rules, sequence, first_key
+) -> Range | Listed:
+    """The blocks of rows that see keys. tile: rows of a block, and how many keys, from `first_key` on.
+
+    rules: with a mask as `reverse.seen_from_keys` gives it. call: its block mask's lists are those of keys.
+    Where some of the keys are beyond seqlen_k every block is masked. Rows beyond seqlen_q never are: they
+    have no probabilities. Keys that are all beyond seqlen_k are seen by none.
+    """
+    tile_m, keys = tile
+    whole = first_key + keys <= rules.seqlen_k
+    tiles = _ceil_div(where(first_key < rules.seqlen_k, sequence.seqlen_q, 0), tile_m)
+    if problem.block_size:
+        block_q, block_k = problem.block_size
+        counts, indices = _lists(call, rules, first_key, block_k)
+        visits = listed(indices, counts, block_q // tile_m, tiles, True)
+        partial, full = visits.phases
+        middle = where(whole, partial.first if rules.mask is None else partial.last, full.last)
+        return replace(visits, phases=[partial._replace(last=middle), full._replace(first=middle)])
+    seen, full = EVERYWHERE, EVERYWHERE
+    if rules.mask is not None:
+        about = first_key, minimum(first_key + keys, rules.seqlen_k) - 1
+        seen, full = rules.mask.queries(*about), rules.mask.full_queries(*about)
+    low, high = _rows(full, sequence)
+    full = where(whole, low, LARGEST_POSITION), high
+    return Range(phases(_rows(seen, sequence), full, tiles * tile_m, tile_m))
+
+
+def _lists(call: Operands, rules, first, size: int):
+    """Counts and indices of the block, of this size, that a row or a key is in."""
+    batches, heads = call.block_counts.shape[:2]  # each may be 1: the same lists for all
+    row = minimum(rules.batch, batches - 1), minimum(rules.head, heads - 1), first // size
+    return tuple(table[(*row, None)] for table in (call.block_counts, call.block_indices))
+
+
+def _rows(positions, sequence):
+    """A range of rows from one of positions; an end that is open stays so."""
+    first, beyond = sequence.offset, sequence.seqlen_k
+    return tuple(
+        end if _is_open(end) else minimum(maximum(end, first), beyond) - first for end in positions
+    )
+
+
+def phases(seen, full, length, tile: int) -> list[Phase]:
+    """Phases, in blocks of `tile`, in visiting order, of ranges (low, high) inside 0 <= x < length.
+
+    seen: outside of it there is nothing to visit. full: inside of it no mask is needed; a high end that is
+    open, a plain number, takes in a last block that is not whole.
+    """
+    (low, high), (full_low, full_high) = seen, full
+    first = maximum(low, 0) // tile
+    last = _ceil_div(maximum(minimum(high, length), 0), tile)
     if _never_positive(full_high):
         return [Phase(first, last, True)]
-    full_last = maximum(minimum(full_high, seqlen_k), 0) // tile_n
-    full_last = minimum(maximum(full_last, first), last)
+    if _is_open(full_high):
+        full_last, right = last, []
+    else:
+        full_last = maximum(minimum(full_high, length), 0) // tile
+        full_last = minimum(maximum(full_last, first), last)
+        right = [Phase(full_last, last, True)]
     if _never_positive(full_low):
-        return [Phase(full_last, last, True), Phase(first, full_last, False)]
-    full_first = minimum(maximum(_ceil_div(maximum(full_low, 0), tile_n), first), full_last)
-    return [Phase(full_last, last, True), Phase(full_first, full_last, False), Phase(first, full_first, True)]
+        return [*right, Phase(first, full_last, False)]
+    full_first = minimum(maximum(_ceil_div(maximum(full_low, 0), tile), first), full_last)
+    return [*right, Phase(full_first, full_last, False), Phase(first, full_first, True)]
 
 
 def listed(indices, counts, steps: int, tiles, has_rule: bool) -> Listed:
@@ -204,6 +256,11 @@ def part_of(visits: Range | Listed, part, parts) -> Range | Listed:
 def _never_positive(bound) -> bool:
     """True where a bound is known to be 0 or less without running anything."""
     return isinstance(bound, int) and bound <= 0
+
+
+def _is_open(bound) -> bool:
+    """True where a bound is known to be beyond every position without running anything."""
+    return isinstance(bound, int) and abs(bound) >= LARGEST_POSITION
 
 
 def _ceil_div(x, n: int):

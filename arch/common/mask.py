@@ -34,18 +34,18 @@ class Mask(Rule):
     def keys(self, q_first, q_last, seqlen_k) -> tuple[Any, Any]:
         """(low, high): no query in q_first..q_last sees a key outside low <= k < high."""
         shown = self._shown(q_first, q_last)
-        return shown.possible.ends(seqlen_k) if shown else (0, seqlen_k)
+        return shown.possible.ends(0, seqlen_k) if shown else (0, seqlen_k)
 
     def full(self, q_first, q_last, seqlen_k) -> tuple[Any, Any]:
         """(low, high): every query in q_first..q_last sees every key with low <= k < high."""
         shown = self._shown(q_first, q_last)
-        return shown.certain.ends(seqlen_k) if shown else (0, 0)
+        return shown.certain.ends(0, seqlen_k) if shown else (0, 0)
 
     def _shown(self, q_first, q_last) -> bounds.Shown | None:
         """What `visible` says of the queries q_first..q_last, where that is being traced."""
         if not isinstance(q_first, Symbol):
             return None
-        return bounds.shown(self.visible(leaf("q"), leaf("k")), q_first, q_last)
+        return bounds.shown(self.visible(leaf("q"), leaf("k")), "k", q_first, q_last)
 
     def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
         rows = leaf("q_first"), leaf("q_last"), values["seqlen_k"]
