@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .kernel import Kernel, Step, Steps, Tuning
+from .precision import PRECISIONS, Precision
 from .problem import Problem, Spec, Support
 
 WARPS = 4
@@ -17,7 +18,10 @@ WARPS = 4
 
 @dataclass(frozen=True)
 class CombineProblem:
-    """What merging depends on; names as in `Problem`. The sink, which no part has seen, joins here."""
+    """What merging depends on; names as in `Problem`, dtype that of the result.
+
+    The sink, which no part has seen, joins here.
+    """
 
     operation: ClassVar[str] = "combine"
     dtype: str
@@ -31,13 +35,18 @@ class CombineProblem:
     def of(problem: Problem) -> CombineProblem:
         """What remains to be done after a split problem, to answer `problem`."""
         return CombineProblem(
-            dtype=problem.dtype,
+            dtype=problem.out_precision.name,
             head_dim_v=problem.head_dim_v,
             varlen=problem.varlen,
             seqused_q=problem.seqused_q,
             sink=problem.sink,
             lse=problem.lse,
         )
+
+    @property
+    def out_precision(self) -> Precision:
+        """Of the result; the parts are in fp32."""
+        return PRECISIONS[self.dtype]
 
     def features(self) -> tuple[str, ...]:
         """None that a kernel may lack."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from .expression import Expression
+from .precision import PRECISIONS, Precision
 
 # Every feature that a call may need, in the order of the README's table, with its words there.
 FEATURES = {
@@ -110,13 +111,14 @@ class Asked(Protocol):
 class Problem:
     """What a call asks that changes compiled code; sizes are not part of it.
 
-    dtype: "float16" or "bfloat16". head_dim, head_dim_v: multiples of 8.
+    dtype: of q, k and v, "float16" or "bfloat16". head_dim, head_dim_v: multiples of 8.
     mask, score: what the rules compute, or None.
     varlen: q, k, v are packed as (total, heads, dim) with cu_seqlens_q and cu_seqlens_k.
     seqused_q, seqused_k: the used length of every sequence is given.
     gqa: there are fewer KV heads than query heads.
     block_size: (block_q, block_k) of a block mask, rows of q and of k; None without one.
-    split_kv: the keys are shared out among CTAs: out and lse are a partial result for each of them.
+    split_kv: the keys are shared out among CTAs: out and lse are a partial result for each of them, in fp32.
+    out_dtype: of the result; None: as q, k and v.
     """
 
     operation: ClassVar[str] = "forward"
@@ -134,6 +136,17 @@ class Problem:
     lse: bool = True
     block_size: tuple[int, int] | None = None
     split_kv: bool = False
+    out_dtype: str | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """Of q, k and v, and of P where it is multiplied."""
+        return PRECISIONS[self.dtype]
+
+    @property
+    def out_precision(self) -> Precision:
+        """Of the result."""
+        return PRECISIONS[self.out_dtype or self.dtype]
 
     def features(self) -> tuple[str, ...]:
         """The features that this problem needs, keys of FEATURES."""
@@ -155,9 +168,12 @@ class Problem:
 
     def conflicts(self) -> tuple[str, ...]:
         """Why no kernel can serve it, whatever its features."""
+        found = []
         if self.block_size and (self.varlen or self.seqused_q or self.seqused_k):
-            return ("no block mask for packed sequences or used lengths: its blocks are of one length",)
-        return ()
+            found.append("no block mask for packed sequences or used lengths: its blocks are of one length")
+        if self.out_dtype not in (None, *PRECISIONS):
+            found.append(f"out_dtype {self.out_dtype} is not one of {', '.join(PRECISIONS)}")
+        return tuple(found)
 
     def takes_tiles(self, tile_m: int, tile_n: int) -> bool:
         """Whether tiles of these rows of Q and of K and V divide the blocks of the mask, if there is one."""
@@ -244,7 +260,7 @@ def forward_specs(problem: Problem) -> Operands:
         q_dims, k_dims = ("batch", "seqlen_q"), ("batch", "seqlen_k")
         lse_dims = ("batch", "num_heads_q", "seqlen_q")
     out_dims = (*q_dims, "num_heads_q", "head_dim_v")
-    out = Spec(dtype, out_dims, "strided", "output", written=True)
+    out = Spec(problem.out_precision.name, out_dims, "strided", "output", written=True)
     lse = Spec("float32", lse_dims, "contiguous", "natural log-sum-exp", written=True)
     if problem.split_kv:
         out = out._replace(dtype="float32", dims=("splits", *out_dims), meaning="output of each split")

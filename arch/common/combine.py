@@ -15,10 +15,10 @@ from cutlass import Boolean, Float32, Int32, Uint32
 
 from ..combine import CombineOperands, CombineProblem, Config
 from ..elementwise import where
+from .element import element_type
 from .softmax import LN_2, LOG2_E, exp2, finite
 
 LANES, COLUMNS = 32, 4  # of a warp; that a lane takes at a time, 16 bytes in fp32
-DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 
 
 class CombineKernel:
@@ -116,7 +116,7 @@ class CombineKernel:
                 cute.autovec_copy(cute.local_tile(source, (COLUMNS,), (column // COLUMNS,)), part)
                 for c in cutlass.range_constexpr(COLUMNS):
                     out[c] = cute.math.fma(weight, part[c], out[c])
-        rounded = cute.make_rmem_tensor(COLUMNS, DTYPES[self.problem.dtype])
-        rounded.store(out.load().to(DTYPES[self.problem.dtype]))
+        rounded = cute.make_rmem_tensor(COLUMNS, element_type(self.problem.out_precision))
+        rounded.store(out.load().to(rounded.element_type))
         target = call.out[(*place, None)]
         cute.autovec_copy(rounded, cute.local_tile(target, (COLUMNS,), (column // COLUMNS,)))

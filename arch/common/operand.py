@@ -1,7 +1,7 @@
 """Operands that TMA moves: a swizzled shared tile, and a head's rows in global memory, declared once.
 
-A tile is (rows, dim) with dim in whole 16-element steps, swizzled over as wide a part of the row as
-divides it. TMA fills with zeros what lies outside the tensor, so padding columns and rows past the end
+A tile is (rows, dim) with dim in whole k steps of matrix instructions, swizzled over as wide a part of the
+row as divides it. TMA fills with zeros what lies outside the tensor, so padding columns and rows past the end
 need no clearing; stores leave out what lies outside.
 
 A tensor's own bound ends the rows of a dense sequence. Where sequences end inside the tensor (packed, or
@@ -23,13 +23,8 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from ..elementwise import maximum, minimum
-
-STEP = 16  # elements of one matrix instruction's k step
-
-
-def padded(dim: int, parts: int = 1) -> int:
-    """Columns that a head dim takes in shared memory, of all its equal parts together."""
-    return -(-dim // (STEP * parts)) * STEP * parts
+from ..precision import Precision
+from .element import element_type
 
 
 class Mapped(NamedTuple):
@@ -62,7 +57,7 @@ class Operand:
     heads: in one tile, a divisor of `rows`. parts: of the columns, of which a tile holds one.
     """
 
-    dtype: type
+    precision: Precision
     rows: int
     dim: int
     stages: int
@@ -72,9 +67,11 @@ class Operand:
     parts: int = 1
 
     @staticmethod
-    def of(dtype: type, rows: int, dim: int, stages: int, ragged: bool, pitch: int = 0) -> Operand:
+    def of(
+        precision: Precision, rows: int, dim: int, stages: int, ragged: bool, pitch: int = 0
+    ) -> Operand:
         """An operand whose tiles are `pitch` elements apart, at least their size."""
-        return Operand(dtype, rows, dim, stages, ragged, max(pitch, rows * padded(dim)))
+        return Operand(precision, rows, dim, stages, ragged, max(pitch, rows * precision.padded(dim)))
 
     def packed(self, heads: int) -> Operand:
         """The same with the rows of `heads` heads in a tile, instead of as many more rows of one."""
@@ -82,13 +79,18 @@ class Operand:
 
     def in_parts(self, parts: int) -> Operand:
         """The same with one of `parts` equal parts of the columns in a tile."""
-        columns = padded(self.dim, parts) // parts
+        columns = self.precision.padded(self.dim, parts) // parts
         return replace(self, parts=parts, pitch=self.rows * columns)
+
+    @property
+    def dtype(self) -> type:
+        """Of its elements, as the compiler has it."""
+        return element_type(self.precision)
 
     @property
     def columns(self) -> int:
         """Columns of a tile."""
-        return padded(self.dim, self.parts) // self.parts
+        return self.precision.padded(self.dim, self.parts) // self.parts
 
     @property
     def sequence_rows(self) -> int:
@@ -98,16 +100,16 @@ class Operand:
     @property
     def bytes(self) -> int:
         """What one tile's copy transfers, zeros included."""
-        return self.rows * self.columns * self.dtype.width // 8
+        return self.precision.nbytes(self.rows * self.columns)
 
     @property
     def width(self) -> int:
-        """Columns of a swizzled part: 64, 32 or 16."""
-        return next(width for width in (64, 32, 16) if self.columns % width == 0)
+        """Columns of a swizzled part."""
+        return self.precision.swizzle_width(self.columns)
 
     def layout(self) -> cute.ComposedLayout:
         """(rows, dim, stages): a layout, and the swizzle of its bytes."""
-        bits = {64: 3, 32: 2, 16: 1}[self.width]
+        bits = {128: 3, 64: 2, 32: 1}[self.precision.nbytes(self.width)]
         atom = cute.make_layout((8, self.width), stride=(self.width, 1))
         tile = cute.tile_to_shape(atom, (self.rows, self.columns), (0, 1))
         staged = cute.append(tile, cute.make_layout(self.stages, stride=self.pitch))

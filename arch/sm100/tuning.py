@@ -87,12 +87,13 @@ class Config:
 
     def shared_memory(self, problem: Problem) -> int:
         """Bytes of a CTA's dynamic shared memory: Q, O in its place or beside it, K, V, factors, barriers."""
-        dim, dim_v = (-(-d // 16) * 16 for d in (problem.head_dim, problem.head_dim_v))
-        rows, v_part = TILE_M * self.tiles, -(-dim_v // (16 * self.ctas)) * 16
+        precision = problem.precision
+        dim, dim_v = map(precision.padded, (problem.head_dim, problem.head_dim_v))
+        rows, v_part = TILE_M * self.tiles, precision.padded(dim_v, self.ctas) // self.ctas
         q_and_out = dim + dim_v if self.stays else max(dim, dim_v)
         q, k = rows * q_and_out, self.tile_n // self.ctas * self.k_stages * dim
         small = 4 * (self.slots + 1) * rows + 512
-        return 2 * (q + k + self.tile_n * self.v_stages * v_part) + -(-small // 1024) * 1024
+        return precision.nbytes(q + k + self.tile_n * self.v_stages * v_part) + -(-small // 1024) * 1024
 
 
 LIGHT, HEAVY = range(2)

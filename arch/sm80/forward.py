@@ -21,6 +21,7 @@ from cutlass import Float32, Int32, const_expr
 
 from ..common.blocks import Listed, Range
 from ..common.dropout import Dropout
+from ..common.element import element_type
 from ..common.fragment import as_operand_a, rows_by_columns
 from ..common.memory import SmemAllocator
 from ..common.rules import Rules
@@ -33,9 +34,8 @@ from .job import RowBlock, Tiles, Walk, visits_of
 from .kv import KvLoader, KvStream, Source, hidden_zero
 from .mma import PIECE, Pieces, product, rounded, tiled_mma
 from .store import Partial, Result
-from .tuning import LARGEST_SHARED_MEMORY, Config, padded
+from .tuning import LARGEST_SHARED_MEMORY, Config
 
-DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 ROW_LANES = (1, 2)  # mma.sync spreads a row of the accumulator over 4 neighbouring lanes
 
 
@@ -44,17 +44,16 @@ class ForwardKernel:
 
     def __init__(self, problem: Problem, config: Config):
         self.problem, self.config = problem, config
-        self.dtype = DTYPES[problem.dtype]
-        self.dim, self.dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
-        heights = (config.tile_m, config.tile_n)
-        self.copy_q, copy_k = (self.copy(rows, problem.head_dim) for rows in heights)
-        copy_out, copy_v = (self.copy(rows, problem.head_dim_v) for rows in heights)
+        precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
+        self.dtype, self.out_dtype = element_type(precision), element_type(problem.out_precision)
+        self.dim, self.dim_v = precision.padded(dim), precision.padded(dim_v)
+        self.copy_q = TileCopy(self.dtype, config.tile_m, dim, self.dim, config.threads)
+        copy_k = TileCopy(self.dtype, config.tile_n, dim, self.dim, config.threads)
+        copy_v = TileCopy(self.dtype, config.tile_n, dim_v, self.dim_v, config.threads)
+        copy_out = TileCopy(self.out_dtype, config.tile_m, dim_v, self.dim_v, config.threads)
         self.store = Partial(problem) if problem.split_kv else Result(problem, copy_out)
         self.row_blocks = config.tile_m // (PIECE * config.warps)
         self.kv = KvLoader(copy_k, copy_v, config.tile_n, config.stages)
-
-    def copy(self, rows: int, dim: int) -> TileCopy:
-        return TileCopy(self.dtype, rows, dim, padded(dim), self.config.threads)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -186,11 +185,12 @@ class ForwardKernel:
         q_or_out = smem.allocate_tensor(self.dtype, wider, byte_alignment=128).iterator
         k = tile_layout(config.tile_n, self.dim, config.stages)
         v = tile_layout(config.tile_n, self.dim_v, config.stages)
+        out = cute.recast_ptr(q_or_out, dtype=self.out_dtype)
         return Tiles(
             q=cute.make_tensor(q_or_out, tile_layout(config.tile_m, self.dim, 1)),
             k=smem.allocate_tensor(self.dtype, k, byte_alignment=128),
             v=smem.allocate_tensor(self.dtype, v, byte_alignment=128),
-            out=cute.make_tensor(q_or_out, tile_layout(config.tile_m, self.dim_v, 1)),
+            out=cute.make_tensor(out, tile_layout(config.tile_m, self.dim_v, 1)),
         )
 
     def stream(self, block: RowBlock, tiles: Tiles, visits: Range | Listed) -> KvStream:

@@ -37,9 +37,9 @@ class Config:
 
     def shared_memory(self, problem: Problem) -> int:
         """Bytes of dynamic shared memory."""
-        dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
+        dim, dim_v = map(problem.precision.padded, (problem.head_dim, problem.head_dim_v))
         q_or_out = self.tile_m * max(dim, dim_v)
-        return 2 * (q_or_out + self.stages * self.tile_n * (dim + dim_v))
+        return problem.precision.nbytes(q_or_out + self.stages * self.tile_n * (dim + dim_v))
 
     def resident(self, problem: Problem, device: Device) -> int:
         """CTAs that an SM holds at once, at 255 registers a thread; 0 where not even one fits."""
@@ -55,11 +55,6 @@ def register_pressure(problem: Problem, device: Device) -> int:
     """LIGHT: no arithmetic per score beyond the scale and a comparison or two."""
     light_mask = problem.mask is None or problem.mask.is_light()
     return LIGHT if light_mask and not (problem.score or problem.dropout) else HEAVY
-
-
-def padded(dim: int) -> int:
-    """Columns that a head dim takes in shared memory: whole k steps of mma."""
-    return -(-dim // 16) * 16
 
 
 def fitted(config: Config, problem: Problem, device: Device) -> Config | None:

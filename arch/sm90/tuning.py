@@ -57,9 +57,10 @@ class Config:
 
     def shared_memory(self, problem: Problem) -> int:
         """Bytes of dynamic shared memory: Q, O in its place or beside it, K and V tiles, barriers."""
-        dim, dim_v = (-(-d // 16) * 16 for d in (problem.head_dim, problem.head_dim_v))
+        dim, dim_v = map(problem.precision.padded, (problem.head_dim, problem.head_dim_v))
         q_and_out = dim + dim_v if self.persistent else max(dim, dim_v)
-        return 2 * (self.tile_m * q_and_out + self.stages * self.tile_n * (dim + dim_v)) + 1024
+        elements = self.tile_m * q_and_out + self.stages * self.tile_n * (dim + dim_v)
+        return problem.precision.nbytes(elements) + 1024
 
 
 PLAIN, NUMBERS, TABLES = range(3)

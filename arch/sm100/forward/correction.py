@@ -9,7 +9,6 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ...common.numeric import both
-from ...common.operand import padded
 from ...common.rules import Rules
 from ...elementwise import where
 from ...problem import Problem
@@ -27,7 +26,7 @@ class Correction:
 
     def __init__(self, problem: Problem, config: Config, plan: Plan, output: Result | Partial):
         self.problem, self.config, self.plan, self.output = problem, config, plan, output
-        self.group, self.dim_v = Group(config.ctas), padded(problem.head_dim_v)
+        self.group, self.dim_v = Group(config.ctas), problem.precision.padded(problem.head_dim_v)
 
     @cute.jit
     def run(self, work: Work, ends: tuple, warp: Int32):

@@ -35,9 +35,10 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
 from ...common.channel import mma_channel
+from ...common.element import element_type
 from ...common.heads import TileHeads, parts_of
 from ...common.memory import Maps, SmemAllocator, Tiles
-from ...common.operand import Operand, padded
+from ...common.operand import Operand
 from ...common.roles import Role, specialize_warps
 from ...common.schedule import InSections, OneTile, tile_per_cta
 from ...common.sequence import sequence_of
@@ -58,7 +59,6 @@ from .output import Partial, Result
 from .softmax import Softmax
 from .store import Store
 
-DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
 WARPGROUP = 4  # warps
 
 
@@ -77,17 +77,17 @@ class ForwardKernel:
     def __init__(self, problem: Problem, config: Config):
         if config.persistent and not equal_tiles(problem):
             raise ValueError(f"CTAs persist where all tiles have as many blocks: no {config} for {problem}")
-        self.problem, self.config, self.dtype = problem, config, DTYPES[problem.dtype]
-        operand = partial(Operand.of, self.dtype)
-        dim, dim_v = problem.head_dim, problem.head_dim_v
+        self.problem, self.config = problem, config
+        precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
         # A tile's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
-        pitch = 0 if config.stays else TILE_M * max(padded(dim), padded(dim_v))
-        self.q = operand(TILE_M, dim, config.tiles, problem.varlen, pitch).packed(config.heads)
-        self.out = operand(TILE_M, dim_v, config.tiles, problem.varlen, pitch).packed(config.heads)
-        self.k = operand(config.tile_n // config.ctas, dim, config.k_stages, ragged_k)
-        self.v = operand(config.tile_n, dim_v, config.v_stages, ragged_k).in_parts(config.ctas)
-        self.plan = Plan(config.tiles, config.slots, config.tile_n, padded(dim_v, config.ctas))
+        pitch = 0 if config.stays else TILE_M * max(precision.padded(dim), precision.padded(dim_v))
+        q = Operand.of(precision, TILE_M, dim, config.tiles, problem.varlen, pitch)
+        out = Operand.of(problem.out_precision, TILE_M, dim_v, config.tiles, problem.varlen, pitch)
+        self.q, self.out = q.packed(config.heads), out.packed(config.heads)
+        self.k = Operand.of(precision, config.tile_n // config.ctas, dim, config.k_stages, ragged_k)
+        self.v = Operand.of(precision, config.tile_n, dim_v, config.v_stages, ragged_k).in_parts(config.ctas)
+        self.plan = Plan(config.tiles, config.slots, config.tile_n, precision.padded(dim_v, config.ctas))
         self.group = Group(config.ctas)
 
     @property
@@ -193,9 +193,10 @@ class ForwardKernel:
         tensor = cute.arch.retrieve_tmem_ptr(Float32, 16, address)
         memory = Memory(tiles, factors, tensor)
         load = Load(problem, config, self.q, self.k, self.v)
-        mma = Mma(problem, config, Products(self.dtype, plan, group))
-        output = Partial(problem, config) if problem.split_kv else Result(config, self.dtype)
-        softmax = Softmax(problem, config, self.dtype, plan, output)
+        dtype = element_type(problem.precision)
+        mma = Mma(problem, config, Products(dtype, plan, group))
+        output = Partial(problem, config) if problem.split_kv else Result(config, self.out.dtype)
+        softmax = Softmax(problem, config, dtype, plan, output)
         correction = Correction(problem, config, plan, output)
         read, fill = MmaEnds(q.read, k.read, v.read), LoadEnds(q.fill, k.fill, v.fill)
         told, few = (launch, memory, edges), config.other_registers

@@ -18,9 +18,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, pipeline
 
 from ...common.dropout import Dropout
+from ...common.element import element_type
 from ...common.fragment import rows_by_columns, some_rows
 from ...common.memory import Tiles
-from ...common.operand import Operand, padded, transposed
+from ...common.operand import Operand, transposed
 from ...common.order import hold, pin
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax
@@ -70,7 +71,8 @@ class Compute:
 
     def __init__(self, problem: Problem, config: Config, out: Operand):
         self.problem, self.config = problem, config
-        self.dtype, self.dim_v = out.dtype, padded(problem.head_dim_v)
+        self.dtype = element_type(problem.precision)
+        self.dim_v = problem.precision.padded(problem.head_dim_v)
         chosen = (problem, config, self.pv)
         self.store = Partial(*chosen) if problem.split_kv else Result(*chosen, out)
 

@@ -24,7 +24,7 @@ from cutlass.cute.nvgpu import cpasync
 from ...common.channel import channel, channels_ready
 from ...common.heads import parts_of
 from ...common.memory import Maps, SmemAllocator, Tiles
-from ...common.operand import Operand, padded
+from ...common.operand import Operand
 from ...common.roles import Role, warp_specialize
 from ...common.schedule import InSections
 from ...elementwise import maximum, minimum
@@ -35,23 +35,21 @@ from .compute import Compute, ComputeEnds
 from .job import Work, rows_of_tile
 from .load import Load, LoadEnds
 
-DTYPES = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}
-
 
 class ForwardKernel:
     """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
 
     def __init__(self, problem: Problem, config: Config):
-        self.problem, self.config, self.dtype = problem, config, DTYPES[problem.dtype]
-        operand = partial(Operand.of, self.dtype)
-        dim, dim_v = problem.head_dim, problem.head_dim_v
+        self.problem, self.config = problem, config
+        precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
         # A warpgroup's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
-        pitch = 0 if config.persistent else ROWS * max(padded(dim), padded(dim_v))
-        self.q = operand(ROWS, dim, config.consumers, problem.varlen, pitch).packed(config.heads)
-        self.out = operand(ROWS, dim_v, config.consumers, problem.varlen, pitch).packed(config.heads)
-        self.k = operand(config.tile_n, dim, config.stages, ragged_k)
-        self.v = operand(config.tile_n, dim_v, config.stages, ragged_k)
+        pitch = 0 if config.persistent else ROWS * max(precision.padded(dim), precision.padded(dim_v))
+        q = Operand.of(precision, ROWS, dim, config.consumers, problem.varlen, pitch)
+        out = Operand.of(problem.out_precision, ROWS, dim_v, config.consumers, problem.varlen, pitch)
+        self.q, self.out = q.packed(config.heads), out.packed(config.heads)
+        self.k = Operand.of(precision, config.tile_n, dim, config.stages, ragged_k)
+        self.v = Operand.of(precision, config.tile_n, dim_v, config.stages, ragged_k)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -85,7 +83,7 @@ class ForwardKernel:
         heads = call.k.shape[-2] * group if self.config.heads > 1 else call.q.shape[-2]
         together = 1
         if self.config.longest_first:
-            nbytes = self.dtype.width // 8 * (self.problem.head_dim + self.problem.head_dim_v)
+            nbytes = self.problem.precision.nbytes(self.problem.head_dim + self.problem.head_dim_v)
             together = maximum(L2_FOR_SECTION // (nbytes * maximum(keys, 1)), 1) * group
             together = minimum(together, heads * batches)  # else, with very few keys, sizes would overflow
         splits = call.out.shape[0] if self.problem.split_kv else 1

@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import warp
 
 from ...common.fragment import rows_by_columns, some_rows
 from ...common.memory import Tiles
-from ...common.operand import Operand, padded
+from ...common.operand import Operand
 from ...common.output import OutputRows, of_split, write_pairs
 from ...problem import Problem
 from ..tuning import Config
@@ -29,7 +29,7 @@ class _Store:
 
     def __init__(self, problem: Problem, config: Config, mma):
         self.problem, self.config, self.mma = problem, config, mma
-        self.dim_v = padded(problem.head_dim_v)
+        self.dim_v = problem.precision.padded(problem.head_dim_v)
 
     def normalise(self, job: Job, lse: cute.Tensor | None, state, warpgroup: Int32) -> cute.Tensor:
         """O of a thread's rows (rows, columns), normalised in place; the log-sum-exp is written."""
