@@ -179,6 +179,21 @@ def power(a, b):
     return exp2(Float32(b) * log2(Float32(a), fastmath=True), fastmath=True)
 
 
+def log(x):
+    """The natural logarithm of a float; NaN below 0. On the device one lg2 and one multiplication."""
+    world = _world(x)
+    if world == "symbol":
+        return call("log", FLOAT, x)
+    if world == "host":
+        return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+    if world == "torch":
+        return x.log()
+    from cutlass import Float32
+    from cutlass.cute.math import log2
+
+    return log2(Float32(x), fastmath=True) * math.log(2.0)
+
+
 def invert(x):
     """Logical not of truth values, ~ of integers."""
     world = _world(x)

@@ -9,6 +9,7 @@
 and what `reverse` adds for backward passes,
 
     queries, full_queries    of a mask, two bounds each, about k_first and k_last
+    derivative               of a score, the score and its derivative by s, about s, q and k
 
 all of them also about batch, head, seqlen_q, seqlen_k and the rule's own values: int0, float1, table2,
 numbered as `leaves` lists them. Operators have Python's meaning. Integers have 64 bits and wrap like torch's;
@@ -44,6 +45,7 @@ _RANGES = {
     "table:int64": INT64,
 }
 _PER_PAIR = frozenset(("s", "q", "k"))
+_OF_PAIRS = ("visible", "score", "derivative")  # the sections about them
 
 
 class Node(NamedTuple):
@@ -116,8 +118,12 @@ class Expression:
         """The rule as it stands for one sequence and query head."""
         known = dict(zip(leaf_names(self.leaves()), values, strict=True))
         known |= {"batch": batch, "head": head, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
-        main = self.sections.get("visible") or self.sections["score"]
-        return Bound(self, known, main.hoist(known))
+        return Bound(self, known, self._per_pair.hoist(known))
+
+    @property
+    def _per_pair(self) -> Section:
+        """The section that is evaluated for every pair of query and key."""
+        return next(self.sections[name] for name in _OF_PAIRS if name in self.sections)
 
     def ignores_head(self) -> bool:
         """Whether it stands the same for every head of a sequence."""
@@ -129,11 +135,11 @@ class Expression:
 
     def work(self) -> int:
         """Operations that a score is for every pair of query and key."""
-        return len(self.sections["score"].per_pair)
+        return len(self._per_pair.per_pair)
 
     def sees_positions(self) -> bool:
         """Whether a score depends on where query and key are."""
-        return bool(self.sections["score"].needs & {"q", "k"})
+        return bool(self._per_pair.needs & {"q", "k"})
 
     def is_light(self) -> bool:
         """Whether a mask asks no more of a pair than two comparisons that must both hold."""
@@ -159,14 +165,19 @@ class Bound(NamedTuple):
 
     def visible(self, q: Any, k: Any) -> Any:
         """Whether query `q` sees key `k`."""
-        return self._pair("visible", q=q, k=k)
+        return self._pair("visible", q=q, k=k)[0]
 
     def score(self, s: Any, batch: Any, head: Any, q: Any, k: Any) -> Any:
         """The score that replaces `s`; batch and head are those it is bound to."""
-        return self._pair("score", s=s, q=q, k=k)
+        return self._pair("score", s=s, q=q, k=k)[0]
 
-    def _pair(self, name: str, **pair: Any) -> Any:
-        return self.expression.sections[name].evaluate({**self.known, **pair}, self.hoisted)[0]
+    def derivative(self, s: Any, batch: Any, head: Any, q: Any, k: Any) -> tuple[Any, Any]:
+        """(the score that replaces `s`, its derivative by s). A derivative known beforehand is a plain float:
+        1.0 of a rule that only adds."""
+        return self._pair("derivative", s=s, q=q, k=k)
+
+    def _pair(self, name: str, **pair: Any) -> tuple[Any, ...]:
+        return self.expression.sections[name].evaluate({**self.known, **pair}, self.hoisted)
 
     def keys(self, q_first: Any, q_last: Any, seqlen_k: Any) -> tuple[Any, Any]:
         """(low, high): no query in q_first..q_last sees a key outside low <= k < high."""
@@ -281,7 +292,7 @@ class _Reader:
         """An operation on nodes, its operands converted to what it is computed in."""
         if op == "load":
             return self.load(*args)
-        if op in ("to_float", "exp", "tanh", "power", "/"):
+        if op in ("to_float", "exp", "tanh", "log", "power", "/"):
             args = tuple(map(self.as_float, args))
             return args[0] if op == "to_float" else self.add(op, args, "float")
         kinds = [self.nodes[arg].kind for arg in args[-2:]]  # the condition of `where` aside
@@ -413,7 +424,8 @@ _OPERATIONS: dict[str, Callable] = {
         function.__name__: function
         for function in (
             elementwise.minimum, elementwise.maximum, elementwise.where, elementwise.absolute,
-            elementwise.to_float, elementwise.exp, elementwise.tanh, elementwise.power, elementwise.load,
+            elementwise.to_float, elementwise.exp, elementwise.tanh, elementwise.log, elementwise.power,
+            elementwise.load,
         )
     },
 }

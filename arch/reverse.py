@@ -1,6 +1,7 @@
 """What a backward pass asks of a rule, worked out from the expression that the forward pass compiled.
 
     seen_from_keys    of a mask: which queries see a range of keys (`bounds` tells, from `visible`)
+    differentiated    of a score: its derivative by s
 
 A user writes nothing for it, and a rule says what it said when the forward pass ran.
 """
@@ -11,6 +12,7 @@ import functools
 from typing import Any
 
 from .bounds import NONE, shown
+from .derivative import derivative
 from .expression import LARGEST_POSITION, Expression, Node, Section, expression
 from .symbol import BOOL, FLOAT, INT, Symbol, leaf, text
 
@@ -33,6 +35,17 @@ def seen_from_keys(mask: Expression) -> Expression:
     seen = shown(visible, "q", leaf("k_first"), leaf("k_last"))
     full = NOWHERE if seen.certain is NONE else seen.certain.ends(*EVERYWHERE)
     return _with(mask, visible=(visible,), queries=seen.possible.ends(*EVERYWHERE), full_queries=full)
+
+
+@functools.lru_cache(maxsize=4096)
+def differentiated(score: Expression) -> Expression:
+    """The score with one section, `derivative`: the score and d score / ds, common parts computed once.
+
+    Where a score's slope is infinite or NaN, so is the derivative: where a pair is hidden, do not multiply
+    by it, select.
+    """
+    (found,) = symbols(score.sections["score"])
+    return _with(score, derivative=(found, derivative(found)))
 
 
 def _with(rule: Expression, **sections: tuple[Any, ...]) -> Expression:
