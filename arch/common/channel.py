@@ -1,4 +1,4 @@
-"""Channels: one edge between a role that fills shared tiles by TMA and the warps that read them.
+"""Channels: a link between a role that fills shared tiles by TMA and the warps that read them.
 
 Each stage has a `full` barrier (one arrival, and the bytes of the copies) and an `empty` one (one arrival
 per reading warp). Only a role's own loop may advance its end: an end advanced inside a helper, or held in
@@ -13,38 +13,40 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import pipeline
 
+from .topology import Barriers
+
 
 class Channel(NamedTuple):
-    """The two ends of an edge: `fill.acquire_and_advance()`, `read.wait_and_advance()`."""
+    """The two ends of a link: `producer.acquire_and_advance()`, `consumer.wait_and_advance()`."""
 
-    fill: pipeline.PipelineProducer
-    read: pipeline.PipelineConsumer
+    producer: pipeline.PipelineProducer
+    consumer: pipeline.PipelineConsumer
 
 
-def channel(barriers: cute.Pointer, stages: int, nbytes: int, reading_warps: int) -> Channel:
-    """A channel of `stages` tiles of `nbytes` bytes; `barriers`: 2 * stages 8-byte words of shared memory.
+def channel(base: cute.Pointer, barriers: Barriers, nbytes: int) -> Channel:
+    """A channel whose slots are tiles of `nbytes` bytes. base: the CTA's barriers, 8-byte words.
 
     `channels_ready` must follow before either end is used.
     """
     made = pipeline.PipelineTmaAsync.create(
-        barrier_storage=barriers,
-        num_stages=stages,
+        barrier_storage=base + barriers.first,
+        num_stages=barriers.slots,
         tx_count=nbytes,
         producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, reading_warps),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, barriers.empty_arrivals),
         defer_sync=True,
     )
     return Channel(*made.make_participants())
 
 
-def mma_channel(barriers: cute.Pointer, stages: int, nbytes: int, ctas: int = 1) -> Channel:
+def mma_channel(base: cute.Pointer, barriers: Barriers, nbytes: int, ctas: int = 1) -> Channel:
     """The same for a warp that reads with tcgen05: a release waits for the products that it has begun.
 
     ctas: 1, or 2 for a pair, whose leader counts what both copy and whose release both hear.
     """
     made = pipeline.PipelineTmaUmma.create(
-        barrier_storage=barriers,
-        num_stages=stages,
+        barrier_storage=base + barriers.first,
+        num_stages=barriers.slots,
         tx_count=nbytes * ctas,
         producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
         consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),

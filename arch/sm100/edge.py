@@ -8,47 +8,33 @@ takes a fence on each side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Int32
 from cutlass._mlir.dialects import nvvm
 
+from ..common.topology import Barriers
 from .group import ALONE, Group
 
 
-@dataclass(frozen=True)
-class Slots:
-    """`count` neighbouring edges of one slot each: `fills` arrivals make it full, `empties` empty.
-
-    empties: 0 where other edges tell who fills that it may.
-    """
-
-    count: int
-    fills: int
-    empties: int
-
-    @property
-    def barriers(self) -> int:
-        """How many they take."""
-        return self.count * (2 if self.empties else 1)
-
-    def make(self, barriers: cute.Pointer) -> None:
-        """Make them in so many `barriers`; one thread of the CTA calls this, before `Group.ready`."""
-        for i in range(self.barriers):
-            cute.arch.mbarrier_init(barriers + i, self.fills if i < self.count else self.empties)
-
-    def at(self, barriers: cute.Pointer) -> Edge:
-        """The first of them."""
-        return Edge(barriers, barriers + self.count if self.empties else None)
-
-
 class Edge(NamedTuple):
-    """`full` and `empty`: 8-byte barriers in shared memory; see `Slots`."""
+    """`full` and `empty`: 8-byte barriers in shared memory, of the first of a link's slots."""
 
     full: cute.Pointer
     empty: cute.Pointer | None
+
+    @staticmethod
+    def at(base: cute.Pointer, barriers: Barriers) -> Edge:
+        """A link's edges. base: the CTA's barriers."""
+        full = base + barriers.first
+        return Edge(full, full + barriers.slots if barriers.empty_arrivals else None)
+
+    def make(self, barriers: Barriers) -> None:
+        """Make them; one thread of the CTA calls this, before `Group.ready`."""
+        for i in range(barriers.count):
+            arrivals = barriers.full_arrivals if i < barriers.slots else barriers.empty_arrivals
+            cute.arch.mbarrier_init(self.full + i, arrivals)
 
     def of(self, index: int | Int32) -> Edge:
         """One of the neighbouring edges."""

@@ -15,42 +15,37 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32
 
 from ..elementwise import where
-from .edge import Edge, Slots
+from .edge import Edge
 from .group import Group
+from .tuning import ANSWERS
 
-SLOTS = 2  # answers on their way or not yet read by all: so loads need not wait for the tile before
 NBYTES = 16  # of an answer
 NOTHING = -1
 
 
 class Queue(NamedTuple):
-    """edge: the first of `Queue.slots`. answers: as many times 16 bytes."""
+    """edge: of ANSWERS slots, which every warp of the group reads. answers: as many times 16 bytes."""
 
     edge: Edge
     answers: cute.Pointer
 
-    @staticmethod
-    def slots(warps: int) -> Slots:
-        """warps: how many read every answer, in all CTAs of the group."""
-        return Slots(SLOTS, 1, warps)
-
     @cute.jit
     def ask(self, n: Int32, group: Constexpr):
         """Ask for what comes after tile n; the load warp of each CTA, while tile n is there."""
-        slot = self.edge.of(n % SLOTS)
+        slot = self.edge.of(n % ANSWERS)
         if group.leads():
-            slot.wait_empty(n // SLOTS)
+            slot.wait_empty(n // ANSWERS)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(slot.full, NBYTES)
             if group.leads():
-                answer = self.answers + n % SLOTS
+                answer = self.answers + n % ANSWERS
                 cute.arch.issue_clc_query(slot.full, answer, multicast=group.paired)
 
     def next(self, n: Int32, group: Group) -> Int32:
         """The index of the tile after tile n, or NOTHING; every warp."""
-        slot = self.edge.of(n % SLOTS)
-        slot.wait_full(n // SLOTS)
-        block, _, _, given = cute.arch.clc_response(self.answers + n % SLOTS)
+        slot = self.edge.of(n % ANSWERS)
+        slot.wait_full(n // ANSWERS)
+        block, _, _, given = cute.arch.clc_response(self.answers + n % ANSWERS)
         cute.arch.fence_proxy("async.shared", space="cta")
         slot.warp_emptied(group)
         return where(given != 0, block // group.ctas, NOTHING)

@@ -26,6 +26,7 @@ from ..problem import Device, Problem
 from ..tuning import Row, Table, equal_tiles
 
 TILE_M = 128
+ANSWERS = 2  # on their way or not yet read by all, of which tile comes next: loads then need not wait for it
 # Where FMA must help out with exponentials. GB300 computes twice as many a clock (NVIDIA, "Inside NVIDIA
 # Blackwell Ultra", 2025); of 11.0 nothing is published.
 SLOW_EX2 = ((10, 0),)

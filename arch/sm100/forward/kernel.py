@@ -42,15 +42,16 @@ from ...common.operand import Operand
 from ...common.roles import Role, specialize_warps
 from ...common.schedule import InSections, OneTile, tile_per_cta
 from ...common.sequence import sequence_of
+from ...common.topology import Barriers
 from ...elementwise import minimum
 from ...problem import Operands, Problem
 from ...tuning import equal_tiles
-from ..edge import Slots
+from ..edge import Edge
 from ..group import Group
 from ..mma import Products
-from ..queue import SLOTS, Queue
+from ..queue import Queue
 from ..tmem import Plan
-from ..tuning import TILE_M, Config
+from ..tuning import ANSWERS, TILE_M, Config
 from .correction import Correction
 from .job import Edges, Job, LoadEnds, Memory, MmaEnds, Past, Work, rows_of_tile
 from .load import Load
@@ -58,8 +59,9 @@ from .mma import Mma
 from .output import Partial, Result
 from .softmax import Softmax
 from .store import Store
+from .topology import WARPGROUP, topology
 
-WARPGROUP = 4  # warps
+CHANNELS = ("q", "k", "v")  # the links that TMA fills
 
 
 class Launch(NamedTuple):
@@ -77,7 +79,7 @@ class ForwardKernel:
     def __init__(self, problem: Problem, config: Config):
         if config.persistent and not equal_tiles(problem):
             raise ValueError(f"CTAs persist where all tiles have as many blocks: no {config} for {problem}")
-        self.problem, self.config = problem, config
+        self.problem, self.config, self.topology = problem, config, topology(problem, config)
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
         # A tile's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
@@ -89,11 +91,6 @@ class ForwardKernel:
         self.v = Operand.of(precision, config.tile_n, dim_v, config.v_stages, ragged_k).in_parts(config.ctas)
         self.plan = Plan(config.tiles, config.slots, config.tile_n, precision.padded(dim_v, config.ctas))
         self.group = Group(config.ctas)
-
-    @property
-    def warps(self) -> int:
-        """How many have a role in a CTA."""
-        return WARPGROUP * (self.config.tiles + 1) + (2 if self.problem.split_kv else 3)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -182,11 +179,12 @@ class ForwardKernel:
         problem, config, plan, group = self.problem, self.config, self.plan, self.group
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tiles, factors, barriers, address, answers = self.shared_memory()
-        stages, ctas = (config.tiles, config.k_stages, config.v_stages), config.ctas
-        q = mma_channel(barriers, stages[0], self.q.bytes, ctas)
-        k = mma_channel(barriers + 2 * stages[0], stages[1], self.k.bytes, ctas)
-        v = mma_channel(barriers + 2 * sum(stages[:2]), stages[2], self.v.bytes, ctas)
-        edges = self.edges(barriers + 2 * sum(stages), answers, warp)
+        links = self.topology
+        q, k, v = (
+            mma_channel(barriers, links[name], operand.bytes, config.ctas)
+            for name, operand in (("q", self.q), ("k", self.k), ("v", self.v))
+        )
+        edges = self.edges(barriers, answers, warp)
         if warp == 0:
             group.allocate(plan.allocated, address)
         group.ready()
@@ -198,52 +196,44 @@ class ForwardKernel:
         output = Partial(problem, config) if problem.split_kv else Result(config, self.out.dtype)
         softmax = Softmax(problem, config, dtype, plan, output)
         correction = Correction(problem, config, plan, output)
-        read, fill = MmaEnds(q.read, k.read, v.read), LoadEnds(q.fill, k.fill, v.fill)
-        told, few = (launch, memory, edges), config.other_registers
+        shared, small_role_registers = (launch, memory, edges), config.other_registers
+        consumers = MmaEnds(q.consumer, k.consumer, v.consumer)
+        producers = LoadEnds(q.producer, k.producer, v.producer)
         roles = (
-            Role(partial(self.run, softmax, *told, ()), WARPGROUP * config.tiles, config.softmax_registers),
-            Role(partial(self.run, correction, *told, ()), WARPGROUP, config.correction_registers),
-            Role(partial(self.run, mma, *told, read), 1, few),
-            Role(partial(self.run, load, *told, fill), 1, few),
+            Role(partial(self.run, softmax, *shared, ()), WARPGROUP * config.tiles, config.softmax_registers),
+            Role(partial(self.run, correction, *shared, ()), WARPGROUP, config.correction_registers),
+            Role(partial(self.run, mma, *shared, consumers), 1, small_role_registers),
+            Role(partial(self.run, load, *shared, producers), 1, small_role_registers),
         )
         if cutlass.const_expr(not problem.split_kv):
-            roles += (Role(partial(self.run, Store(config, self.out), *told, ()), 1, few),)
+            store = Store(config, self.out)
+            roles += (Role(partial(self.run, store, *shared, ()), 1, small_role_registers),)
         specialize_warps(roles, config.launch_registers, warp)
         group.sync()
         if warp == 0:
             group.free(tensor, plan.allocated)
 
-    def slots(self) -> tuple[Slots, ...]:
-        """Who fills and empties the edges of each kind, in the order of `Edges`."""
-        config, ctas = self.config, self.config.ctas
-        tiles, scores, reused = config.tiles, config.tiles * config.slots, int(config.stays)
-        s, factors = Slots(scores, 1, 2 * WARPGROUP * ctas), Slots(scores, WARPGROUP, 0)
-        last, o = Slots(tiles, WARPGROUP, WARPGROUP * reused), Slots(tiles, 1, 0)
-        out = Slots(tiles, WARPGROUP, reused)
-        return s, factors, last, o, out, *((Queue.slots(self.warps * ctas),) if config.dynamic else ())
-
     @cute.jit
     def edges(self, barriers: cute.Pointer, answers: cute.Pointer, warp: Int32):
-        """The edges between roles of this CTA and its peer, made by one thread."""
-        made = []
-        for slots in self.slots():
-            made.append(slots.at(barriers))
-            barriers += slots.barriers
+        """The links without channels, between roles of this CTA and its peer, made by one thread."""
+        made = {name: Edge.at(barriers, placed) for name, placed in self.edge_barriers().items()}
         if warp == 0:
             with cute.arch.elect_one():
-                for slots, edge in zip(self.slots(), made, strict=True):
-                    slots.make(edge.full)
-        queue = Queue(made.pop(), answers) if self.config.dynamic else None
-        return Edges(*made, queue)
+                for name, placed in self.edge_barriers().items():
+                    made[name].make(placed)
+        queue = Queue(made.pop("queue"), answers) if self.config.dynamic else None
+        return Edges(**made, queue=queue)
+
+    def edge_barriers(self) -> dict[str, Barriers]:
+        """Of the links without channels."""
+        return {link.name: placed for link, placed in self.topology.placed() if link.name not in CHANNELS}
 
     def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer, cute.Pointer]:
         """The tiles, the rows' factors, the barriers, a word for tensor memory's address, and answers."""
         config = self.config
         smem = SmemAllocator()
-        edges = sum(slots.barriers for slots in self.slots())
-        count = 2 * (config.tiles + config.k_stages + config.v_stages) + edges
-        answers = smem.allocate_array(cutlass.Int128, SLOTS)
-        barriers = smem.allocate_array(cutlass.Int64, count)
+        answers = smem.allocate_array(cutlass.Int128, ANSWERS)
+        barriers = smem.allocate_array(cutlass.Int64, self.topology.count)
         address = smem.allocate_array(cutlass.Int32, 1)
         shape = (TILE_M, config.slots + 1, config.tiles)
         factors = smem.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=16)

@@ -34,13 +34,14 @@ from ..tuning import L2_FOR_SECTION, Config
 from .compute import Compute, ComputeEnds
 from .job import Work, rows_of_tile
 from .load import Load, LoadEnds
+from .topology import topology
 
 
 class ForwardKernel:
     """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
 
     def __init__(self, problem: Problem, config: Config):
-        self.problem, self.config = problem, config
+        self.problem, self.config, self.topology = problem, config, topology(config)
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
         # A warpgroup's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
@@ -92,22 +93,22 @@ class ForwardKernel:
 
     @cute.kernel
     def kernel(self, work: Work):
-        config, readers = self.config, 4 * self.config.consumers
+        config, links = self.config, self.topology
         tiles, barriers = self.shared_memory()
-        q = channel(barriers, 1, config.consumers * self.q.bytes, readers)
-        k = channel(barriers + 2, config.stages, self.k.bytes, readers)
-        v = channel(barriers + 2 + 2 * config.stages, config.stages, self.v.bytes, readers)
+        q = channel(barriers, links["q"], config.consumers * self.q.bytes)
+        k = channel(barriers, links["k"], self.k.bytes)
+        v = channel(barriers, links["v"], self.v.bytes)
         channels_ready()
         load = Load(self.problem, config, self.q, self.k, self.v)
         compute = Compute(self.problem, config, self.out)
         roles = (
             Role(
-                partial(load.run, work, tiles, LoadEnds(q.fill, k.fill, v.fill)),
+                partial(load.run, work, tiles, LoadEnds(q.producer, k.producer, v.producer)),
                 1,
                 config.producer_registers,
             ),
             Role(
-                partial(compute.run, work, tiles, ComputeEnds(q.read, k.read, v.read)),
+                partial(compute.run, work, tiles, ComputeEnds(q.consumer, k.consumer, v.consumer)),
                 config.consumers,
                 config.consumer_registers,
             ),
@@ -118,6 +119,6 @@ class ForwardKernel:
     def shared_memory(self) -> tuple[Tiles, cute.Pointer]:
         """The tiles, and the barriers of all channels."""
         smem = SmemAllocator()
-        barriers = smem.allocate_array(cutlass.Int64, 2 + 4 * self.config.stages)
+        barriers = smem.allocate_array(cutlass.Int64, self.topology.count)
         operands = self.q, self.k, self.v, self.out
         return Tiles.allocate(smem, *operands, apart=bool(self.config.persistent)), barriers

@@ -1,0 +1,72 @@
+"""Links between roles: the table says what the drawing says, and barriers follow from it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+
+from cute_flash.arch.common.topology import Barriers, Link, Topology
+from cute_flash.arch.problem import Problem
+from cute_flash.arch.sm90 import tuning as sm90
+from cute_flash.arch.sm90.forward.topology import topology as hopper
+from cute_flash.arch.sm100 import tuning as sm100
+from cute_flash.arch.sm100.forward.topology import topology as blackwell
+
+PROBLEM = Problem("bfloat16", 128, 128)
+FULL = Link(name="full", producers=("a",), consumers=("b", "c"), slots=3)
+KEPT = Link(name="kept", producers=("a", "b"), consumers=("c",), slots=2, emptied=False)
+PAIR = Link(name="pair", producers=("b",), consumers=("b", "b"), slots=1, ctas=2)
+ARRIVALS = {"a": 1, "b": 4, "c": 8}
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text))
+
+
+def drawn(module: str) -> set[tuple[tuple[str, ...], str, tuple[str, ...]]]:
+    """(producers, link, consumers) of every arrow in a module's docstring."""
+    text = importlib.import_module(module).__doc__
+    arrows = re.findall(r"^    ([\w, ]+) --([\w, ]+)--> (\w+(?:, \w+)*)", text, re.MULTILINE)
+    return {(words(a), name, words(b)) for a, names, b in arrows for name in words(names)}
+
+
+@pytest.mark.parametrize(
+    "module, topologies",
+    [
+        ("sm90", [hopper(row.config) for row in sm90.ROWS]),
+        ("sm100", [blackwell(PROBLEM, row.config) for row in sm100.ROWS]),
+    ],
+    ids=["sm90", "sm100"],
+)
+def test_the_drawing_is_the_table(module, topologies):
+    found = drawn(f"cute_flash.arch.{module}.forward.kernel")
+    assert found
+    for topology in topologies:
+        assert {(link.producers, link.name, link.consumers) for link in topology.links} == found
+
+
+def test_barriers_follow_from_roles():
+    """Arrivals are the roles'; what is not emptied has one barrier a slot; a pair's consumers count twice."""
+    topology = Topology((FULL, KEPT, PAIR), ARRIVALS)
+    assert topology["full"] == Barriers(0, 3, 1, 12)
+    assert topology["kept"] == Barriers(6, 2, 5, 0)
+    assert topology["pair"] == Barriers(8, 1, 4, 16)
+    assert topology.count == 10
+    assert str(topology).splitlines()[0] == "a --full--> b, c"
+
+
+@pytest.mark.parametrize(
+    "links, said",
+    [
+        ((FULL, FULL), "links of the same name"),
+        ((Link(name="x", producers=("d",), consumers=("a",), slots=1),), "no role \\['d'\\]; there are"),
+        ((Link(name="x", producers=(), consumers=("a",), slots=1),), "needs a producer"),
+        ((Link(name="x", producers=("a",), consumers=(), slots=1),), "a consumer"),
+        ((Link(name="x", producers=("a",), consumers=("b",), slots=0),), "has 0 slots"),
+    ],
+)
+def test_what_cannot_be_is_refused(links, said):
+    with pytest.raises(ValueError, match=said):
+        Topology(links, ARRIVALS)
