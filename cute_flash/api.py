@@ -2,7 +2,8 @@
 
     q, k, v     float16 or bfloat16, (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim);
                 the last dimension contiguous, all other strides multiples of 16 bytes
-    positions   query row i of a sequence stands at key position i + seqlen_k - seqlen_q
+    positions   query row i of a sequence stands at key position i + seqlen_k - seqlen_q; a sequence has up to
+                2**30 - 2**20 - 1 queries and as many keys
     a score     softmax_scale * q·k, then softcap, ALiBi, `score`; then what the masks hide is -inf
     numbers     P V is summed in float32 before it is normalised, and overflows where values come near the
                 largest of bfloat16. Exponents are float32: on compute capability 10 and 11 a score of 1e6 is

@@ -13,12 +13,12 @@ and nothing else, besides dropout's state, a sink in another dtype and the scrat
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
-from . import contents, dispatch, launch, ops, overlap, request, rules, scalars
+from . import contents, dispatch, launch, ops, overlap, request, rules
 from .request import Call, Options, Packing
 
 MOST = 1024  # decisions that are remembered; the oldest is forgotten first
@@ -42,14 +42,14 @@ class Result(NamedTuple):
 class Decided(NamedTuple):
     """What all calls of one key have in common; no tensor.
 
-    rules: `rules.Encoded` without its tensors. values: of mask and score, where no tensor is among them.
+    mask_values, score_values: of causal, window_size and softcap.
     numbers: softmax_scale, keep_threshold, keep_scale and max_seqlen_q, as operands. like_q: out has the
     shape and the strides of q. spans: bytes that out and each input reach over, where the user gives out.
     """
 
     bound: launch.Bound
-    rules: tuple[str, list[int], list[float]]
-    values: list[tuple | None] | None
+    mask_values: tuple
+    score_values: tuple
     numbers: tuple
     out_shape: tuple[int, ...]
     like_q: bool
@@ -57,7 +57,7 @@ class Decided(NamedTuple):
     dropout: bool
     spans: tuple[int, ...]
 
-    def again(self, q, k, v, packing: Packing | None, options: Options, encoded: Any) -> Result:
+    def again(self, q, k, v, packing: Packing | None, options: Options, seen: rules.Seen | None) -> Result:
         """Look at what differs between calls of a key, then launch."""
         given, slopes, sink = options.out, options.alibi_slopes, options.learnable_sink
         out = given
@@ -74,19 +74,18 @@ class Decided(NamedTuple):
             counts, indices = options.block_mask.counts, options.block_mask.indices
             if contents.can_be_read(q.device):
                 contents.check_lists(counts, indices, k.shape[1], options.block_mask.block_size)
-        if encoded is None:
-            code, ints, floats = self.rules
-            tensors = () if slopes is None else (slopes,)
-        else:
-            code, tensors, ints, floats = encoded
+        mask_values, score_values, tensors = self.mask_values, self.score_values, ()
+        if slopes is not None:
+            score_values, tensors = (*score_values, slopes), (slopes,)
+        if seen is not None:
+            mask_values, score_values = mask_values + seen.mask, score_values + seen.score
+            tensors = (*tensors, *seen.tensors)
         if given is not None:
             inputs = (q, k, v, cu_q, cu_k, used_q, used_k, sink, counts, indices, *tensors)
             if _meet(out, inputs, self.spans):
                 return _by_all_checks(q, k, v, packing, options)
-        values = self.values or rules.values(code, tensors, ints, floats)
         lse = None if self.lse_shape is None else ops.new_lse(q, self.lse_shape)
         scale, threshold, keep_scale, longest = self.numbers
-        mask_values, score_values = values
         launch.run(
             self.bound,
             {
@@ -107,8 +106,8 @@ class Decided(NamedTuple):
                 "max_seqlen_q": longest,
                 "block_counts": counts,
                 "block_indices": indices,
-                "mask_values": mask_values,
-                "score_values": score_values,
+                "mask_values": mask_values or None,
+                "score_values": score_values or None,
             },
         )
         if given is not None:
@@ -125,14 +124,14 @@ def forward(
     try:
         if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
             q, k, v = request.as_autocast_has_it(q, k, v)
-        encoded = encode(q, k, options)
-        key = key_of(q, k, v, packing, options, encoded)
+        seen = rules_of(options)
+        key = key_of(q, k, v, packing, options, seen)
         decided = _DECIDED.get(key)
     except Exception:  # what cannot be part of a key is for the checks to name
         return _by_all_checks(q, k, v, packing, options)
     if decided is None:
-        return _first(key, q, k, v, packing, options)
-    return decided.again(q, k, v, packing, options, encoded)
+        return _first(key, q, k, v, packing, options, seen)
+    return decided.again(q, k, v, packing, options, seen)
 
 
 def forget() -> None:
@@ -160,27 +159,14 @@ def checked(q, k, v, packing: Packing | None, options: Options) -> Call:
     return request.dense(q, k, v, options) if packing is None else request.varlen(q, k, v, packing, options)
 
 
-def encode(q: torch.Tensor, k: torch.Tensor, options: Options) -> rules.Encoded | None:
-    """The call's rules where it has objects among them, whose values may change; None: the options tell."""
-    block_mask = options.block_mask
-    if options.mask is None and options.score is None and (block_mask is None or block_mask.mask is None):
-        return None
-    if block_mask is None:
-        window = options.window_size
-        unbounded = window == (-1, -1)
-        window = (None, None) if unbounded else scalars.window(window, q.shape[-3], k.shape[-3])
-        masks = rules.mask_of(bool(options.causal), window, options.mask)
-    else:
-        masks = rules.mask_of(False, (None, None), block_mask.mask)
-    softcap = scalars.softcap(options.softcap) if options.softcap else 0.0
-    scores = rules.score_of(softcap, options.alibi_slopes, options.score)
-    encoded = rules.encode(masks, scores)
-    if encoded.ints or encoded.floats:
-        scalars.check_values((*masks, *scores), encoded.ints, encoded.floats)
-    return encoded
+def rules_of(options: Options) -> rules.Seen | None:
+    """The user's mask and score, whose values may change from call to call; None where there is neither."""
+    block_mask, score = options.block_mask, options.score
+    mask = options.mask if block_mask is None else block_mask.mask
+    return None if mask is None and score is None else rules.seen(mask, score)
 
 
-def key_of(q, k, v, packing: Packing | None, options: Options, encoded: rules.Encoded | None) -> Hashable:
+def key_of(q, k, v, packing: Packing | None, options: Options, seen: rules.Seen | None) -> Hashable:
     """All that checks, plan and kernel depend on. Numbers come with their types: 1.0 equals 1 and True."""
     (
         dropout_p, scale, causal, window, softcap, slopes, mask, score, sink,
@@ -208,8 +194,8 @@ def key_of(q, k, v, packing: Packing | None, options: Options, encoded: rules.En
             block_mask.__class__, mask is None, _seen(block_mask.counts), _seen(block_mask.indices),
             block_mask.block_size, block_mask.seqlens,
         )
-    if encoded is not None:
-        key += (encoded.code, type(mask), type(score), *map(_seen, encoded.tensors))
+    if seen is not None:
+        key += (seen.key, *map(_seen, seen.tensors))
     return key
 
 
@@ -233,35 +219,38 @@ def _by_all_checks(q, k, v, packing: Packing | None, options: Options) -> Result
     return Result(*ops.forward(checked(q, k, v, packing, options), options.out))
 
 
-def _first(key: Hashable, q, k, v, packing: Packing | None, options: Options) -> Result:
+def _first(key: Hashable, q, k, v, packing: Packing | None, options: Options, seen) -> Result:
     """The first call of its key: by all checks, and remembered; by torch's dispatcher if it has a say."""
     call = checked(q, k, v, packing, options)
     given = (options.out, *call, *call.rule_tensors)
     tensors = [value for value in given if isinstance(value, torch.Tensor)]
-    if call.q.is_meta or not all(type(tensor) in _PLAIN for tensor in tensors):
+    if call.q.is_meta or not all(type(tensor) in _PLAIN and not tensor.is_neg() for tensor in tensors):
         return Result(*ops.forward(call, options.out))
     out, lse, bound = ops.answer(call, options.out)
     if bound is not None:
         if len(_DECIDED) >= MOST:
             _DECIDED.pop(list(_DECIDED)[0], None)  # other threads may be doing the same
-        _DECIDED[key] = _decide(call, out, bound, options)
+        _DECIDED[key] = _decide(call, out, bound, options, seen)
     return Result(out, lse)
 
 
-def _decide(call: Call, out: torch.Tensor, bound: launch.Bound, options: Options) -> Decided:
-    mine = ops.values_of(call, out, None)
-    own_rules = options.mask is None and options.score is None and options.block_mask is None
-    fixed = own_rules and not call.rule_tensors
+def _decide(
+    call: Call, out: torch.Tensor, bound: launch.Bound, options: Options, seen: rules.Seen | None
+) -> Decided:
+    mine, slopes = ops.values_of(call, out, None), options.alibi_slopes
+    mask_values, score_values = mine["mask_values"] or (), mine["score_values"] or ()
+    _, mask, score, _ = seen or rules.Seen((), (), (), [])
+    tensors = (() if slopes is None else (slopes,)) + (() if seen is None else (*seen.tensors,))
     given = options.out is not None
     order = (
         call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
-        options.learnable_sink, call.block_counts, call.block_indices, *call.rule_tensors,
+        options.learnable_sink, call.block_counts, call.block_indices, *tensors,
     )
     shape = tuple(out.shape)
     return Decided(
         bound=bound,
-        rules=(call.rules, call.rule_ints, call.rule_floats),
-        values=[mine["mask_values"], mine["score_values"]] if fixed else None,
+        mask_values=mask_values[: len(mask_values) - len(mask)],
+        score_values=score_values[: len(score_values) - len(score) - (slopes is not None)],
         numbers=(
             mine["softmax_scale"], mine["keep_threshold"], mine["keep_scale"], mine["max_seqlen_q"],
         ),

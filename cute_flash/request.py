@@ -99,6 +99,8 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
     batch_k, seqlen_k, _, _ = k.shape
     if batch_k != batch:
         raise ValueError(f"k has batch {batch_k}, q has {batch}: they must be equal")
+    for name, rows in (("q", seqlen_q), ("k", seqlen_k)):
+        scalars.length(f"{name}'s seqlen", rows)
     packing = Packing(
         cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k,
         seqused_q=None, seqused_k=None,

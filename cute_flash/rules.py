@@ -3,6 +3,7 @@
     mask_of, score_of   arguments of the interface -> the rules that apply together
     encode              rules -> a string and lists of numbers and tensors: what an operator can take
     decode, values      the same, inside the operator
+    seen                rules -> what that string depends on, and the values: for calls that are remembered
 
 The string is the text of the two expressions (`arch.rule.traced`): whoever keeps it, a compiled graph or a
 file, has all of the rules but the values.
@@ -14,20 +15,33 @@ import functools
 import inspect
 import reprlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from . import scalars
 from .arch.common.mask import Both, Causal, Mask, SlidingWindow
 from .arch.common.score import ALiBi, Chain, Score, Softcap
-from .arch.expression import Expression, expression
-from .arch.rule import Rule, RuleType, describe, traced
+from .arch.expression import LARGEST_POSITION, Expression, expression
+from .arch.rule import Rule, RuleType, describe, ships, traced
 
 _SHORT = reprlib.Repr()
 _SHORT.maxother = 60
 _BETWEEN = "\n\n"  # the mask's text and the score's
+
+
+class Seen(NamedTuple):
+    """A user's mask and score as a call shows them. key: where it is equal, so are their texts.
+
+    mask, score: their run-time values. tensors: those among them.
+    """
+
+    key: tuple
+    mask: tuple
+    score: tuple
+    tensors: list[torch.Tensor]
 
 
 class Encoded(NamedTuple):
@@ -111,6 +125,78 @@ def encode(masks: list[Rule], scores: list[Rule]) -> Encoded:
     mask = functools.reduce(Both, masks) if masks else None
     score = Chain(tuple(scores)) if len(scores) > 1 else scores[0] if scores else None
     return Encoded(f"{_encode(mask, pools)}{_BETWEEN}{_encode(score, pools)}", *pools)
+
+
+def seen(mask: Any, score: Any) -> Seen:
+    """What tells a user's mask and score, either of which may be None, from those of other calls.
+
+    Rules that ship are told by their class and the types of their fields, without a text; so are functions
+    by their code, where it says all. Raises what `part_of`, `encode` and `scalars.check_values` do.
+    """
+    mask_values: list = []
+    score_values: list = []
+    tensors: list[torch.Tensor] = []
+    key = (
+        None if mask is None else _seen(mask, Mask, (mask_values, tensors)),
+        None if score is None else _seen(score, Score, (score_values, tensors)),
+    )
+    return Seen(key, tuple(mask_values), tuple(score_values), tensors)
+
+
+def _seen(given: Any, base: type[Rule], into: tuple[list, list]) -> Hashable:
+    """What the text of a rule depends on, or that text. into: where its values go, and tensors among them."""
+    cls = given.__class__
+    if cls is types.FunctionType and _is_closed(given):
+        return given.__code__
+    if ships(cls):
+        found: tuple[list, list] = ([], [])
+        kinds = _kinds(given, found)
+        if kinds is not None:
+            into[0].extend(found[0])
+            into[1].extend(found[1])
+            return kinds
+    rule = part_of(given, base, base.__name__.lower())
+    kind, values = describe(rule)
+    text, pool_of = _SHIPPED.get(kind) or _traced(kind, compiling=False)
+    tensors, ints, floats = (
+        [value for value, at in zip(values, pool_of, strict=True) if at == pool] for pool in range(3)
+    )
+    scalars.check_values([rule], ints, floats)
+    into[0].extend(values)
+    into[1].extend(tensors)
+    return cls, text
+
+
+def _kinds(rule: Rule, into: tuple[list, list]) -> tuple | None:
+    """The class of a rule that ships and, by field, what its type depends on; None for what is unusual."""
+    rule = rule.form()
+    kinds: list = [rule.__class__]
+    for name in rule.__match_args__:
+        value = getattr(rule, name)
+        kind: Any = value.__class__
+        if kind is torch.Tensor:
+            into[1].append(value)
+            kind = (value.dtype, value.ndim)
+        elif kind is int:
+            if not -LARGEST_POSITION <= value <= LARGEST_POSITION:
+                return None
+        elif kind is float:
+            if not scalars.fits_float32(value):
+                return None
+        elif value is None:
+            kinds.append(None)
+            continue
+        elif isinstance(value, Rule) and ships(kind):
+            kind = _kinds(value, into)
+            if kind is None:
+                return None
+            kinds.append(kind)
+            continue
+        else:
+            return None
+        into[0].append(value)
+        kinds.append(kind)
+    return tuple(kinds)
 
 
 def _encode(rule: Rule | None, pools: tuple[list, list, list]) -> str:

@@ -21,6 +21,7 @@ INT32 = -(2**31), 2**31 - 1
 FLOAT32 = 2.0**-126, 2.0**127
 LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 LARGEST_BOUND = LARGEST_POSITION  # of a window: added to a position it is an int32
+LONGEST = LARGEST_POSITION - 1  # sequence: rules, and the kernels' blocks, count its positions in int32
 MOST_SPLITS = 128  # parts of the keys
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -54,11 +55,11 @@ def holds(condition: Any) -> bool:
 
 
 def length(name: str, value: Any) -> Any:
-    """A number of rows, 0 to 2**31 - 1."""
+    """A number of rows, 0 to LONGEST."""
     if not is_integer(value):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); allowed: an int")
-    if not (holds(value >= 0) and holds(value <= INT32[1])):
-        raise ValueError(f"{name} is {value}; allowed: 0 or more, at most {INT32[1]}")
+    if not (holds(value >= 0) and holds(value <= LONGEST)):
+        raise ValueError(f"{name} is {value}; allowed: 0 or more, at most {LONGEST}")
     return integer(value)
 
 
@@ -136,10 +137,10 @@ def _clamped(bound: Any, rows: Any) -> Any:
 
 def check_values(parts: Iterable[Rule | str], ints: list, floats: list) -> None:
     """The numbers that rules hand to a kernel fit it: ValueError names the field of one that does not."""
-    if all(map(_fits_int32, ints)) and all(map(_fits_float32, floats)):
+    if all(map(_fits_int32, ints)) and all(map(fits_float32, floats)):
         return
     for name, value in (found for part in parts for found in _fields(part)):
-        if isinstance(value, float) and not _fits_float32(value):
+        if isinstance(value, float) and not fits_float32(value):
             held = f"{FLOAT32[0]:.3g} to {LARGEST_FLOAT32:.3g}, what float32 holds"
             raise ValueError(f"{name} is {value}; allowed: 0, or a size from {held}")
         if is_integer(value) and not _fits_int32(value):
@@ -150,7 +151,7 @@ def _fits_int32(value: Any) -> bool:
     return holds(value >= INT32[0]) and holds(value <= INT32[1])
 
 
-def _fits_float32(value: Any) -> bool:
+def fits_float32(value: Any) -> bool:
     """Neither a finite number that becomes infinite nor one that becomes 0 or is rounded as a subnormal."""
     return value == 0 or value - value != 0 or FLOAT32[0] <= abs(value) <= LARGEST_FLOAT32
 

@@ -118,22 +118,22 @@ def parts(kind: Kind, rounds: int) -> dict[str, float]:
     given = seen[0]
     q, k, v, packing, options = given
     repeat.forward(*given)
-    encoded = repeat.encode(q, k, options)
-    key = repeat.key_of(*given, encoded)
+    seen_rules = repeat.rules_of(options)
+    key = repeat.key_of(*given, seen_rules)
     decided = repeat._DECIDED[key]
     call = repeat.checked(*given)
     timed = {
         "again": lambda: repeat.forward(*given),
         "watched": repeat.watched,
-        "rules": lambda: repeat.encode(q, k, options),
-        "key": lambda: repeat._DECIDED.get(repeat.key_of(*given, encoded)),
+        "rules": lambda: repeat.rules_of(options),
+        "key": lambda: repeat._DECIDED.get(repeat.key_of(*given, seen_rules)),
         "result": lambda: torch.empty_like(q) if decided.like_q else q.new_empty(decided.out_shape),
-        "operands": lambda: decided.again(*given, encoded),
+        "operands": lambda: decided.again(*given, seen_rules),
         "anew": lambda: _anew(lambda: repeat.forward(*given)),
         "checks": lambda: repeat.checked(*given),
         "operator": lambda: ops.forward(call, options.out),
         "launch": lambda: ops._forward(*call),
-        "remember": lambda: repeat._decide(call, q, decided.bound, options),
+        "remember": lambda: repeat._decide(call, q, decided.bound, options, seen_rules),
     }
     found = {name: least(function, rounds) for name, function in timed.items()}
     found["operands"] -= found["result"]

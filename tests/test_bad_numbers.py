@@ -12,6 +12,7 @@ import torch
 
 import cute_flash
 from cute_flash import BlockMask, Softcap, create_block_mask, launch
+from cute_flash.arch.expression import LARGEST_POSITION
 from cute_flash.arch.problem import Operands
 from cute_flash.masks import Causal, Mask
 from cute_flash.scores import Score
@@ -39,7 +40,14 @@ class Times(Score):
         return s * self.factor
 
 
+BEYOND = LARGEST_POSITION  # rows of a sequence: one too many
 HELD = "1.18e-38 to 1.7e.38, what float32 holds"
+
+
+def rows(heads: int, seqlen: int) -> torch.Tensor:
+    """Long sequences in little memory."""
+    return tensor(2, 1, heads, 64).expand(2, seqlen, heads, 64)
+
 
 # name -> (arguments, exception, what its text says)
 DENSE = {
@@ -86,12 +94,19 @@ DENSE = {
         "Every.step is 2147483648; allowed: -2147483648 to 2147483647, what int32 holds",
     ),
     "mask_int_negative": ({"mask": Every(-(2**31) - 1)}, ValueError, "Every.step is -2147483649; allowed"),
+    "seqlen_q": ({"q": rows(4, BEYOND)}, ValueError, "q's seqlen is 1072693248; .* at most 1072693247"),
+    "seqlen_k": (
+        {"k": rows(2, 2**31), "v": rows(2, 2**31)},
+        ValueError,
+        "k's seqlen is 2147483648; .* at most 1072693247",
+    ),
 }
 
 PACKED = {
     "max_negative": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q is -1; allowed: 0 or more"),
     "max_float": ({"max_seqlen_q": 6.0}, TypeError, r"max_seqlen_q is 6.0 \(float\); allowed: an int"),
-    "max_large": ({"max_seqlen_k": 2**31}, ValueError, "max_seqlen_k is 2147483648; .* at most 2147483647"),
+    "max_large": ({"max_seqlen_k": 2**31}, ValueError, "max_seqlen_k is 2147483648; .* at most 1072693247"),
+    "max_beyond": ({"max_seqlen_q": BEYOND}, ValueError, "max_seqlen_q is 1072693248; .* at most 1072693247"),
     "max_bool": ({"max_seqlen_q": True}, TypeError, r"max_seqlen_q is True \(bool\); allowed: an int"),
 }
 
@@ -108,6 +123,14 @@ def test_packed(no_launch, name):  # noqa: F811
     changed, error, text = PACKED[name]
     with pytest.raises(error, match=text):
         packed(**changed)
+
+
+def test_the_longest_sequence_is_taken(operands):
+    longest = BEYOND - 1
+    packed(max_seqlen_q=longest, num_splits=1)
+    packed(max_seqlen_k=longest, num_splits=1)
+    dense(k=rows(2, longest), v=rows(2, longest), num_splits=1)
+    assert [given.max_seqlen_q for given in operands] == [longest, 6, None]
 
 
 @pytest.fixture

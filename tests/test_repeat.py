@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import weakref
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,7 +19,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cute_flash
-from cute_flash import ALiBi, Causal, Document, PrefixLM, SlidingWindow, Softcap, launch, repeat
+from cute_flash import ALiBi, Causal, Document, PrefixLM, SlidingWindow, Softcap, launch, repeat, rules
 from cute_flash.arch.problem import Operands
 from cute_flash.masks import Mask
 from cute_flash.scores import Score
@@ -163,6 +165,77 @@ def test_values_are_those_of_each_call(noted, anew):
         attention(Q, K, V, window_size=(left, 0))
         attention(Q, K, V, mask=SlidingWindow(left, 0))
     assert [given.mask_values for given in noted[2:]] == [(5, 0), (5, 0), (6, 0), (6, 0), (5, 0), (5, 0)]
+
+
+PLAIN = Plus(1.0)
+SHOWN = {  # (mask, score) of a call
+    "none": (None, None),
+    "causal": (Causal(), None),
+    "left": (SlidingWindow(3, None), None),
+    "another_left": (SlidingWindow(4, None), None),
+    "right": (SlidingWindow(None, 3), None),
+    "wide": (SlidingWindow(2**40, 3), None),
+    "prefix": (PrefixLM(3), None),
+    "prefix_beyond": (PrefixLM(2**40), None),
+    "prefix_numpy": (PrefixLM(np.int64(3)), None),
+    "prefix_table": (PrefixLM(torch.tensor([3, 4]).int()), None),
+    "prefix_table_int64": (PrefixLM(torch.tensor([3, 4])), None),
+    "document": (Document(IDS), None),
+    "document_parameter": (Document(torch.nn.Parameter(IDS.float())), None),
+    "both": (Causal() & Document(IDS), None),
+    "either": (Causal() | Document(IDS), None),
+    "turned": (Document(IDS) & Causal(), None),
+    "nested": (Causal() & (SlidingWindow(1, 2) | PrefixLM(7)), None),
+    "own": (Near(3, IDS), None),
+    "own_inside": (Causal() & Near(3, IDS), None),
+    "own_larger": (Near(2**30, IDS), None),
+    "function": (lambda q, k: k <= q + 1, None),
+    "another_function": (lambda q, k: k <= q + 2, None),
+    "captures": (lambda q, k: k <= q + MOVED, None),
+    "softcap": (None, Softcap(3.0)),
+    "softcap_large": (None, Softcap(2e6)),
+    "softcap_int": (None, Softcap(3)),
+    "alibi": (None, ALiBi(SLOPES)),
+    "alibi_batch": (None, ALiBi(SLOPES.expand(2, 4).contiguous())),
+    "own_score": (None, PLAIN),
+    "score_function": (None, lambda s, batch, head, q, k: s * 2),
+    "two": (Document(IDS), Softcap(3.0)),
+}
+MOVED = 3
+
+
+def test_what_a_call_shows_of_its_rules_tells_their_texts_apart():
+    """Keys are equal where the texts are, and values are those that operators make of what travels."""
+    texts = {}
+    for name, (mask, score) in SHOWN.items():
+        encoded = rules.encode(rules.mask_of(False, (None, None), mask), rules.score_of(0.0, None, score))
+        seen = rules.seen(mask, score)
+        values = rules.values(*encoded)
+        shown = [seen.mask or None, seen.score or None]
+        assert flattened(shown) == flattened(values) and len(seen.tensors) == len(encoded.tensors), name
+        assert texts.setdefault(seen.key, encoded.code) == encoded.code, name
+    assert len(texts) >= len(set(texts.values())) >= len(SHOWN) - 5
+
+
+def test_a_captured_number_is_seen_in_every_call(noted, anew, monkeypatch):
+    mask, _ = SHOWN["captures"]
+    for moved in (3, 3, 5, 3):
+        monkeypatch.setattr(sys.modules[__name__], "MOVED", moved)
+        attention(Q, K, V, mask=mask)
+    assert len(anew) == 2
+
+
+def test_tables_of_every_kind_stand_where_spans_say(noted):
+    """Inputs of different lengths, none of which out meets."""
+    repeat.forget()
+    wide = torch.zeros(2, 1000).int()
+    for _ in range(3):
+        attention(Q, K, V, out=OUT, alibi_slopes=SLOPES, mask=Document(wide), score=ALiBi(SLOPES))
+    given = noted[2]
+    assert given.mask_values[0] is wide and [x is SLOPES for x in given.score_values] == [True, True]
+    (decided,) = repeat._DECIDED.values()
+    lengths = [x.numel() * x.element_size() for x in (OUT, Q, K, V, SLOPES, wide, SLOPES)]
+    assert decided.spans == tuple(lengths)
 
 
 def test_dropout_draws_a_state_in_every_call(noted):
@@ -318,6 +391,17 @@ def test_a_subclass_sees_the_operator(noted, anew):
     for _ in range(2):
         attention(Q.as_subclass(Own), K, V)
     assert len(anew) == before + 2
+
+
+def test_a_sign_that_a_view_only_promises_is_kept(noted):
+    """The imaginary part of a conjugate shares memory with numbers of the other sign: torch resolves it."""
+    slopes = torch.complex(SLOPES[:1], SLOPES[:1]).conj().imag
+    for _ in range(2):
+        attention(Q[:, :, :1], K[:, :, :1], V[:, :, :1], alibi_slopes=slopes)
+    assert slopes.is_neg() and slopes.is_contiguous()
+    for given in noted:
+        (found,) = given.score_values
+        assert torch.equal(found, -SLOPES[:1]) and not found.is_neg()
 
 
 def test_where_tensors_were_made_does_not_matter(noted, anew):
