@@ -153,6 +153,7 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
     scale = q.shape[-1] ** -0.5 if scale is None else scalars.positive("softmax_scale", scale)
     if options.alibi_slopes is not None:
         _check_tensor("alibi_slopes", options.alibi_slopes, q, (torch.float32,), None)
+        _check_table_is_constant("alibi_slopes", options.alibi_slopes)
     masks, block_mask = _masks(options, q, k, sizes), options.block_mask
     scores = rules.score_of(scalars.softcap(options.softcap), options.alibi_slopes, options.score)
     encoded = rules.encode(masks, scores)
@@ -162,7 +163,7 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
         for rule in (*masks, *scores):
             _check_tables(rule, q, sizes)
     _check_out(options.out, q, v)
-    _check_no_derivative(q, k, v, options, encoded.tensors)
+    _check_no_derivative(q, k, v, options)
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
     splits = scalars.num_splits(options.num_splits, options.deterministic)
@@ -304,6 +305,7 @@ def _check_tables(rule: Rule, q: torch.Tensor, sizes: _Sizes) -> None:
         name = f"{type(rule).__name__}.{field}"
         if isinstance(value, torch.Tensor):
             _check_tensor(name, value, q, TABLE_DTYPES, None)
+            _check_table_is_constant(name, value)
             allowed = type(rule).tables.get(field)
             if allowed and not any(_fits(value, dims, sizes) for dims in allowed):
                 words = " or ".join(", ".join(f"{d} {getattr(sizes, d)}" for d in dims) for dims in allowed)
@@ -347,27 +349,29 @@ def _check_out(out: Any, q: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"out has shape {_shape(out)}; allowed: {wanted}")
 
 
-def _check_no_derivative(q, k, v, options: Options, tables: list[torch.Tensor]) -> None:
+def _check_no_derivative(q, k, v, options: Options) -> None:
     """Neither a gradient nor a tangent is asked for, which would be silently zero."""
-    backward, tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
-    if not (backward or tangents):
-        return
-    given = (q, k, v, options.learnable_sink, options.out, *tables)
-    for index, tensor in enumerate(given):
-        if tensor is None:
-            continue
-        named = ("q", "k", "v", "learnable_sink", "out")
-        name = named[index] if index < len(named) else "a rule's tensor"
-        if tangents and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                f"{name} has a tangent (forward-mode differentiation: jvp, jacfwd, make_dual), and there is "
-                "no derivative yet: detach it"
-            )
-        if backward and tensor.requires_grad:
-            raise NotImplementedError(
-                f"{name} requires a gradient, and there is no backward yet: call within torch.no_grad(), "
-                "or detach it"
-            )
+    named = ("q", "k", "v", "learnable_sink", "out")
+    for name, tensor in zip(named, (q, k, v, options.learnable_sink, options.out), strict=True):
+        if tensor is not None:
+            _refuse_derivative(name, tensor, "there is no backward yet", "there is no derivative yet")
+
+
+def _check_table_is_constant(name: str, table: torch.Tensor) -> None:
+    """Neither a gradient nor a tangent is asked for, which no tensor of a rule has, with any backward."""
+    _refuse_derivative(name, table, "a rule's tensors get none", "a rule's tensors have no derivative")
+
+
+def _refuse_derivative(name: str, tensor: torch.Tensor, no_gradient: str, no_tangent: str) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} has a tangent (forward-mode differentiation: jvp, jacfwd, make_dual), and {no_tangent}: "
+            "detach it"
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name} requires a gradient, and {no_gradient}: call within torch.no_grad(), or detach it"
+        )
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

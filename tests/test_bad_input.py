@@ -11,6 +11,7 @@ import torch
 import cute_flash
 from cute_flash import ALiBi, Causal, Document, PrefixLM, Softcap, create_block_mask
 from cute_flash.masks import Mask
+from cute_flash.scores import Chain
 from tests.refused import HALF, blocks, dense, ints, no_launch, packed, tensor  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_launch")
@@ -211,7 +212,17 @@ DENSE = {
     "table_requires_grad": (
         {"score": ALiBi(torch.zeros(4).requires_grad_())},
         NotImplementedError,
-        "a rule's tensor requires",
+        r"^ALiBi\.slopes requires a gradient, and a rule's tensors get none: call within torch",
+    ),
+    "alibi_slopes_require_grad": (
+        {"alibi_slopes": torch.zeros(4).requires_grad_()},
+        NotImplementedError,
+        "^alibi_slopes requires a gradient, and a rule's tensors get none",
+    ),
+    "table_in_a_chain_requires_grad": (
+        {"score": Chain((Softcap(3.0), ALiBi(torch.zeros(4).requires_grad_())))},
+        NotImplementedError,
+        r"^ALiBi\.slopes requires a gradient",
     ),
     "block_mask_type": (
         {"block_mask": torch.ones(1, 1, dtype=torch.bool)},

@@ -273,7 +273,7 @@ WRONG = {
         {"alibi_slopes": SLOPES},
         {"alibi_slopes": SLOPES.clone().requires_grad_()},
         NotImplementedError,
-        "a rule's tensor requires a gradient",
+        "alibi_slopes requires a gradient",
     ),
     "dtype": ({}, {"k": K.bfloat16()}, TypeError, "k has dtype torch.bfloat16"),
     "strides": ({}, {"v": V.mT.contiguous().mT}, ValueError, "v has strides .*: the last dimension"),

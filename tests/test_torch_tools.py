@@ -80,10 +80,10 @@ TANGENTS = {
         lambda: torch.func.jvp(lambda s: attention(Q, K, V, learnable_sink=s), (SLOPES,), (SLOPES,)),
     ),
     "table": (
-        "a rule's tensor",
+        r"ALiBi\.slopes",
         lambda: torch.func.jvp(lambda s: attention(Q, K, V, score=ALiBi(s)), (SLOPES,), (SLOPES,)),
     ),
-    "dual": ("a rule's tensor", dual_alibi),
+    "dual": ("alibi_slopes", dual_alibi),
 }
 
 
