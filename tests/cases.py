@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any
@@ -32,7 +32,7 @@ class Case:
     """
 
     name: str
-    seqlens: tuple[tuple[int, int], ...] = ((97, 130), (97, 130))
+    seqlens: tuple[tuple[int, int], ...] = ((137, 150), (137, 150))
     varlen: bool = False
     heads: tuple[int, int] = (2, 2)
     dims: tuple[int, int] = (64, 64)
@@ -208,7 +208,7 @@ def singles() -> Iterator[Case]:
     yield Case("softmax_scale", softmax_scale=0.3)
     yield Case("large_scores", softmax_scale=4.0)
     for dims in DIMS:
-        lengths = ((70, 100),) if max(dims) > 128 else ((97, 130),)
+        lengths = ((140, 100),) if max(dims) > 128 else ((137, 150),)
         yield Case(f"dims_{dims[0]}_{dims[1]}", lengths, dims=dims, mask="causal")
     for q, k in LENGTHS:
         yield Case(f"lengths_{q}_{k}", ((q, k),))
@@ -227,7 +227,7 @@ def singles() -> Iterator[Case]:
         yield Case(f"layout_{layout}_varlen", RAGGED, varlen=True, layout=layout)
     yield Case("varlen", RAGGED, varlen=True)
     yield Case("varlen_causal", RAGGED, varlen=True, mask="causal")
-    yield Case("varlen_one", ((77, 99),), varlen=True)
+    yield Case("varlen_one", ((131, 99),), varlen=True)
     for used in ("q", "k", "qk"):
         yield Case(f"used_{used}", RAGGED, varlen=True, used=used)
         yield Case(f"used_{used}_causal", RAGGED, varlen=True, used=used, mask="causal")
@@ -237,7 +237,7 @@ def singles() -> Iterator[Case]:
         yield Case(f"dropout_{p}", dropout=p)
     yield Case("dropout_varlen", RAGGED, varlen=True, dropout=0.3)
     yield Case("sink", sink=True)
-    yield Case("sink_without_keys", ((70, 20),), sink=True, mask="causal")
+    yield Case("sink_without_keys", ((140, 20),), sink=True, mask="causal")
     yield from special()
     yield from few_rows()
     yield from split()
@@ -246,9 +246,9 @@ def singles() -> Iterator[Case]:
 
 def special() -> Iterator[Case]:
     """Rows and keys whose gradients need a thought; others stand among the lengths and used lengths."""
-    yield Case("keys_unseen", ((20, 400),), mask="window")
+    yield Case("keys_unseen", ((140, 400),), mask="window")
     yield Case("rows_without_keys", ((300, 70),), mask="causal")
-    yield Case("sink_alone", ((70, 0),), sink=True)
+    yield Case("sink_alone", ((140, 0),), sink=True)
     yield Case("scores_near_overflow", dtype="float16", softmax_scale=1200.0)
 
 
@@ -296,22 +296,23 @@ def few_rows() -> Iterator[Case]:
 
 def split() -> Iterator[Case]:
     """Keys in parts: fewer and more parts than blocks of keys, rows without keys, what joins once."""
-    several = Case("split", ((20, 520), (20, 520)), splits=3)
+    several, many = Case("split", ((20, 520), (20, 520)), splits=3), ((140, 520),)
     yield several
     yield replace(several, name="split_causal", mask="causal", splits=4)
     yield replace(several, name="split_empty", seqlens=((70, 130),), splits=7, heads=(4, 2))
     yield replace(several, name="split_no_keys", seqlens=((70, 20),), splits=2, mask="causal", sink=True)
     yield replace(several, name="split_without_keys", seqlens=((7, 0),), splits=2)
-    yield replace(several, name="split_window", mask="wide_window")
-    yield replace(several, name="split_own", mask="own", score="own_softcap", dims=(40, 104), dtype="float16")
+    yield replace(several, name="split_window", seqlens=many, mask="wide_window")
+    own = replace(several, name="split_own", mask="own", score="own_softcap", dims=(40, 104))
+    yield replace(own, seqlens=many, dtype="float16")
     yield replace(several, name="split_varlen", seqlens=((3, 500), *RAGGED), varlen=True, mask="causal")
     yield replace(several, name="split_used", seqlens=RAGGED, varlen=True, used="qk", sink=True, splits=2)
-    yield replace(several, name="split_dropout", dropout=0.3, sink=True, heads=(4, 1))
+    yield replace(several, name="split_dropout", seqlens=many, dropout=0.3, sink=True, heads=(4, 1))
     yield replace(several, name="split_blocks", seqlens=((200, 520),), blocks="random", splits=3)
     yield replace(several, name="split_blocks_rule", seqlens=((200, 520),), blocks="random_causal", splits=4)
     yield replace(several, name="split_128", dims=(128, 128), mask="causal", heads=(8, 1), splits=5)
     yield replace(several, name="split_192_128", dims=(192, 128), heads=(5, 1), layout="sliced")
-    yield replace(several, name="split_256", dims=(256, 256), mask="causal")
+    yield replace(several, name="split_256", seqlens=many, dims=(256, 256), mask="causal")
     yield replace(several, name="split_few", seqlens=((1, 600),) * 3, heads=(16, 2), splits=4)
     yield replace(several, name="split_many", seqlens=((1, 5000),), dims=(8, 8), splits=39)
     yield replace(several, name="split_by_itself", seqlens=((1, 3000),), splits=None)
@@ -323,28 +324,39 @@ PAIRED: dict[str, tuple[Any, ...]] = {
     "score": ("plain", "softcap", "alibi", "own_softcap"),
     "rows": ("dense", "varlen", "used_k", "used_qk"),
     "heads": ((2, 2), (4, 2), (3, 1)),
-    "size": ("wide", "tall", "ragged"),
+    "size": ("wide", "tall", "ragged", "few"),
     "layout": ("packed", "heads_first", "sliced"),
-    "dropout": (0.0, 0.2),
+    "dropout": (0.0, 0.5),
     "sink": (False, True),
     "dtype": ("bfloat16", "float16"),
 }
-# Size -> lengths of dense and of packed sequences.
+# Size -> lengths of dense and of packed sequences. All but the few rows take the kernel for many.
 SIZED = {
-    "wide": (((60, 150), (60, 150)), ((60, 150), (1, 77))),
+    "wide": (((137, 150), (137, 150)), ((137, 150), (1, 77))),
     "tall": (((140, 70),), ((140, 70), (0, 30), (33, 33))),
-    "ragged": (((33, 47), (33, 47)), ((33, 47), (65, 65), (7, 0), (12, 129))),
+    "ragged": (((131, 143), (131, 143)), RAGGED),
+    "few": (((20, 150), (20, 150)), ((20, 150), (7, 0), (1, 77))),
 }
 
 
 def pairs() -> Iterator[Case]:
-    """Cases in which every two values of PAIRED meet."""
-    for i, chosen in enumerate(pairwise(PAIRED)):
+    """Cases in which every two values of PAIRED meet that do not meet in one of the singles."""
+    for i, chosen in enumerate(pairwise(PAIRED, map(row_of, singles()))):
         rows = chosen.pop("rows")
         varlen, used = rows != "dense", rows.partition("_")[2]
         lengths = SIZED[chosen.pop("size")][varlen]
         case = Case("", lengths, varlen=varlen, used=used, **chosen)
         yield replace(case, name=f"pair_{i}_" + "_".join(_words(case)))
+
+
+def row_of(case: Case) -> dict[str, Any]:
+    """The values of PAIRED that a case has; none where it also has what is not paired."""
+    if case.blocks != "none" or case.splits or case.softmax_scale is not None:
+        return {}
+    sizes = (size for size, lengths in SIZED.items() if lengths[case.varlen] == case.seqlens)
+    rows = f"used_{case.used}" if case.used else "varlen" if case.varlen else "dense"
+    row = {name: getattr(case, name, None) for name in PAIRED} | {"rows": rows, "size": next(sizes, None)}
+    return {name: value for name, value in row.items() if value in PAIRED[name]}
 
 
 def _words(case: Case) -> Iterator[str]:
@@ -357,8 +369,10 @@ def _words(case: Case) -> Iterator[str]:
             yield field.name if isinstance(value, (bool, float)) else word
 
 
-def pairwise(parameters: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Rows of chosen values such that every two values of two parameters meet in a row.
+def pairwise(
+    parameters: dict[str, tuple[Any, ...]], known: Iterable[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Rows of chosen values such that every two values of two parameters meet in a row, or a known one.
 
     Greedy and without chance: a row starts at the first two that have not met; every further value is the one
     that meets most others for the first time, then the one used least so far.
@@ -369,6 +383,8 @@ def pairwise(parameters: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
         for x in parameters[a]
         for y in parameters[b]
     }
+    for row in known:
+        todo -= met_in(row)
     order = {(name, value): i for name in parameters for i, value in enumerate(parameters[name])}
     rows: list[dict[str, Any]] = []
     while todo:
@@ -379,9 +395,14 @@ def pairwise(parameters: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
                 met = [(_new_pairs(todo, row, name, value), value) for value in parameters[name]]
                 used = Counter(earlier[name] for earlier in rows)
                 row[name] = min(met, key=lambda option: (-option[0], used[option[1]]))[1]
-        todo -= {frozenset(pair) for pair in combinations(row.items(), 2)}
+        todo -= met_in(row)
         rows.append({name: row[name] for name in parameters})
     return rows
+
+
+def met_in(row: dict[str, Any]) -> set[frozenset]:
+    """The pairs of values of a row."""
+    return {frozenset(pair) for pair in combinations(row.items(), 2)}
 
 
 def _new_pairs(todo: set, row: dict[str, Any], name: str, value: Any) -> int:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import cute_flash
-from cute_flash import BlockMask, rules
+from cute_flash import BlockMask, dispatch, rules
+from cute_flash.arch import problem
+from cute_flash.arch.kernel import Step
 from cute_flash.arch.rule import Rule, describe
 from tests.accuracy import assert_accurate, assert_gradients_accurate
 from tests.cases import BLOCKS, MASKS, SCORES, Case, Sizes
@@ -218,6 +220,14 @@ def answer_for(case: Case, device: str):
         block_size=block_mask and block_mask.block_size,
         split_kv=(case.splits or 1) > 1,
     )
+
+
+def steps_of(case: Case, device: str) -> tuple[Step, ...]:
+    """What a call of the case launches; its sizes choose the config, and the splits where it does not."""
+    answer = answer_for(replace(case, splits=None), device)
+    longest = (max((pair[side] for pair in case.seqlens), default=9) for side in range(2))
+    sizes = problem.Sizes(len(case.seqlens), *case.heads, *longest)
+    return dispatch.plan(answer.problem, answer.device, sizes, case.splits or 0).steps
 
 
 def _used_lengths(lengths: list[int], wanted: bool, generator: torch.Generator) -> list[int]:

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from cute_flash import executable
-from cute_flash.arch.sm80 import tuning
+from cute_flash.arch.kernel import Step
+from cute_flash.arch.problem import Device
+from cute_flash.arch.sm80 import tuning as sm80
+from cute_flash.arch.sm90 import tuning as sm90
 from tests.cases import CASES, Case
-from tests.harness import answer_for
+from tests.harness import Call, answer_for, steps_of
 
 nvidia = pytest.importorskip("nvidia.cu13", reason="cuobjdump comes with the package nvidia-cuda-cuobjdump")
 CUOBJDUMP = next(Path(folder) / "bin" / "cuobjdump" for folder in nvidia.__path__)
@@ -21,6 +24,7 @@ CUOBJDUMP = next(Path(folder) / "bin" / "cuobjdump" for folder in nvidia.__path_
 # The most that a call can ask for, where registers are left (see tuning.py), and where they are not.
 LIGHT = Case("light", dtype="float16", varlen=True, used="qk", heads=(4, 2), mask="window", sink=True)
 EXTREMES = {
+    "plain": replace(LIGHT, mask="causal"),
     "light": LIGHT,
     "heavy": replace(LIGHT, mask="document_causal", score="own_softcap", dropout=0.1),
     "blocks_light": replace(LIGHT, varlen=False, used="", mask="full", blocks="causal"),
@@ -28,14 +32,21 @@ EXTREMES = {
         LIGHT, varlen=False, used="", mask="full", blocks="document", score="own_softcap", dropout=0.1
     ),
 }
-# The largest head dims of every row of the tuning table, which need most registers.
+# The largest head dims of every row of sm80's table, which need most registers; and sm90's rows. Those of
+# sm100 are in tests/test_sm100_compile.py.
 DIMS = ((64, 64), (96, 96), (256, 128), (256, 256))
 SHIPPED = (
     *itertools.product(("sm80", "sm86", "sm120"), ("light", "heavy"), DIMS),
-    *((device, "heavy", dims) for device in ("sm90", "sm100") for dims in DIMS[2:]),
+    ("sm90", "plain", (64, 64)),
+    *itertools.product(("sm90",), ("light", "heavy"), ((64, 64), (192, 128), (192, 192), (256, 256))),
+    *(("sm100", "heavy", dims) for dims in DIMS[2:]),
     *((device, "blocks_light", dims) for device in ("sm80", "sm86") for dims in DIMS),
     *((device, "blocks_heavy", dims) for device in ("sm86", "sm90") for dims in DIMS[2:]),
 )
+# What has few rows: it takes another kernel, or one whose tiles hold several heads.
+FEW = (
+    "lengths", "batch", "few_rows", "split", "heads_4_1", "score_hides_whole", "blocks_lengths", "pair",
+)  # fmt: skip
 
 
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
@@ -47,32 +58,62 @@ def resources(cubin: bytes, path: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
 
 
-def assert_in_registers(case: Case, device: str, path: Path) -> None:
-    """Compile the kernel that serves a case, and find nothing in local memory."""
-    answer = answer_for(case, device)
-    assert answer, str(answer)
-    built = executable.artifact(answer.kernel, answer.problem, answer.config, answer.device)
-    used = resources(built.cubin, path)
-    assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {answer.config}"
+def assert_in_registers(step: Step, device: Device, path: Path) -> None:
+    """Compile what a step launches, and find nothing in local memory."""
+    used = resources(executable.artifact(*step.compiled, device).cubin, path)
+    assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {step.config}"
     assert used["REG"] <= 255
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_cases(case, arch, tmp_path):
-    assert_in_registers(case, arch, tmp_path / "kernel.cubin")
+    """The kernels that the case's calls launch, so that they are compiled once."""
+    device = answer_for(case, arch).device
+    for step in steps_of(case, arch):
+        assert_in_registers(step, device, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.parametrize("name", ["few_rows", "varlen", "split_causal", "split_by_itself"])
+def test_these_are_the_steps_of_a_call(name, arch, monkeypatch):
+    asked, steps = set(), steps_of(CASES[name], arch)
+
+    def executable(*step):
+        asked.add(step[:3])
+        return lambda *operands: None
+
+    monkeypatch.setattr("cute_flash.launch.executable", executable)
+    Call.make(CASES[name]).run(arch)
+    assert asked == {step.compiled for step in steps}
+    assert len(steps) == 1 + name.startswith("split")
+
+
+def test_cases_have_rows_enough(arch):
+    """Each feature by itself meets the config that calls with many rows get."""
+    many = [case for case in CASES.values() if not case.name.startswith(FEW)]
+    assert len(many) > 80
+    for case in many:
+        assert steps_of(case, arch)[0].config == answer_for(case, arch).config, case
 
 
 @pytest.mark.parametrize("device, rules, dims", SHIPPED, ids=lambda value: str(value).replace(", ", "_"))
 def test_extremes(device, rules, dims, tmp_path):
     """With everything that a call may ask for at once, and for other GPUs, where code is other code."""
-    assert_in_registers(replace(EXTREMES[rules], dims=dims), device, tmp_path / "kernel.cubin")
+    answer = answer_for(replace(EXTREMES[rules], dims=dims), device)
+    assert answer, str(answer)
+    step = Step(answer.kernel, answer.problem, answer.config)
+    assert_in_registers(step, answer.device, tmp_path / "kernel.cubin")
 
 
-def test_every_row_is_covered():
-    assert {(row.head_dim, row.head_dim_v) for row in tuning.ROWS} == set(DIMS)
-    for row in tuning.ROWS:
-        answers = [answer_for(replace(EXTREMES[r], dims=d), device) for device, r, d in SHIPPED]
-        assert any(replace(answer.config, stages=row.config.stages) == row.config for answer in answers), row
+@pytest.mark.parametrize("tree, table", [("sm80", sm80.FORWARD), ("sm90", sm90.FORWARD)])
+def test_every_row_is_covered(tree, table):
+    """At the largest head dims that it serves."""
+    found = set()
+    for device, rules, dims in SHIPPED:
+        answer = answer_for(replace(EXTREMES[rules], dims=dims), device)
+        if answer.kernel.name.startswith(tree):
+            row, _ = next(table.serving(answer.problem, answer.device))
+            found |= {row} if (row.head_dim, row.head_dim_v) == dims else set()
+    assert found == set(table.rows)
 
 
 def test_spills_are_noticed(tmp_path):
