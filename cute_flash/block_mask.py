@@ -11,6 +11,7 @@ bounds decide most blocks, the rest are evaluated a few at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -93,6 +94,20 @@ class BlockMask:
             mask = kind.build(tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in values))
         return replace(self, counts=self.counts.to(device), indices=self.indices.to(device), mask=mask)
 
+    @functools.cached_property
+    def transposed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(counts, indices) of what each block of keys is visited by, for backward passes; built once.
+
+        int32 (batch or 1, heads or 1, key blocks, 2) and (batch or 1, heads or 1, key blocks, most visits),
+        in the same order. A last row block that is not whole counts as partial: so it comes first.
+        """
+        visit, full = self.blocks()
+        if self.seqlens[0] % self.block_size[0]:
+            full[..., -1:, :] = False
+        step = max(1, BLOCKS_AT_ONCE // max(1, visit[..., :1].numel()))
+        pieces = zip(visit.split(step, -1), full.split(step, -1), strict=True)
+        return _joined([_lists(some.mT, whole.mT) for some, whole in pieces])
+
     def blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(visit, full) as `from_blocks` takes them, in four dimensions."""
         return blocks_of(self.counts, self.indices, self.k_blocks)
@@ -137,10 +152,7 @@ def create_block_mask(
     rule = _rule(mask)
     grid = _Grid.of(rule, (batch, heads), (seqlen_q, seqlen_k), block_size, _device(rule, device))
     pieces = [_lists(*grid.classify(first, last)) for first, last in grid.row_pieces()]
-    most = max((indices.shape[-1] for _, indices in pieces), default=1)
-    padded = [torch.nn.functional.pad(indices, (0, most - indices.shape[-1])) for _, indices in pieces]
-    counts = torch.cat([counts for counts, _ in pieces], dim=2)
-    return BlockMask(counts, torch.cat(padded, dim=2), block_size, (seqlen_q, seqlen_k), mask)
+    return BlockMask(*_joined(pieces), block_size, (seqlen_q, seqlen_k), mask)
 
 
 class _Grid(NamedTuple):
@@ -228,6 +240,13 @@ def _lists(visit: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch
     order = torch.nn.functional.pad(rank.argsort(dim=-1, descending=True), (0, max(0, most - k_blocks)))
     listed = torch.arange(most, device=visit.device) < total
     return counts.int(), torch.where(listed, order[..., :most], 0).int().contiguous()
+
+
+def _joined(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(counts, indices) of one range of row blocks after another."""
+    most = max(indices.shape[-1] for _, indices in pieces)
+    padded = [torch.nn.functional.pad(indices, (0, most - indices.shape[-1])) for _, indices in pieces]
+    return torch.cat([counts for counts, _ in pieces], dim=2), torch.cat(padded, dim=2)
 
 
 def _maps(visit: Any, full: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from cute_flash import (
     request,
     rules,
 )
-from cute_flash.arch.common.blocks import Listed, Range, listed, part_of
+from cute_flash.arch.common.blocks import Listed, Range, listed, part_of, visits_from_keys
 from cute_flash.arch.common.mask import Everything, Mask
 from cute_flash.arch.elementwise import load
 from tests import cases, test_rules
@@ -264,6 +265,80 @@ def with_phases(visits: Listed | Range) -> list[tuple[int, bool]]:
     return [
         (visits.block(visits.nth(p, i)), p.masked) for p in visits.phases for i in range(max(0, p.visits))
     ]
+
+
+def in_lists(counts: torch.Tensor, indices: torch.Tensor, blocks: int) -> torch.Tensor:
+    """int (..., rows, blocks), of lists: 1 for a partial block, 2 for a full one, 0 for one not visited."""
+    kinds = torch.zeros(*counts.shape[:-1], blocks, dtype=torch.int)
+    for row in product(*map(range, counts.shape[:-1])):
+        (partial, full), listed = counts[row].tolist(), indices[row].tolist()
+        for part, kind in ((listed[:partial], 1), (listed[partial : partial + full], 2)):
+            assert part == sorted(set(part), reverse=True), "from the last to the first, none twice"
+            kinds[row][part] = kind
+    return kinds
+
+
+def check_transposed(made: BlockMask) -> None:
+    """The lists of keys say what those of rows say; a last row block that is not whole is partial."""
+    q_blocks, k_blocks = made.counts.shape[2], made.k_blocks
+    expected = in_lists(made.counts, made.indices, k_blocks).mT.clone()
+    if made.seqlens[0] % made.block_size[0]:
+        expected[..., -1] = expected[..., -1].clamp(max=1)
+    counts, indices = made.transposed
+    assert counts.dtype == indices.dtype == torch.int32 and indices.is_contiguous()
+    assert torch.equal(in_lists(counts, indices, q_blocks), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, block_mask.BLOCKS_AT_ONCE])
+@pytest.mark.parametrize("name", [name for name in cases.BLOCKS if name != "none"])
+def test_transposed_lists(name, at_once, monkeypatch):
+    """Of every block mask of the cases, made in one piece and in many."""
+    monkeypatch.setattr(block_mask, "BLOCKS_AT_ONCE", at_once)
+    for seqlens in ((600, 530), (512, 384), (1, 300), (300, 1), (0, 5), (5, 0)):
+        sizes = cases.Sizes(2, 3, *seqlens, torch.Generator().manual_seed(0))
+        check_transposed(cases.BLOCKS[name](sizes)["block_mask"])
+
+
+def test_wrong_transposed_lists_are_found():
+    made = create_block_mask(Causal(), 1, 1, 64, 64, block_size=16)
+    assert made.transposed is made.transposed  # built once
+    made.transposed[1][0, 0, 1, 1] = 0
+    with pytest.raises(AssertionError):
+        check_transposed(made)
+
+
+class Lists:
+    """A table on the host, indexed as kernels do it: None stands for all of a dimension."""
+
+    def __init__(self, table: torch.Tensor):
+        self.table, self.shape = table, table.shape
+
+    def __getitem__(self, index):
+        return self.table[tuple(slice(None) if i is None else i for i in index)].tolist()
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (2, 1), (1, 3), (3, 2)], ids=str)
+@pytest.mark.parametrize("rule", [None, Causal()], ids=str)
+def test_tiles_that_keys_are_seen_by(rule, steps):
+    """Once each, of the listed blocks, those with rows; masked where a rule or the end of keys asks it."""
+    tile_m, tile_n = 8, 16
+    block_q, block_k = tile_m * steps[0], tile_n * steps[1]
+    for seqlens in ((100, 90), (96, 96), (1, 40), (41, 1)):
+        maps = random_maps(1, 1, -(-seqlens[0] // block_q), -(-seqlens[1] // block_k))
+        told = {"block_size": (block_q, block_k), "seqlens": seqlens, "mask": rule}
+        counts, indices = BlockMask.from_blocks(*maps, **told).transposed
+        call = SimpleNamespace(block_counts=Lists(counts), block_indices=Lists(indices))
+        problem = SimpleNamespace(block_size=(block_q, block_k))
+        rules_of = SimpleNamespace(mask=rule, seqlen_k=seqlens[1], batch=0, head=0)
+        sequence = SimpleNamespace(seqlen_q=seqlens[0])
+        kinds = in_lists(counts, indices, maps[0].shape[2])[0, 0]
+        for first_key in range(0, seqlens[1], tile_n):
+            visits = visits_from_keys(problem, (tile_m, tile_n), call, rules_of, sequence, first_key)
+            row, tiles = kinds[first_key // block_k], range(-(-seqlens[0] // tile_m))
+            assert sorted(walked(visits)) == [n for n in tiles if row[n // steps[0]]]
+            beyond = first_key + tile_n > seqlens[1]
+            for n, masked in with_phases(visits):
+                assert masked == (beyond or rule is not None and bool(row[n // steps[0]] == 1))
 
 
 @pytest.mark.parametrize("rule", [Everything(), Causal(), SlidingWindow(20, 3), PrefixLM(9)], ids=str)
