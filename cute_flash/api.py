@@ -88,6 +88,7 @@ def flash_attn_func(
     return_attn_probs. A query that sees no key has out 0 and lse -inf, or the sink's score.
     """
     lse = return_lse or return_attn_probs
+    # By position, here and below: keywords would cost every call a microsecond. A test holds the order.
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         lse, out, block_mask, num_splits, deterministic,

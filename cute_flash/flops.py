@@ -13,14 +13,20 @@ from typing import Any
 
 import torch
 
+from .request import Call
+
 
 def of_forward(*arguments: Any, out_val: Any = None) -> int:
     """Floating-point operations of the operators `forward` and `probabilities`, from their arguments."""
-    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, longest_q, longest_k, *_ = arguments
-    per_pair = 2 * q.shape[-2] * (q.shape[-1] + v.shape[-1])
-    if cu_seqlens_q is None:
-        return per_pair * q.shape[0] * q.shape[1] * k.shape[1]
-    lengths = zip(_lengths(cu_seqlens_q, longest_q), _lengths(cu_seqlens_k, longest_k), strict=True)
+    call = Call(*arguments)
+    per_pair = 2 * call.q.shape[-2] * (call.q.shape[-1] + call.v.shape[-1])
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        return per_pair * call.q.shape[0] * call.q.shape[1] * call.k.shape[1]
+    lengths = zip(
+        _lengths(call.cu_seqlens_q, call.max_seqlen_q),
+        _lengths(call.cu_seqlens_k, call.max_seqlen_k),
+        strict=True,
+    )
     return per_pair * sum(rows_q * rows_k for rows_q, rows_k in lengths)
 
 

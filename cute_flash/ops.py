@@ -36,8 +36,8 @@ def probabilities(call: Call) -> torch.Tensor:
     return torch.ops.cute_flash.probabilities.default(*call)
 
 
-def _new_out(q, k, v, *_) -> torch.Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+def _new_out(call: Call) -> torch.Tensor:
+    return call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
 
 
 def new_lse(q: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -67,7 +67,7 @@ def answer(call: Call, out: torch.Tensor | None) -> Answer:
     """What the operators do. out: where the user wants the result."""
     given = out
     if out is None:
-        out = _new_out(call.q, call.k, call.v)
+        out = _new_out(call)
         if has_no_sequence(call):
             out.zero_()
     else:
@@ -104,7 +104,7 @@ def has_no_sequence(call: Call) -> bool:
 
 
 def _forward_fake(*arguments):
-    return _new_out(*arguments), _forward_out_fake(None, *arguments)
+    return _new_out(Call(*arguments)), _forward_out_fake(None, *arguments)
 
 
 def _forward_out_fake(out, *arguments):
@@ -116,9 +116,10 @@ def _probabilities(*arguments):
     return signed_probabilities(Call(*arguments))
 
 
-def _probabilities_fake(q, k, *_):
-    (batch, seqlen_q, heads, _), seqlen_k = q.shape, k.shape[1]
-    return q.new_empty((batch, heads, seqlen_q, seqlen_k), dtype=torch.float32)
+def _probabilities_fake(*arguments):
+    call = Call(*arguments)
+    (batch, seqlen_q, heads, _), seqlen_k = call.q.shape, call.k.shape[1]
+    return call.q.new_empty((batch, heads, seqlen_q, seqlen_k), dtype=torch.float32)
 
 
 def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Bound:

@@ -5,6 +5,7 @@ A stand-in for kernels: they add what they read into what they write. No kernel 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import dispatch, launch, precompile, problems, request, rules, schema
+from cute_flash import dispatch, launch, precompile, problems, repeat, request, rules, schema
 from cute_flash.arch.combine import CombineProblem, part_of
 from cute_flash.arch.kernel import Kernel, Step, Steps, Tuning
 from cute_flash.arch.problem import OPERATIONS, Problem, Spec, Support
@@ -177,6 +178,23 @@ def test_a_call_a_case_and_words_ask_the_same():
     )
     flags = {field.name for field in fields(Problem) if field.type == "bool"} - {"split_kv"}
     assert flags <= set(precompile.WORDS)
+
+
+RENAMED = {"return_lse": "lse"}
+
+
+@pytest.mark.parametrize("function", [cute_flash.flash_attn_func, cute_flash.flash_attn_varlen_func])
+def test_arguments_of_the_interface_arrive_under_their_names(function, monkeypatch):
+    seen: list[tuple] = []
+    monkeypatch.setattr(repeat, "forward", lambda *given: seen.append(given) or repeat.Result(None, None))
+    names = set(inspect.signature(function).parameters)
+    given = {name: object() for name in names - {"return_attn_probs", "block_table"}}
+    if function is cute_flash.flash_attn_varlen_func:
+        del given["block_mask"]
+    function(**given, return_attn_probs=False)
+    q, k, v, packing, options = seen[0]
+    found = {"q": q, "k": k, "v": v} | (packing._asdict() if packing else {}) | options._asdict()
+    assert all(found[RENAMED.get(name, name)] is value for name, value in given.items())
 
 
 def test_the_schema_is_that_of_the_call():
