@@ -122,8 +122,7 @@ def splits(table: Table, problem: Problem, device: Device, sizes: Sizes) -> int:
     config = choose(table, problem, device, sizes)
     if config is None or sees_few_blocks(problem):
         return 1
-    heads = config.heads if table.most_heads > 1 else 1
-    tiles = count_tiles(config.tile_m, heads, sizes)
+    tiles = count_tiles(config.tile_m, config.heads, sizes)
     return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), table.at_once(config, problem, device))
 
 

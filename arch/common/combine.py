@@ -16,6 +16,7 @@ from cutlass import Boolean, Float32, Int32, Uint32
 from ..combine import CombineOperands, CombineProblem, Config
 from ..elementwise import where
 from .element import element_type
+from .sequence import extent
 from .softmax import LN_2, LOG2_E, exp2, finite
 
 LANES, COLUMNS = 32, 4  # of a warp; that a lane takes at a time, 16 bytes in fp32
@@ -31,10 +32,7 @@ class CombineKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = CombineOperands(*operands)
-        if cutlass.const_expr(self.problem.varlen):
-            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
-        else:
-            rows, batches = call.out.shape[1], call.out.shape[0]
+        rows, batches = extent(call, call.out)
         blocks = cute.ceil_div(rows * call.out.shape[-2], self.config.warps)
         self.kernel(call, blocks).launch(
             grid=(blocks * batches, 1, 1), block=(LANES * self.config.warps, 1, 1), stream=stream

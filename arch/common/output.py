@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Float32, Int32, const_expr, range_constexpr
 
 from ..elementwise import where
+from ..problem import Problem
 from .softmax import OnlineSoftmax
 
 
@@ -24,6 +25,18 @@ class OutputRows(NamedTuple):
     lse: cute.Tensor | None
     sink: Float32 | None
     factor: Float32 | None
+
+    @staticmethod
+    def of(problem: Problem, job: Any, head: Int32, lse: cute.Tensor | None) -> OutputRows:
+        """Of a head of a tile. job: what has the tile's call and sequence. lse: the operand that holds it."""
+        call, sequence = job.call, job.sequence
+        return OutputRows(
+            used=sequence.seqlen_q if problem.seqused_q else None,
+            end=sequence.q_rows,
+            lse=sequence.lse_of(lse, head) if problem.lse else None,
+            sink=call.sink[head] if problem.sink else None,
+            factor=call.keep_scale if problem.dropout else None,
+        )
 
     @cute.jit
     def finish(self, o: cute.Tensor, softmax: OnlineSoftmax, row_of: Constexpr, writes_lse: Boolean):

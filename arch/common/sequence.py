@@ -6,7 +6,7 @@ A used length (`seqused`) replaces the sequence's length; its rows begin at the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Int32
@@ -52,6 +52,13 @@ def _rows(tensor: cute.Tensor, batch: Int32, start: Int32, head: Int32) -> cute.
     if cute.rank(tensor) == 4:
         return tensor[batch, None, head, None]
     return cute.domain_offset((start, 0), tensor[None, head, None])
+
+
+def extent(call: Any, rows: cute.Tensor) -> tuple[Int32, Int32]:
+    """(rows of the longest sequence, sequences) of a call. rows: q, or another operand with its rows."""
+    if call.cu_seqlens_q is None:
+        return rows.shape[1], rows.shape[0]
+    return call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
 
 
 def sequence_of(operands: Operands, batch: Int32) -> Sequence:

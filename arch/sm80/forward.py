@@ -23,14 +23,15 @@ from ..common.blocks import Listed, Range
 from ..common.dropout import Dropout
 from ..common.element import element_type
 from ..common.fragment import as_operand_a, rows_by_columns
+from ..common.job import visits_of
 from ..common.memory import SmemAllocator
 from ..common.rules import Rules
 from ..common.schedule import InSections, OneTile, tile_per_cta
-from ..common.sequence import sequence_of
+from ..common.sequence import extent, sequence_of
 from ..common.softmax import LOG2_E, OnlineSoftmax
 from ..problem import Operands, Problem
 from .copy import TileCopy, tile_layout
-from .job import RowBlock, Tiles, Walk, visits_of
+from .job import RowBlock, Tiles, Walk
 from .kv import KvLoader, KvStream, Source, hidden_zero
 from .mma import PIECE, Pieces, product, rounded, tiled_mma
 from .store import Partial, Result
@@ -60,10 +61,7 @@ class ForwardKernel:
         *operands, stream = operands_and_stream
         call = Operands(*operands)
         heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
-        if const_expr(self.problem.varlen):
-            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
-        else:
-            rows, batches = call.q.shape[1], call.q.shape[0]
+        rows, batches = extent(call, call.q)
         splits = call.out.shape[0] if const_expr(self.problem.split_kv) else None
         schedule = tile_per_cta(cute.ceil_div(rows, self.config.tile_m), heads, batches, splits)
         kernel = self.kernel(call, schedule, heads // kv_heads)

@@ -7,15 +7,13 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 
-from ..common import blocks
 from ..common.dropout import Dropout
 from ..common.rules import Rules
 from ..common.sequence import Sequence
 from ..common.softmax import OnlineSoftmax
-from ..problem import Operands, Problem
+from ..problem import Operands
 from .kv import KvStream
 from .mma import Pieces
-from .tuning import Config
 
 
 class RowBlock(NamedTuple):
@@ -54,12 +52,3 @@ class Walk(NamedTuple):
     v: Pieces
     acc_o: cute.Tensor  # (mma, M, dim_v / 8) fp32
     softmax: OnlineSoftmax
-
-
-def visits_of(
-    problem: Problem, config: Config, block: RowBlock, rules: Rules
-) -> blocks.Range | blocks.Listed:
-    """The KV blocks to visit, in their order."""
-    tile = config.tile_m, config.tile_n
-    visits = blocks.visits_of(problem, tile, block.call, rules, block.sequence, block.first_row)
-    return blocks.part_of(visits, block.split, block.splits) if problem.split_kv else visits

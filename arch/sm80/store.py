@@ -16,23 +16,13 @@ from ..common.fragment import some_rows
 from ..common.output import OutputRows, of_split, write_pairs
 from ..problem import Problem
 from .copy import TileCopy
-from .job import RowBlock, Tiles, Walk
+from .job import Tiles, Walk
 from .mma import rounded
 
 
 class _Store:
     def __init__(self, problem: Problem):
         self.problem = problem
-
-    def output_rows(self, block: RowBlock, lse: cute.Tensor | None) -> OutputRows:
-        problem, call, sequence = self.problem, block.call, block.sequence
-        return OutputRows(
-            used=sequence.seqlen_q if problem.seqused_q else None,
-            end=sequence.q_rows,
-            lse=sequence.lse_of(lse, block.head) if problem.lse else None,
-            sink=call.sink[block.head] if problem.sink else None,
-            factor=call.keep_scale if problem.dropout else None,
-        )
 
 
 class Result(_Store):
@@ -45,7 +35,8 @@ class Result(_Store):
     def tile(self, walk: Walk, tiles: Tiles, o: cute.Tensor, row_of: Callable, column_of: Callable) -> None:
         """Store `o`, a thread's rows × columns of O; row_of: in the sequence."""
         block, thread = walk.block, walk.block.thread
-        self.output_rows(block, block.call.lse).finish(o, walk.softmax, row_of, thread % 4 == 0)
+        output = OutputRows.of(self.problem, block, block.head, block.call.lse)
+        output.finish(o, walk.softmax, row_of, thread % 4 == 0)
         pairs = cute.make_copy_atom(CopyUniversalOp(), self.copy.dtype, num_bits_per_copy=32)
         to_shared = cute.make_tiled_copy_C(pairs, walk.mma).get_slice(thread)
         out = to_shared.retile(rounded(walk.acc_o, self.copy.dtype))
@@ -70,7 +61,8 @@ class Partial(_Store):
     ):
         block, dim_v = walk.block, self.problem.head_dim_v
         out, lse = (of_split(tensor, block.split) for tensor in (block.call.out, block.call.lse))
-        self.output_rows(block, lse).finish(o, walk.softmax, row_of, block.thread % 4 == 0)
+        output = OutputRows.of(self.problem, block, block.head, lse)
+        output.finish(o, walk.softmax, row_of, block.thread % 4 == 0)
         rows = block.sequence.q_rows_of(out, block.head)
         for r in cutlass.range_constexpr(cute.size(o, mode=[0])):
             row = row_of(r)

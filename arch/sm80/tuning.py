@@ -8,6 +8,7 @@ timed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..problem import Device, Problem
 from ..tuning import Row, Table
@@ -30,6 +31,7 @@ class Config:
     warps: int
     stages: int = 1
     q_in_registers: bool = False
+    heads: ClassVar[int] = 1  # in a tile
 
     @property
     def threads(self) -> int:

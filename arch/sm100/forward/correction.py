@@ -8,6 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from ...common.job import visits_of
 from ...common.numeric import both
 from ...common.rules import Rules
 from ...elementwise import where
@@ -15,7 +16,7 @@ from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored
 from ..tuning import TILE_M, Config
-from .job import Work, turns_of, visits_of
+from .job import Work, turns_of
 from .output import CHUNK, Partial, Result
 
 

@@ -8,31 +8,15 @@ import cutlass.cute as cute
 from cutlass import Int32, pipeline
 
 from ...common import blocks
-from ...common.heads import TileHeads, row_of
-from ...common.memory import Maps, Tiles
-from ...common.rules import Rules
-from ...common.sequence import Sequence
+from ...common.heads import row_of
+from ...common.job import Job
+from ...common.job import visits_of as visits_of
+from ...common.memory import Tiles
 from ...elementwise import maximum
-from ...problem import Operands, Problem
 from ..edge import Edge
 from ..group import Group
 from ..queue import Queue
 from ..tuning import TILE_M, Config
-
-
-class Job(NamedTuple):
-    """Rows `first_row` and on of some heads of one sequence, the same for both CTAs of a pair.
-
-    split: which part of the keys, of `splits`.
-    """
-
-    call: Operands
-    maps: Maps
-    sequence: Sequence
-    heads: TileHeads
-    first_row: Int32
-    split: Int32 | int
-    splits: Int32 | int
 
 
 class Memory(NamedTuple):
@@ -104,11 +88,6 @@ class MmaEnds(NamedTuple):
     v: pipeline.PipelineConsumer
 
 
-def rows_of_tile(config: Config) -> int:
-    """Rows of the sequence that a CTA or a pair takes, of each of its heads."""
-    return config.tile_m // config.heads
-
-
 def first_row_of(config: Config, job: Job, tile: int | Int32) -> Int32:
     """Where this CTA's rows of a Q tile begin, in the sequence."""
     return row_of(config.heads, job.first_row, _place(config, tile))
@@ -123,13 +102,6 @@ def row_of_thread(config: Config, job: Job, tile: int | Int32) -> tuple[Int32, I
 def _place(config: Config, tile: int | Int32) -> Int32:
     """First row of a Q tile: a pair's has 256 neighbouring rows, half for each CTA."""
     return (tile * config.ctas + Group(config.ctas).rank()) * TILE_M
-
-
-def visits_of(problem: Problem, config: Config, job: Job, rules: Rules) -> blocks.Range | blocks.Listed:
-    """The KV blocks to visit, in their order, the same for all Q tiles, of both CTAs of a pair."""
-    tile = rows_of_tile(config), config.tile_n
-    visits = blocks.visits_of(problem, tile, job.call, rules, job.sequence, job.first_row)
-    return blocks.part_of(visits, job.split, job.splits) if problem.split_kv else visits
 
 
 def turns_of(visits: blocks.Range | blocks.Listed) -> Int32:

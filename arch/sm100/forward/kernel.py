@@ -27,7 +27,6 @@ In a pair each CTA runs all roles but mma, which only the leader's warp does for
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -37,11 +36,12 @@ from cutlass.cute.nvgpu import cpasync
 from ...common.channel import mma_channel
 from ...common.element import element_type
 from ...common.heads import TileHeads, parts_of
+from ...common.job import Job, Launch, rows_of_tile
 from ...common.memory import Maps, SmemAllocator, Tiles
 from ...common.operand import Operand
 from ...common.roles import Role, specialize_warps
-from ...common.schedule import InSections, OneTile, tile_per_cta
-from ...common.sequence import sequence_of
+from ...common.schedule import tile_per_cta
+from ...common.sequence import extent, sequence_of
 from ...common.topology import Barriers
 from ...elementwise import minimum
 from ...problem import Operands, Problem
@@ -53,7 +53,7 @@ from ..queue import Queue
 from ..tmem import Plan
 from ..tuning import ANSWERS, TILE_M, Config
 from .correction import Correction
-from .job import Edges, Job, LoadEnds, Memory, MmaEnds, Past, Work, rows_of_tile
+from .job import Edges, LoadEnds, Memory, MmaEnds, Past, Work
 from .load import Load
 from .mma import Mma
 from .output import Partial, Result
@@ -62,15 +62,6 @@ from .store import Store
 from .topology import WARPGROUP, topology
 
 CHANNELS = ("q", "k", "v")  # the links that TMA fills
-
-
-class Launch(NamedTuple):
-    """What a CTA is launched with. group: query heads that share a KV head."""
-
-    call: Operands
-    maps: Maps
-    schedule: OneTile | InSections
-    group: Int32
 
 
 class ForwardKernel:
@@ -97,10 +88,7 @@ class ForwardKernel:
         *operands, stream = operands_and_stream
         call = Operands(*operands)
         group = call.q.shape[-2] // call.k.shape[-2]
-        if cutlass.const_expr(self.problem.varlen):
-            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
-        else:
-            rows, batches = call.q.shape[1], call.q.shape[0]
+        rows, batches = extent(call, call.q)
         load, store = self.group.loads(), cpasync.CopyBulkTensorTileS2GOp()
         maps = Maps(
             q=self.q.map(load, call.q, group),

@@ -11,12 +11,13 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from ...common.blocks import Listed, Range
+from ...common.job import Job, sources, visits_of
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
 from ..group import Group
 from ..tuning import Config
-from .job import Job, LoadEnds, Work, first_row_of, turns_of, visits_of
+from .job import LoadEnds, Work, first_row_of, turns_of
 
 
 class Load:
@@ -67,12 +68,7 @@ class Load:
         return visits.block(place) * self.config.tile_n
 
     def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
-        s, maps = job.sequence, job.maps
-        q = self.q.head_rows(maps.q, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
-        k, v = (
-            operand.head_rows(mapped, s.batch, job.heads.kv, s.k_start, s.k_start + s.seqlen_k)
-            for operand, mapped in ((self.k, maps.k), (self.v, maps.v))
-        )
+        q, k, v = sources(job, self.q, self.k, self.v)
         rank = Group(self.config.ctas).rank()
         return q, k._replace(start=k.start + rank * self.k.rows), self.v.part(v, rank)
 

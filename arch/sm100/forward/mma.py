@@ -14,11 +14,12 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from ...common.blocks import Listed, Range
+from ...common.job import visits_of
 from ...common.rules import Rules
 from ...problem import Problem
 from ..mma import Products, begin, tile_of
 from ..tuning import Config
-from .job import MmaEnds, Work, turns_of, visits_of
+from .job import MmaEnds, Work, turns_of
 
 
 class Mma:

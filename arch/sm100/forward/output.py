@@ -14,11 +14,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
+from ...common.job import Job
 from ...common.output import of_split
 from ...problem import Problem
 from ..tmem import registers
 from ..tuning import Config
-from .job import Job, Work, row_of_thread
+from .job import Work, row_of_thread
 
 CHUNK = 16  # columns of O in registers at a time
 

@@ -8,9 +8,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from ...common.job import begin_store
 from ...common.operand import Operand
 from ..tuning import Config
-from .job import Job, Work, first_row_of
+from .job import Work, first_row_of
 
 
 class Store:
@@ -27,20 +28,13 @@ class Store:
         for t in cutlass.range_constexpr(self.config.tiles):
             edge = work.edges.out.of(t)
             edge.wait_full(work.past.tiles)
-            self.copy(work.job, work.memory.tiles.out[None, None, t], first_row_of(self.config, work.job, t))
+            first_row = first_row_of(self.config, work.job, t)
+            begin_store(work.job, self.out, work.memory.tiles.out[None, None, t], first_row)
             # The next O may come, or the CTA end, when this one has been read.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             if cutlass.const_expr(self.config.stays):
                 edge.warp_emptied()
         return ends, Int32(0)
-
-    def copy(self, job: Job, tile: cute.Tensor, first_row: Int32) -> None:
-        """Begin copying a tile to the rows from `first_row`."""
-        s = job.sequence
-        rows = self.out.head_rows(job.maps.out, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
-        target, source = self.out.sides(rows, first_row, tile)
-        cute.copy(rows.atom, source, target)
-        cute.arch.cp_async_bulk_commit_group()
 
     def close(self, ends: tuple, warp: Int32) -> None:
         """All copies have read shared memory."""

@@ -20,6 +20,7 @@ from cutlass import Float32, Int32, pipeline
 from ...common.dropout import Dropout
 from ...common.element import element_type
 from ...common.fragment import rows_by_columns, some_rows
+from ...common.job import Job, Launch, visits_of
 from ...common.memory import Tiles
 from ...common.operand import Operand, transposed
 from ...common.order import hold, pin
@@ -29,7 +30,7 @@ from ...elementwise import where
 from ...problem import Problem
 from ..mma import accumulator, begin, operand_a, tiled_mma, wait
 from ..tuning import Config
-from .job import Job, Work, job_of, visits_of
+from .job import job_of
 from .rows import ROW_LANES, coordinates, heads_of_thread, row_of
 from .store import Partial, Result
 
@@ -77,15 +78,15 @@ class Compute:
         self.store = Partial(*chosen) if problem.split_kv else Result(*chosen, out)
 
     @cute.jit
-    def run(self, work: Work, tiles: Tiles, ends: ComputeEnds, warpgroup: Int32):
+    def run(self, launch: Launch, tiles: Tiles, ends: ComputeEnds, warpgroup: Int32):
         self.first_turn(warpgroup)
         block = cute.arch.block_idx()[0]
         if cutlass.const_expr(self.config.persistent):
-            for i in cutlass.range(block, work.schedule.count, cute.arch.grid_dim()[0], unroll=1):
-                job = job_of(self.problem, self.config, work, i)
+            for i in cutlass.range(block, launch.schedule.count, cute.arch.grid_dim()[0], unroll=1):
+                job = job_of(self.problem, self.config, launch, i)
                 ends = self.tile(job, tiles, ends, warpgroup)
         else:
-            ends = self.tile(job_of(self.problem, self.config, work, block), tiles, ends, warpgroup)
+            ends = self.tile(job_of(self.problem, self.config, launch, block), tiles, ends, warpgroup)
         self.store.finish()
         self.last_turn(warpgroup)
 

@@ -23,16 +23,17 @@ from cutlass.cute.nvgpu import cpasync
 
 from ...common.channel import channel, channels_ready
 from ...common.heads import parts_of
+from ...common.job import Launch, rows_of_tile
 from ...common.memory import Maps, SmemAllocator, Tiles
 from ...common.operand import Operand
 from ...common.roles import Role, warp_specialize
 from ...common.schedule import InSections
+from ...common.sequence import extent
 from ...elementwise import maximum, minimum
 from ...problem import Operands, Problem
 from ..mma import ROWS
 from ..tuning import L2_FOR_SECTION, Config
 from .compute import Compute, ComputeEnds
-from .job import Work, rows_of_tile
 from .load import Load, LoadEnds
 from .topology import topology
 
@@ -69,17 +70,14 @@ class ForwardKernel:
         if cutlass.const_expr(self.config.persistent):
             grid = minimum(grid, self.config.persistent)
         threads = (self.config.threads, 1, 1)
-        self.kernel(Work(call, maps, schedule, group)).launch(
+        self.kernel(Launch(call, maps, schedule, group)).launch(
             grid=(grid, 1, 1), block=threads, stream=stream, min_blocks_per_mp=1
         )
 
     def schedule(self, call: Operands, group: Int32) -> InSections:
         """The tiles in order; heads that share K and V are neighbours."""
-        if self.problem.varlen:
-            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
-            keys = call.k.shape[0] // maximum(batches, 1)
-        else:
-            rows, batches, keys = call.q.shape[1], call.q.shape[0], call.k.shape[1]
+        rows, batches = extent(call, call.q)
+        keys = call.k.shape[0] // maximum(batches, 1) if self.problem.varlen else call.k.shape[1]
         group = parts_of(self.config.heads, group)
         heads = call.k.shape[-2] * group if self.config.heads > 1 else call.q.shape[-2]
         together = 1
@@ -92,7 +90,7 @@ class ForwardKernel:
         return InSections(*map(Int32, (blocks, heads, batches, splits, together)))
 
     @cute.kernel
-    def kernel(self, work: Work):
+    def kernel(self, launch: Launch):
         config, links = self.config, self.topology
         tiles, barriers = self.shared_memory()
         q = channel(barriers, links["q"], config.consumers * self.q.bytes)
@@ -103,12 +101,12 @@ class ForwardKernel:
         compute = Compute(self.problem, config, self.out)
         roles = (
             Role(
-                partial(load.run, work, tiles, LoadEnds(q.producer, k.producer, v.producer)),
+                partial(load.run, launch, tiles, LoadEnds(q.producer, k.producer, v.producer)),
                 1,
                 config.producer_registers,
             ),
             Role(
-                partial(compute.run, work, tiles, ComputeEnds(q.consumer, k.consumer, v.consumer)),
+                partial(compute.run, launch, tiles, ComputeEnds(q.consumer, k.consumer, v.consumer)),
                 config.consumers,
                 config.consumer_registers,
             ),

@@ -14,12 +14,13 @@ from cutlass import Int32, Int64, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from ...common.blocks import Listed, Range
+from ...common.job import Job, Launch, sources, visits_of
 from ...common.memory import Tiles
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
 from ..tuning import Config
-from .job import Job, Work, job_of, visits_of
+from .job import job_of
 
 # Cache policies, as createpolicy.fractional would make them for all of the bytes.
 EVICT_FIRST, EVICT_LAST = 0x12F0000000000000, 0x14F0000000000000
@@ -39,16 +40,16 @@ class Load:
         self.q, self.k, self.v = q, k, v
 
     @cute.jit
-    def run(self, work: Work, tiles: Tiles, ends: LoadEnds, warpgroup: Int32):
+    def run(self, launch: Launch, tiles: Tiles, ends: LoadEnds, warpgroup: Int32):
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
-            for mapped in (work.maps.k, work.maps.q, work.maps.v):
+            for mapped in (launch.maps.k, launch.maps.q, launch.maps.v):
                 cpasync.prefetch_descriptor(mapped.atom)
             block = cute.arch.block_idx()[0]
             if cutlass.const_expr(self.config.persistent):
-                for i in cutlass.range(block, work.schedule.count, cute.arch.grid_dim()[0], unroll=1):
-                    ends = self.tile(job_of(self.problem, self.config, work, i), tiles, ends)
+                for i in cutlass.range(block, launch.schedule.count, cute.arch.grid_dim()[0], unroll=1):
+                    ends = self.tile(job_of(self.problem, self.config, launch, i), tiles, ends)
             else:
-                ends = self.tile(job_of(self.problem, self.config, work, block), tiles, ends)
+                ends = self.tile(job_of(self.problem, self.config, launch, block), tiles, ends)
 
     @cute.jit
     def tile(self, job: Job, tiles: Tiles, ends: LoadEnds):
@@ -61,7 +62,7 @@ class Load:
         rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         if visits.any():
-            q, k, v = self.sources(job)
+            q, k, v = sources(job, self.q, self.k, self.v)
             # K before Q and V: the first product needs K and Q, and the copies arrive in order.
             slot = ends.k.acquire_and_advance()
             self.copy(self.k, k, self.first_key(visits, visits.start), tiles.k, slot, slot.index)
@@ -81,15 +82,6 @@ class Load:
 
     def first_key(self, visits: Range | Listed, place: Int32) -> Int32:
         return visits.block(place) * self.config.tile_n
-
-    def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
-        s, maps = job.sequence, job.maps
-        q = self.q.head_rows(maps.q, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
-        k, v = (
-            operand.head_rows(mapped, s.batch, job.heads.kv, s.k_start, s.k_start + s.seqlen_k)
-            for operand, mapped in ((self.k, maps.k), (self.v, maps.v))
-        )
-        return q, k, v
 
     def copy(self, operand: Operand, rows: HeadRows, first: Int32, tiles: cute.Tensor, slot, index) -> None:
         """Begin copying rows `first` and on into tile `index`."""

@@ -7,9 +7,9 @@ from cutlass import Int32
 
 from ...common import heads
 from ...common.fragment import rows_by_columns
+from ...common.job import Job
 from ..mma import ROWS
 from ..tuning import Config
-from .job import Job
 
 ROW_LANES = (1, 2)  # wgmma gives a row of the accumulator to 4 neighbouring lanes
 ROW_STEP = 8  # between a thread's two rows

@@ -13,12 +13,12 @@ from cutlass import Boolean, Int32
 from cutlass.cute.nvgpu import warp
 
 from ...common.fragment import rows_by_columns, some_rows
+from ...common.job import Job, begin_store
 from ...common.memory import Tiles
 from ...common.operand import Operand
 from ...common.output import OutputRows, of_split, write_pairs
 from ...problem import Problem
 from ..tuning import Config
-from .job import Job
 from .rows import coordinates, row_of
 
 STORE = 4  # first of the named barriers, one per warpgroup
@@ -40,24 +40,14 @@ class _Store:
             writes_lse = lane == 0
             if self.config.heads > 1:
                 writes_lse = writes_lse & (share.head < job.heads.end)
-            self.output_rows(job, lse, share.head).finish(
+            head = job.heads.known(self.config.heads, share.head)
+            OutputRows.of(self.problem, job, head, lse).finish(
                 some_rows(o, first, count),
                 state.softmax.some_rows(first, count),
                 lambda r, first=first: row_of(self.config, job, warpgroup, at[r + first, 0][0]),
                 writes_lse,
             )
         return o
-
-    def output_rows(self, job: Job, lse: cute.Tensor | None, head: Int32) -> OutputRows:
-        problem, call, sequence = self.problem, job.call, job.sequence
-        head = job.heads.known(self.config.heads, head)
-        return OutputRows(
-            used=sequence.seqlen_q if problem.seqused_q else None,
-            end=sequence.q_rows,
-            lse=sequence.lse_of(lse, head) if problem.lse else None,
-            sink=call.sink[head] if problem.sink else None,
-            factor=call.keep_scale if problem.dropout else None,
-        )
 
 
 class Result(_Store):
@@ -83,15 +73,7 @@ class Result(_Store):
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=STORE + warpgroup, number_of_threads=128)
         if copying:
-            self.begin_copy(job, tile, row_of(self.config, job, warpgroup, Int32(0)))
-
-    def begin_copy(self, job: Job, tile: cute.Tensor, first_row: Int32) -> None:
-        """One warp copies a tile to the rows from `first_row`."""
-        s = job.sequence
-        rows = self.out.head_rows(job.maps.out, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
-        target, source = self.out.sides(rows, first_row, tile)
-        cute.copy(rows.atom, source, target)
-        cute.arch.cp_async_bulk_commit_group()
+            begin_store(job, self.out, tile, row_of(self.config, job, warpgroup, Int32(0)))
 
     @cute.jit
     def await_copy(self, copying: Boolean):
