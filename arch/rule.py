@@ -19,6 +19,7 @@ from . import symbol
 from .expression import LARGEST_POSITION, leaf_names
 from .symbol import BOOL, FLOAT, INT, Symbol, TableSymbol
 
+MOST_KNOWN = 1024  # implied lines that are kept
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -41,8 +42,12 @@ class Rule:
         return self
 
     def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
-        """Name -> values, of what the rule says, on symbols; given by masks and by scores."""
+        """Name -> values, of what the rule's methods say, on symbols; given by masks and by scores."""
         raise NotImplementedError(f"{type(self).__name__} is neither a Mask nor a Score")
+
+    def implied(self, values: dict[str, Symbol]) -> dict[str, tuple]:
+        """The same of what follows from `sections`, whatever the rule."""
+        return {}
 
 
 class Fixed(NamedTuple):
@@ -183,9 +188,10 @@ def _int_kind(rule: Rule, name: str, value: Any) -> str:
     return "int64"
 
 
-def traced(kind: RuleType) -> str:
+def traced(kind: RuleType, known: dict[tuple[str, ...], list[str]] | None = None) -> str:
     """The expression of rules of this type: a line with its leaves, then a line for each section.
 
+    known: lines that are implied, by those that imply them, for later calls; None: find out anew.
     Raises TypeError, naming the class, for a rule that cannot be traced.
     """
     leaves = kind.leaves()
@@ -194,11 +200,22 @@ def traced(kind: RuleType) -> str:
     at = {name: symbol.leaf(name) for name in ("batch", "head", "seqlen_q", "seqlen_k")}
     try:
         rule = kind.build(values).at(*at.values())
-        sections = rule.sections(at)
-        lines = [f"{name} = {symbol.text(found)}" for name, found in sections.items()]
+        lines = [" ".join(["leaves", *leaves]), *_lines(rule.sections(at))]
+        said = tuple(lines)
+        implied = None if known is None else known.get(said)
+        if implied is None:
+            implied = _lines(rule.implied(at))
     except TypeError as error:
         raise TypeError(f"{kind.name} cannot be compiled: {error}") from error
-    return "\n".join([" ".join(["leaves", *leaves]), *lines])
+    if known is not None:
+        if len(known) >= MOST_KNOWN:
+            known.clear()
+        known[said] = implied
+    return "\n".join([*lines, *implied])
+
+
+def _lines(sections: dict[str, tuple]) -> list[str]:
+    return [f"{name} = {symbol.text(found)}" for name, found in sections.items()]
 
 
 def _leaf(name: str, kind: str) -> Symbol | TableSymbol:

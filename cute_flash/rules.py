@@ -216,6 +216,7 @@ def _encode(rule: Rule | None, pools: tuple[list, list, list]) -> str:
 
 # Type of a rule that ships -> its text, and the pool of each of its values.
 _SHIPPED: dict[RuleType, tuple[str, tuple[int, ...]]] = {}
+_KNOWN: dict[tuple[str, ...], list[str]] = {}  # see `traced`
 
 
 def _traced(kind: RuleType, compiling: bool) -> tuple[str, tuple[int, ...]]:
@@ -224,7 +225,8 @@ def _traced(kind: RuleType, compiling: bool) -> tuple[str, tuple[int, ...]]:
         # torch.compile guards on what tracing looks at, but for what a class has from a function around it.
         for cls in kind.classes():
             _check_closures(cls)
-    result = traced(kind), tuple([_POOL.get(leaf, 0) for leaf in kind.leaves()])
+    known = None if compiling else _KNOWN
+    result = traced(kind, known), tuple([_POOL.get(leaf, 0) for leaf in kind.leaves()])
     if not compiling and kind.ships():
         _SHIPPED[kind] = result
     return result

@@ -148,6 +148,8 @@ def check_values(parts: Iterable[Rule | str], ints: list, floats: list) -> None:
 
 
 def _fits_int32(value: Any) -> bool:
+    if type(value) is int:
+        return INT32[0] <= value <= INT32[1]
     return holds(value >= INT32[0]) and holds(value <= INT32[1])
 
 

@@ -17,6 +17,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,9 +34,20 @@ from cute_flash import (
     ops,
     repeat,
 )  # fmt: skip
+from cute_flash.masks import Mask
 
 ROUND = 20  # calls that are timed together
 IN_PARTS = ("dense", "packed, causal", "mask object with a number")
+
+
+@dataclass(frozen=True)
+class Near(Mask):
+    """A user's rule, which is traced in every call: whatever its code uses may have changed."""
+
+    far: int
+
+    def visible(self, q, k):
+        return q - k <= self.far
 
 
 class Kind(NamedTuple):
@@ -107,6 +119,7 @@ def kinds() -> list[Kind]:
         Kind("mask object with a table", {"mask": Document(ids), "causal": True}),
         Kind("mask function", {"mask": lambda q, k: k <= q}),
         Kind("score function", {"score": lambda s, batch, head, q, k: s + head}),
+        Kind("mask class of a user", {"mask": Near(5)}, 50.0),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -394,3 +395,38 @@ def test_a_large_cap_is_exact_for_small_scores():
         found = known(Softcap(cap))
         assert found.score(7.3, 0, 0, 0, 0) == pytest.approx(7.3, rel=1e-8)
         assert found.score(cap * 10, 0, 0, 0, 0) == pytest.approx(cap)
+
+
+@dataclasses.dataclass(frozen=True)
+class Far(Mask):
+    """A user's mask whose ranges are read off what it shows."""
+
+    far: int
+
+    def visible(self, q, k):
+        return q - k <= self.far * STRETCHED
+
+
+@dataclasses.dataclass(frozen=True)
+class FarInRange(Far):
+    """The same with a range of its own."""
+
+    def keys(self, q_first, q_last, seqlen_k):
+        return q_first - self.far * STRETCHED, seqlen_k
+
+
+STRETCHED = 1
+
+
+def test_what_is_implied_is_remembered_by_what_implies_it(monkeypatch):
+    """Of many kinds the same text as found anew, in any order; a few are kept."""
+    monkeypatch.setattr("cute_flash.arch.rule.MOST_KNOWN", 3)
+    known: dict[tuple[str, ...], list[str]] = {}
+    everything = [Far(3), Far(2**40), FarInRange(3), Causal() & Far(3), Far(3) | Far(4), Softcap(2.0)]
+    for stretched in (1, 2, 3, 1, 2):
+        monkeypatch.setattr(sys.modules[__name__], "STRETCHED", stretched)
+        for rule in everything:
+            kind, _ = describe(rule)
+            assert traced(kind, known) == traced(kind)
+            assert 0 < len(known) <= 3
+    assert "keys" not in "".join(traced(describe(Softcap(2.0))[0]))

@@ -48,12 +48,19 @@ class Mask(Rule):
         return bounds.shown(self.visible(leaf("q"), leaf("k")), "k", q_first, q_last)
 
     def sections(self, values: dict[str, Symbol]) -> dict[str, tuple]:
+        visible = {"visible": (truth("visible", self.visible(leaf("q"), leaf("k"))),)}
+        return visible if self._is_read_off() else visible | self._ranges(values)
+
+    def implied(self, values: dict[str, Symbol]) -> dict[str, tuple]:
+        return self._ranges(values) if self._is_read_off() else {}
+
+    def _is_read_off(self) -> bool:
+        """Whether both ranges are read off `visible`: then they follow from it."""
+        return type(self).keys is Mask.keys and type(self).full is Mask.full
+
+    def _ranges(self, values: dict[str, Symbol]) -> dict[str, tuple]:
         rows = leaf("q_first"), leaf("q_last"), values["seqlen_k"]
-        return {
-            "visible": (truth("visible", self.visible(leaf("q"), leaf("k"))),),
-            "keys": _bounds("keys", self.keys(*rows)),
-            "full": _bounds("full", self.full(*rows)),
-        }
+        return {"keys": _bounds("keys", self.keys(*rows)), "full": _bounds("full", self.full(*rows))}
 
     def __and__(self, other: Mask) -> Mask:
         return Both(self, other)
