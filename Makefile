@@ -27,7 +27,7 @@ test: $(venv)/.test
 
 prove: $(venv)/.test
 	rm -f tests/proofs.txt
-	$(pytest) --prove tests/emulator/test_negative.py tests/test_schedules.py
+	$(pytest) --prove
 
 lint: $(venv)/.test
 	$(python) -m ruff check .

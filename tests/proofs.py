@@ -5,7 +5,7 @@ its operands, the emulator, the code of the trial) and of the outcome itself. A 
 outcome from there; one that is new, or whose line was edited, runs. So does a random tenth of those that fit,
 other ones in every run, and must find what the ledger says: that is how one that is wrong is found.
 
-    pytest --prove         run all, and write the ledger
+    pytest --prove         run all and nothing else, and write the ledger
     pytest --proof-seed N  draw the tenth of run N again, which that run named
 
 A pytest plugin; the fixture is `proven`.
@@ -89,15 +89,21 @@ class Proof:
         self.name, self.entries, self.seed = name, entries, seed
         self.said: tuple[str, str, str] | None = None  # how it was found, its seal, the outcome
 
-    def __call__(self, trial: Callable[[], str], inputs: Iterable[bytes]) -> str:
+    def fits(self, inputs: Iterable[bytes]) -> bool:
+        """Whether the ledger has an outcome that depends on just these inputs."""
+        seal, outcome = self.entries.get(self.name, ("", ""))
+        return self.seed is not None and seal == sealed(outcome, inputs)
+
+    def __call__(self, trial: Callable[[], str], inputs: Iterable[bytes], together: str = "") -> str:
         """The outcome, of a line of text without double spaces.
 
+        together: proofs that give the same name run again together, as they share what is costly.
         Raises AssertionError where the trial runs again and finds another one than the ledger has.
         """
         inputs = tuple(inputs)
         seal, outcome = self.entries.get(self.name, ("", ""))
-        fits = self.seed is not None and seal == sealed(outcome, inputs)
-        if fits and not drawn(self.name, self.seed):
+        fits = self.fits(inputs)
+        if fits and not drawn(together or self.name, self.seed):
             self.said = "taken from the ledger", seal, outcome
             return outcome
         found = trial()
@@ -118,6 +124,14 @@ def pytest_configure(config):
     """Draw a seed, once: workers get the first process's options."""
     if config.option.proof_seed is None:
         config.option.proof_seed = random.SystemRandom().randrange(10**6)
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --prove, tests that have a proof."""
+    if config.option.prove:
+        others = [item for item in items if "proven" not in item.fixturenames]
+        items[:] = [item for item in items if "proven" in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
 
 
 @cache

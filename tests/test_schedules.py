@@ -14,11 +14,11 @@ from cute_flash import dispatch
 from cute_flash.arch.problem import Sizes
 from tests.cases import Case
 from tests.emulator.negative.subjects import SUBJECTS
-from tests.emulator.negative.trial import Subject, dependencies, objection, ptx_of
-from tests.harness import Call, answer_for
+from tests.emulator.negative.trial import dependencies, objection, ptx_of
+from tests.harness import answer_for
+from tests.orders import RIGHT, hold
 
 SEEDS = range(20)
-RIGHT = "right"
 # A few row blocks and KV blocks each, some cut by the mask and some not; heads that share keys.
 CAUSAL = Case("", ((70, 200),), heads=(2, 1), mask="causal")
 WHOLE = Case("", ((70, 140),), heads=(3, 3))
@@ -53,22 +53,13 @@ def few_multiprocessors(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_right_answers_in_any_order(family, seed, few_multiprocessors, proven):
     device, case = FAMILIES[family]
-    options = order(seed, races=True, by_the_book=True)
-
-    def trial() -> str:
-        Call.make(case).check(device, **options)
-        return RIGHT
-
-    assert proven(trial, (repr(options).encode(), *ground(family))) == RIGHT
+    hold(case, device, proven, **order(seed, races=True, by_the_book=True))
 
 
 @cache
 def ground(name: str) -> tuple[bytes, ...]:
-    """All that the answers of a family, or of a subject of sm100, depend on but for the order of events."""
-    if name not in FAMILIES:
-        return tuple(dependencies(SUBJECTS["sm100", name], "sm100"))
-    device, case = FAMILIES[name]
-    return tuple(dependencies(Subject(case, None, {}), device))
+    """All that the answers of a subject of sm100 depend on but for the order of events."""
+    return tuple(dependencies(SUBJECTS["sm100", name], "sm100"))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,10 @@ from cute_flash.arch.sm100 import tuning
 from cute_flash.arch.sm100.forward import FORWARD
 from tests.cases import CASES, RAGGED, Case
 from tests.emulator.negative.mutations import everywhere
-from tests.emulator.negative.trial import Subject, objection
+from tests.emulator.negative.trial import Subject, objection, ptx_of
 from tests.harness import Call, answer_for
+from tests.orders import ground, hold
+from tests.proofs import Proof
 from tests.test_resources import resources
 
 B200 = dispatch.EMULATED["sm100"]
@@ -48,10 +51,16 @@ def _forgetting_choices():
     repeat.forget()
 
 
-def check(case: Case, **options) -> None:
+def check(case: Case) -> None:
     """A case, by a pair."""
     assert answer_for(case, "sm100").config.ctas == 2
-    Call.make(case).check("sm100", **options)
+    Call.make(case).check("sm100")
+
+
+def in_order(case: Case, proven: Proof, **options) -> None:
+    """A case, by a pair, with the events in another order."""
+    assert answer_for(case, "sm100").config.ctas == 2
+    hold(case, "sm100", proven, **options)
 
 
 @pytest.mark.parametrize("case", PLAIN.values(), ids=str)
@@ -93,14 +102,14 @@ def test_head_dims(dims, pairs_only):
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
 @pytest.mark.parametrize("dims", PLAIN)
-def test_any_order_of_events(dims, options, pairs_only):
-    check(replace(PLAIN[dims], mask="wide_window" if dims == "256" else "full"), **options)
+def test_any_order_of_events(dims, options, pairs_only, proven):
+    in_order(replace(PLAIN[dims], mask="wide_window" if dims == "256" else "full"), proven, **options)
 
 
 @pytest.mark.parametrize("name", ["used_qk", "mask_document_causal"])
-def test_any_order_of_events_with_features(name, pairs_only):
+def test_any_order_of_events_with_features(name, pairs_only, proven):
     case = replace(CASES[name], dims=(256, 256))
-    check(case, asynchrony="random", schedule="random", seed=1, races=True)
+    in_order(case, proven, asynchrony="random", schedule="random", seed=1, races=True)
 
 
 # What only pairs have, and what becomes of it: all of it must be missed.
@@ -124,11 +133,17 @@ ATTEMPTS = (
 
 
 @pytest.mark.parametrize("change", ["nothing", *CHANGES])
-def test_every_change_is_noticed(change, pairs_only):
+def test_every_change_is_noticed(change, pairs_only, proven):
     assert answer_for(PLAIN["256"], "sm100").config.ctas == 2
-    changed = everywhere(*CHANGES.get(change, ("^", "")))
-    found = objection(Subject(PLAIN["256"], None, {}), "sm100", changed, ATTEMPTS)
-    assert bool(found) == (change != "nothing")
+    subject, changed = Subject(PLAIN["256"], None, {}), everywhere(*CHANGES.get(change, ("^", "")))
+    inputs = (repr(ATTEMPTS).encode(), changed(ptx_of(subject, "sm100")).encode())
+    outcome = proven(lambda: noticed(subject, changed), (*inputs, *ground(subject.case, "sm100")))
+    assert outcome == ("unnoticed" if change == "nothing" else "noticed")
+
+
+def noticed(subject: Subject, changed: Callable[[str], str]) -> str:
+    """Whether anything objects to a change."""
+    return "noticed" if objection(subject, "sm100", changed, ATTEMPTS) else "unnoticed"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from cute_flash.masks import Causal, Document, PrefixLM
 from cute_flash.rules import decode, encode
 from tests.cases import CASES, Case, WindowByHead
 from tests.harness import Call, answer_for
+from tests.orders import hold
 from tests.test_resources import EXTREMES, resources
 
 H100, B200 = dispatch.EMULATED["sm90"], dispatch.EMULATED["sm100"]
@@ -184,12 +185,12 @@ def two_multiprocessors(monkeypatch):
     ],
     ids=lambda value: str(value).replace(", ", "_"),
 )
-def test_ctas_that_persist(device, dims, seqlens, persistent, options, two_multiprocessors):
+def test_ctas_that_persist(device, dims, seqlens, persistent, options, two_multiprocessors, proven):
     """The same results from CTAs, or on Blackwell at head dim 128 one pair, that take several tiles."""
     case = Case("", (seqlens,) * 2, heads=(2, 2), dims=dims)
     answer = answer_for(case, device)
     assert answer.config.persistent == persistent
-    Call.make(case).check(device, **options)
+    hold(case, device, proven, **options)
 
 
 STRICT = (
@@ -210,9 +211,9 @@ STRICT = (
 
 @pytest.mark.parametrize("device, name", STRICT)
 @pytest.mark.parametrize("late", [True, False], ids=["late", "random"])
-def test_any_order_of_events(device, name, late):
+def test_any_order_of_events(device, name, late, proven):
     how = "late" if late else "random"
-    Call.make(CASES[name]).check(device, asynchrony=how, schedule="random", seed=1, races=late)
+    hold(CASES[name], device, proven, asynchrony=how, schedule="random", seed=1, races=late)
 
 
 @pytest.mark.parametrize("device", PACKING)

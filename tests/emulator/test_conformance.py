@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ import tvm_ffi
 
 from cute_flash import emulator, objectfile
 from cute_flash.emulator.execution.launch import Driver, View
+from tests import accuracy, proofs, reference
 from tests.accuracy import LSE_ATOL, assert_accurate
+from tests.orders import RIGHT
 from tests.peers import flash_attn_4
 from tests.peers.flash_attn_4 import BLACKWELL, CASES, HOPPER, Case, Kernel, build, resolved
+from tests.proofs import Proof
 
-EVERY = (*CASES, *HOPPER, *BLACKWELL)
+NAMED = {case.name: case for case in (*CASES, *HOPPER, *BLACKWELL)}
 # Bytes per block, by opting in.
 SHARED_MEMORY = {"sm_80": 166912, "sm_90a": 232448, "sm_100a": 232448, "sm_103a": 232448}
 # What each must have executed: what its architecture is known by.
@@ -43,14 +48,37 @@ RANDOM = [{"asynchrony": "random", "schedule": "random", "seed": seed} for seed 
 MORE = [{"asynchrony": "random", "schedule": "random", "seed": seed} for seed in (3, 4)]
 
 
-@pytest.fixture(scope="module")
-def kernels() -> dict[str, Kernel]:
-    """Compiled once, by whichever worker comes first."""
+@cache
+def kernel_of(name: str, alone: bool = True) -> Kernel:
+    """Compiled once, by whichever worker comes first; with all those of its target, unless `alone`."""
+    wanted = NAMED[name]
+    cases = [wanted] if alone else [case for case in NAMED.values() if case.arch == wanted.arch]
     directory = Path(os.environ["CUTE_FLASH_CACHE"]) / f"flash_attn_4-{flash_attn_4.digest()}"
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return build(EVERY, directory)
+        return build(cases, directory)[name]
+
+
+@cache
+def ground() -> tuple[bytes, ...]:
+    """All that a kernel's answers depend on but for its case and the order of events."""
+    files = (Path(module.__file__) for module in (accuracy, reference, sys.modules[__name__]))
+    return (*proofs.emulator(), *map(proofs.meaning, files), flash_attn_4.digest().encode())
+
+
+def hold(name: str, options: dict[str, Any], proven: Proof) -> None:
+    """A kernel's right answers in an order of events: proven once, all those of a kernel together."""
+
+    inputs = (repr((NAMED[name], options)).encode(), *ground())
+
+    def trial() -> str:
+        (report,) = check(kernel_of(name, alone=proven.fits(inputs)), options)
+        for wanted in OPCODES[NAMED[name].arch]:
+            assert sum(n for opcode, n in report.opcodes.items() if opcode.startswith(wanted)) > 0
+        return RIGHT
+
+    assert proven(trial, inputs, together=f"flash-attn-4 {name}") == RIGHT
 
 
 def inputs(case: Case) -> dict[str, torch.Tensor]:
@@ -68,9 +96,12 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
     return tensors
 
 
+program_of = cache(emulator.Program)
+
+
 def launch(kernel: Kernel, tensors: dict[str, torch.Tensor], options: dict[str, Any]) -> list[Any]:
     """Run the peer's host code on `tensors`, as its interface would call it."""
-    driver = Driver(emulator.Program(kernel.ptx), SHARED_MEMORY[kernel.case.arch])
+    driver = Driver(program_of(kernel.ptx), SHARED_MEMORY[kernel.case.arch])
     function = objectfile.load(kernel.object_file.read_bytes(), "func", driver.symbols)
     views = {name: View(tensor, name) for name, tensor in tensors.items()}
     passed = {name: tvm_ffi.from_dlpack(view) for name, view in views.items()}
@@ -92,17 +123,15 @@ def check(kernel: Kernel, options: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("options", [EAGER, LATE], ids=["eager", "late"])
-@pytest.mark.parametrize("name", [case.name for case in EVERY])
-def test_right_answers(kernels, name, options):
-    (report,) = check(kernels[name], options)
-    for wanted in OPCODES[kernels[name].case.arch]:
-        assert sum(n for opcode, n in report.opcodes.items() if opcode.startswith(wanted)) > 0
+@pytest.mark.parametrize("name", NAMED)
+def test_right_answers(name, options, proven):
+    hold(name, options, proven)
 
 
 @pytest.mark.parametrize("options", RANDOM, ids=lambda options: f"seed{options['seed']}")
 @pytest.mark.parametrize("name", ["d64", "d64_causal", "d128_causal_gqa", "d64_varlen_causal"])
-def test_right_answers_in_any_order(kernels, name, options):
-    check(kernels[name], options)
+def test_right_answers_in_any_order(name, options, proven):
+    hold(name, options, proven)
 
 
 @pytest.mark.parametrize("options", [*RANDOM, *MORE], ids=lambda options: f"seed{options['seed']}")
@@ -113,13 +142,13 @@ def test_right_answers_in_any_order(kernels, name, options):
         *("sm100_d64_causal", "sm100_d128", "sm100_d192_dv128", "sm100_d256"),
     ],
 )
-def test_right_answers_of_many_roles_in_any_order(kernels, name, options):
-    check(kernels[name], options)
+def test_right_answers_of_many_roles_in_any_order(name, options, proven):
+    hold(name, options, proven)
 
 
-def test_the_short_way_in(kernels):
+def test_the_short_way_in():
     """As a kernel to call, and by name where an operand is wrong."""
-    kernel, tensors = kernels["d64"], inputs(kernels["d64"].case)
+    kernel, tensors = kernel_of("d64"), inputs(NAMED["d64"])
     program, host = emulator.Program(kernel.ptx), kernel.object_file.read_bytes()
     called = emulator.CuteKernel(program, host, "func", "sm80", tensors)
     arguments = resolved(kernel.arguments, tensors, max(kernel.case.seqlens_q))
@@ -131,13 +160,13 @@ def test_the_short_way_in(kernels):
 
 
 @pytest.mark.parametrize("name", ["d64", "d128_causal_gqa", *(case.name for case in (*HOPPER, *BLACKWELL))])
-def test_no_data_races(kernels, name):
-    check(kernels[name], {"asynchrony": "late", "races": True})
+def test_no_data_races(name, proven):
+    hold(name, {"asynchrony": "late", "races": True}, proven)
 
 
-def test_an_error_in_the_kernel_is_an_error_in_the_answer(kernels):
+def test_an_error_in_the_kernel_is_an_error_in_the_answer():
     """The same kernel with one instruction wrong: exp2's argument is not scaled."""
-    kernel = kernels["d64"]
+    kernel = kernel_of("d64")
     wrong = kernel.ptx.replace("ex2.approx.ftz.f32", "rcp.approx.ftz.f32", 1)
     with pytest.raises(AssertionError, match="error"):
         check(replace(kernel, ptx=wrong), EAGER)

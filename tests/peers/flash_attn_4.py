@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -135,7 +135,7 @@ def digest() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def build(cases: tuple[Case, ...], directory: Path) -> dict[str, Kernel]:
+def build(cases: Sequence[Case], directory: Path) -> dict[str, Kernel]:
     """The kernels of `cases`, compiled into `directory` unless they are there already.
 
     Raises RuntimeError with the compiling process's output where it fails.
