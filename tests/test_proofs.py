@@ -68,6 +68,16 @@ def test_a_forged_line_is_found():
     assert len({name for name in map(str, range(2000)) if drawn(name, AGAIN)}) in range(150, 250)
 
 
+def test_what_is_costly_together_runs_together():
+    """Drawn by the name that several give, not by their own."""
+    proof = Proof(NAME, entry(), AGAIN)
+    others = next(name for name in map(str, range(1000)) if not drawn(name, AGAIN))
+    assert proof(lambda: "wrong", INPUTS, together=others) == "right"
+    with pytest.raises(AssertionError, match="is wrong"):
+        Proof("b.py::test", {"b.py::test": entry()[NAME]}, AGAIN)(lambda: "wrong", INPUTS, together=NAME)
+    assert proof.fits(INPUTS) and not proof.fits((b"other",)) and not Proof(NAME, entry(), None).fits(INPUTS)
+
+
 def test_what_is_read_is_what_was_written(tmp_path):
     entries = {"b.py::t[x-a wait for one]": ("00ff", "unnoticed of 3: 0 2"), "a.py::t": ("11", "right")}
     path = tmp_path / "proofs.txt"
@@ -83,6 +93,9 @@ import pytest
 @pytest.mark.parametrize("what", ["right", "wrong"])
 def test_trial(what, proven):
     assert proven(lambda: what, (b"input",)) == "right"
+
+def test_without_a_proof():
+    pass
 """
 
 
@@ -103,8 +116,8 @@ def test_only_what_passes_is_written(tmp_path):
         done = subprocess.run([*command, more], env=environment, cwd=tmp_path, capture_output=True, text=True)
         said.append(done.stdout)
     assert proofs.read(tmp_path / "proofs.txt") == {name: (sealed("right", (b"input",)), "right")}
-    assert "1 written to proofs.txt" in said[0]
-    assert "1 run, 1 taken from the ledger" in said[1], said[1]
+    assert "1 written to proofs.txt" in said[0] and "1 failed, 1 passed" in said[0], said[0]
+    assert "1 run, 1 taken from the ledger" in said[1] and "1 failed, 2 passed" in said[1], said[1]
 
 
 @pytest.mark.parametrize(
