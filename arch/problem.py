@@ -230,6 +230,7 @@ class Operands(NamedTuple):
     block_indices: Any
     mask_values: Any
     score_values: Any
+    multiprocessors: Any
 
 
 class Spec(NamedTuple):
@@ -314,6 +315,7 @@ def forward_specs(problem: Problem) -> Operands:
         ),
         mask_values=_rule_specs(problem.mask, "mask"),
         score_values=_rule_specs(problem.score, "score"),
+        multiprocessors=Spec("int32", (), "scalar", "of the device: so many CTAs persist", values="is 2"),
     )
 
 

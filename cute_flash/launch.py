@@ -34,6 +34,7 @@ class Bound(NamedTuple):
 
     launches: tuple[Launch, ...]
     scratch: tuple[Scratch, ...]
+    multiprocessors: int
 
 
 def bind(steps: Steps, place: Place, values: Mapping[str, Any]) -> Bound:
@@ -49,12 +50,14 @@ def bind(steps: Steps, place: Place, values: Mapping[str, Any]) -> Bound:
             Scratch(name, shapes[name], getattr(torch, specs[name].dtype), fill)
             for name, fill in steps.scratch.items()
         ]
-    return Bound(tuple(launches), tuple(scratch))
+    return Bound(tuple(launches), tuple(scratch), place.device.multiprocessors)
 
 
 def run(bound: Bound, values: dict[str, Any]) -> None:
-    """Launch. values: of the call, by the names that Specs have, on q's device; scratch joins them."""
-    values[ABSENT] = None
+    """Launch. values: of the call, by the names that Specs have, on q's device; what the device has and
+    scratch join them.
+    """
+    values[ABSENT], values["multiprocessors"] = None, bound.multiprocessors
     for name, shape, dtype, fill in bound.scratch:
         values[name] = tensor = values["q"].new_empty(shape, dtype=dtype)
         if fill is not None:

@@ -276,7 +276,8 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
         q, k, v, out = (torch.randn(1, n, 1, d, generator=generator).bfloat16() for n, d in shapes)
         absent = dict.fromkeys(Operands._fields)
         given = {"q": q, "k": k, "v": v, "out": out, "lse": torch.empty(1, 1, config.tile_m)}
-        operands = Operands(**absent | given | {"softmax_scale": dim**-0.5})
+        given |= {"softmax_scale": dim**-0.5, "multiprocessors": answer.device.multiprocessors}
+        operands = Operands(**absent | given)
         watch = Watch()
         with cute_flash.emulated(arch, observers=(watch,)):
             run(*operands)

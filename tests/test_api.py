@@ -172,7 +172,7 @@ def test_operands_that_a_call_has_not_are_none(operands):
     cute_flash.flash_attn_func(q, k, v)
     given = operands[0]
     assert {name for name, value in given._asdict().items() if value is not None} == {
-        "q", "k", "v", "out", "softmax_scale",
+        "q", "k", "v", "out", "softmax_scale", "multiprocessors",
     }  # fmt: skip
     assert given.q is q and given.k is k and given.v is v
 

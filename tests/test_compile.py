@@ -236,7 +236,7 @@ def cuda(monkeypatch, tiny):
 
     def call(mask_values=(1, 2), q=q):
         views = [tvm_ffi.from_dlpack(View(tensor, "x")) for tensor in (q, q, q, q, lse)]
-        function(*views, *[None] * 6, 1.0, *[None] * 5, mask_values, None)
+        function(*views, *[None] * 6, 1.0, *[None] * 5, mask_values, None, 1)
 
     return made, call, bound
 
@@ -386,7 +386,7 @@ def test_the_words_of_the_command_are_those_of_calls():
 
 @pytest.fixture
 def only_tiny(monkeypatch):
-    monkeypatch.setattr(dispatch.arch, "load", lambda device: (TINY,))
+    monkeypatch.setattr(dispatch.arch, "load", lambda device, operation: (TINY,))
     dispatch.select.cache_clear()
     yield
     dispatch.select.cache_clear()

@@ -96,7 +96,7 @@ def test_few_rows_compile_without_spills(extreme, dims, tmp_path):
 @pytest.mark.parametrize("extreme, splits", [("light", 0), ("even", 2)])
 def test_ctas_do_not_persist_where_tiles_differ(extreme, splits):
     problem = answer_for(replace(ASKED[extreme], dims=(64, 64), splits=splits), "sm100").problem
-    config = replace(FORWARD.config(problem, B200), persistent=1)
+    config = replace(FORWARD.config(problem, B200), persistent=True)
     with pytest.raises(ValueError, match="CTAs persist where all tiles have as many blocks"):
         FORWARD.launcher(problem, config)
 

@@ -17,6 +17,7 @@ from cute_flash.arch.problem import Problem, Sizes
 from cute_flash.arch.sm80 import FORWARD as AMPERE
 from cute_flash.arch.sm90.forward import FORWARD
 from cute_flash.arch.sm100.forward import FORWARD as BLACKWELL
+from cute_flash.emulator.core.observe import Observer
 from cute_flash.masks import Causal, Document, PrefixLM
 from cute_flash.rules import decode, encode
 from tests.cases import CASES, Case, WindowByHead
@@ -169,28 +170,54 @@ def two_multiprocessors(monkeypatch):
         monkeypatch.setitem(dispatch.EMULATED, name, replace(device, multiprocessors=2))
 
 
+class Grids(Observer):
+    """CTAs of every launch."""
+
+    def __init__(self) -> None:
+        self.grids: set[int] = set()
+
+    def begin(self, m) -> None:
+        self.grids.add(m.launch.grid[0])
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"asynchrony": "late", "races": True}, {"asynchrony": "random", "schedule": "random", "seed": 1}],
     ids=["eager", "late", "random"],
 )
 @pytest.mark.parametrize(
-    "device, dims, seqlens, persistent",
+    "device, dims, seqlens, groups",
     [
         ("sm90", (64, 64), (300, 140), 2),
         ("sm90", (128, 128), (300, 140), 2),
         ("sm100", (64, 64), (300, 140), 2),
-        ("sm100", (128, 128), (530, 300), 1),
-        ("sm100", (128, 128), (530, 0), 1),
+        ("sm100", (128, 128), (500, 300), 1),
+        ("sm100", (128, 128), (500, 0), 1),
     ],
     ids=lambda value: str(value).replace(", ", "_"),
 )
-def test_ctas_that_persist(device, dims, seqlens, persistent, options, two_multiprocessors, proven):
+def test_ctas_that_persist(device, dims, seqlens, groups, options, two_multiprocessors, proven):
     """The same results from CTAs, or on Blackwell at head dim 128 one pair, that take several tiles."""
     case = Case("", (seqlens,) * 2, heads=(2, 2), dims=dims)
-    answer = answer_for(case, device)
-    assert answer.config.persistent == persistent
+    answer, sizes = answer_for(case, device), Sizes(2, 2, 2, *seqlens)
+    config = answer.kernel.config(answer.problem, answer.device, sizes)
+    assert config.persistent and groups * getattr(config, "ctas", 1) == 2
     hold(case, device, proven, **options)
+
+
+@pytest.mark.parametrize("device, dims", [("sm90", (64, 64)), ("sm100", (64, 64)), ("sm100", (128, 128))])
+def test_there_are_as_many_ctas_as_multiprocessors(device, dims, two_multiprocessors):
+    watch = Grids()
+    Call.make(Case("", ((500, 140),) * 2, heads=(2, 2), dims=dims)).check(device, observers=(watch,))
+    assert watch.grids == {2}
+
+
+def test_a_kernel_serves_gpus_of_any_size():
+    """How many multiprocessors a GPU has is no part of the compile key: a bundle serves all sizes of H100."""
+    for kernel, device in ((FORWARD, H100), (BLACKWELL, B200)):
+        fewer = replace(device, multiprocessors=114)
+        configs = [kernel.config(Problem("bfloat16", 64, 64), place) for place in (device, fewer)]
+        assert configs[0] == configs[1] and configs[0].persistent
 
 
 STRICT = (

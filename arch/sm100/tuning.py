@@ -46,9 +46,9 @@ class Config:
     block, how many are computed on the FMA units. softmax_registers, correction_registers,
     other_registers: per thread. ctas: 1, or 2 for a pair that multiplies together: its tiles have 256 rows,
     half of them each CTA's, and each CTA brings half of K and V. heads: query heads of one KV head that
-    share a tile's rows, a power of two. persistent: CTAs, or pairs, that stay for the whole launch and take
-    every so many-th tile; 0: one for each tile. dynamic: those that are done take the tiles of others that
-    have not begun. reducing_loads: the device's loads of S bring the maximum with them.
+    share a tile's rows, a power of two. persistent: there is a CTA for each multiprocessor at most, which
+    takes every so many-th tile. dynamic: CTAs that are done take the tiles of others that have not begun; no
+    row of the table does. reducing_loads: the device's loads of S bring the maximum with them.
     """
 
     tiles: int
@@ -62,14 +62,14 @@ class Config:
     other_registers: int
     ctas: int = 1
     heads: int = 1
-    persistent: int = 0
+    persistent: bool = False
     dynamic: bool = False
     reducing_loads: bool = False
 
     @property
     def stays(self) -> bool:
         """Whether a CTA takes several tiles: then O has a place of its own."""
-        return self.dynamic or self.persistent > 0
+        return self.dynamic or self.persistent
 
     @property
     def tile_m(self) -> int:
@@ -159,7 +159,7 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     """
     if device.capability == (11, 0):
         return config
-    staying = replace(config, persistent=device.multiprocessors // config.ctas)
+    staying = replace(config, persistent=True)
     fits = staying.shared_memory(problem) <= device.shared_memory
     return staying if fits and equal_tiles(problem) and device.multiprocessors > 1 else config
 

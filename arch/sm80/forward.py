@@ -59,7 +59,7 @@ class ForwardKernel:
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = Operands(*operands)
+        call = Operands(*operands)._replace(multiprocessors=None)
         heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
         rows, batches = extent(call, call.q)
         splits = call.out.shape[0] if const_expr(self.problem.split_kv) else None

@@ -27,7 +27,7 @@ class Config:
     overlap: the next block's QK runs, and PV of the one before, while a warpgroup does its softmax.
     ping_pong: warpgroups issue their products in turn, so that one's softmax runs under the others' products.
     heads: query heads of one KV head that share a tile's rows, a power of two.
-    persistent: CTAs that stay for the whole launch and take every so many-th tile; 0: a CTA for each tile.
+    persistent: there is a CTA for each multiprocessor at most, which takes every so many-th tile.
     longest_first: heads whose K and V L2 holds together are taken together, their longest tiles first.
     """
 
@@ -39,7 +39,7 @@ class Config:
     overlap: bool = True
     ping_pong: bool = True
     heads: int = 1
-    persistent: int = 0
+    persistent: bool = False
     longest_first: bool = False
 
     @property
@@ -101,7 +101,7 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     """
     if problem.mask is not None or problem.block_size or problem.varlen:
         return replace(config, longest_first=True)
-    persistent = replace(config, persistent=device.multiprocessors)
+    persistent = replace(config, persistent=True)
     fits = persistent.shared_memory(problem) <= device.shared_memory
     return persistent if fits and device.multiprocessors > 1 and not problem.split_kv else config
 

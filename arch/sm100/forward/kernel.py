@@ -87,6 +87,7 @@ class ForwardKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = Operands(*operands)
+        multiprocessors, call = call.multiprocessors, call._replace(multiprocessors=None)
         group = call.q.shape[-2] // call.k.shape[-2]
         rows, batches = extent(call, call.q)
         load, store = self.group.loads(), cpasync.CopyBulkTensorTileS2GOp()
@@ -103,7 +104,7 @@ class ForwardKernel:
         schedule = tile_per_cta(cute.ceil_div(rows, rows_of_tile(self.config)), heads, batches, splits)
         groups = schedule.count
         if cutlass.const_expr(self.config.persistent):
-            groups = minimum(groups, self.config.persistent)
+            groups = minimum(groups, multiprocessors // self.config.ctas)
         grid, threads = (groups * self.config.ctas, 1, 1), (self.config.threads, 1, 1)
         self.kernel(Launch(call, maps, schedule, group)).launch(
             grid=grid, block=threads, cluster=self.group.cluster, stream=stream, min_blocks_per_mp=1

@@ -57,6 +57,7 @@ class ForwardKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = Operands(*operands)
+        multiprocessors, call = call.multiprocessors, call._replace(multiprocessors=None)
         group = call.q.shape[-2] // call.k.shape[-2]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         maps = Maps(
@@ -68,7 +69,7 @@ class ForwardKernel:
         schedule = self.schedule(call, group)
         grid = schedule.count
         if cutlass.const_expr(self.config.persistent):
-            grid = minimum(grid, self.config.persistent)
+            grid = minimum(grid, multiprocessors)
         threads = (self.config.threads, 1, 1)
         self.kernel(Launch(call, maps, schedule, group)).launch(
             grid=(grid, 1, 1), block=threads, stream=stream, min_blocks_per_mp=1
@@ -119,4 +120,4 @@ class ForwardKernel:
         smem = SmemAllocator()
         barriers = smem.allocate_array(cutlass.Int64, self.topology.count)
         operands = self.q, self.k, self.v, self.out
-        return Tiles.allocate(smem, *operands, apart=bool(self.config.persistent)), barriers
+        return Tiles.allocate(smem, *operands, apart=self.config.persistent), barriers

@@ -71,7 +71,8 @@ SUBJECTS = {
     ),
     ("sm90", "in order"): Subject(FULL, sm90.Config(**HOPPER, tile_n=64, overlap=False), TMA | WGMMA | MASKS),
     ("sm90", "persistent"): Subject(
-        Case("", ((100, 200),), heads=(3, 3)), sm90.Config(**HOPPER, tile_n=64, persistent=1), TMA | WGMMA
+        Case("", ((100, 200),), heads=(3, 3)), sm90.Config(**HOPPER, tile_n=64, persistent=True), TMA | WGMMA,
+        multiprocessors=1,
     ),
     ("sm90", "packed"): Subject(
         Case("", ((5, 300),), heads=(8, 1)),
@@ -105,8 +106,9 @@ SUBJECTS = {
     # Scores are large, so that O must be rescaled.
     ("sm100", "persistent"): Subject(
         PERSISTING,
-        sm100.Config(**TWO_TILES, tile_n=32, persistent=1),
+        sm100.Config(**TWO_TILES, tile_n=32, persistent=True),
         STAYING,
+        multiprocessors=1,
         also=tuple(replace(PERSISTING, seqlens=((150, keys),)) for keys in (60, 0)),
     ),
     ("sm100", "queue"): Subject(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -43,7 +44,8 @@ class Subject:
     """A kernel to change. config: of its own, so that tuning does not move the sites; None: tuning's.
 
     combine: not the forward kernel is changed but the one that combines its splits. options: of the
-    emulator, besides an attempt's. also: more calls of the same kernel.
+    emulator, besides an attempt's. also: more calls of the same kernel. multiprocessors: of the device; None:
+    as many as it has.
     """
 
     case: Case
@@ -52,6 +54,16 @@ class Subject:
     combine: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     also: tuple[Case, ...] = ()
+    multiprocessors: int | None = None
+
+    def served(self, device: str, executable: Callable) -> contextlib.ExitStack:
+        """Within this context calls launch the kernels that `executable` gives, on the subject's device."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(mock.patch("cute_flash.launch.executable", executable))
+        if self.multiprocessors is not None:
+            gpu = replace(EMULATED[device], multiprocessors=self.multiprocessors)
+            stack.enter_context(mock.patch.dict(EMULATED, {device: gpu}))
+        return stack
 
 
 def objection(
@@ -71,7 +83,7 @@ def objection(
         return EmulatedKernel(artifact._replace(ptx=ptx.encode()), device)
 
     calls = [Call.make(case) for case in (subject.case, *subject.also)]
-    with mock.patch("cute_flash.launch.executable", changed):
+    with subject.served(device, changed):
         for options, call in product(attempts, calls):
             try:
                 check(call, *call.run(device, **options, **subject.options))
@@ -141,7 +153,7 @@ def launches(subject: Subject, device: str) -> list[Launch]:
         found.append(Launch(kernel, compiled(subject, Step(kernel, problem, tuned), gpu), ()))
         return found[-1]
 
-    with mock.patch("cute_flash.launch.executable", recorded):
+    with subject.served(device, recorded):
         for case in (subject.case, *subject.also):
             torch.manual_seed(1)  # which dropout's operands come from
             Call.make(case).run(device)
