@@ -67,7 +67,7 @@ class Config:
     reducing_loads: bool = False
 
     @property
-    def stays(self) -> bool:
+    def is_persistent(self) -> bool:
         """Whether a CTA takes several tiles: then O has a place of its own."""
         return self.dynamic or self.persistent
 
@@ -91,7 +91,7 @@ class Config:
         precision = problem.precision
         dim, dim_v = map(precision.padded, (problem.head_dim, problem.head_dim_v))
         rows, v_part = TILE_M * self.tiles, precision.padded(dim_v, self.ctas) // self.ctas
-        q_and_out = dim + dim_v if self.stays else max(dim, dim_v)
+        q_and_out = dim + dim_v if self.is_persistent else max(dim, dim_v)
         q, k = rows * q_and_out, self.tile_n // self.ctas * self.k_stages * dim
         small = 4 * (self.slots + 1) * rows + 512
         return precision.nbytes(q + k + self.tile_n * self.v_stages * v_part) + -(-small // 1024) * 1024
@@ -159,9 +159,9 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     """
     if device.capability == (11, 0):
         return config
-    staying = replace(config, persistent=True)
-    fits = staying.shared_memory(problem) <= device.shared_memory
-    return staying if fits and equal_tiles(problem) and device.multiprocessors > 1 else config
+    persistent = replace(config, persistent=True)
+    fits = persistent.shared_memory(problem) <= device.shared_memory
+    return persistent if fits and equal_tiles(problem) and device.multiprocessors > 1 else config
 
 
 def _registers(softmax: int, correction: int, other: int) -> dict[str, int]:

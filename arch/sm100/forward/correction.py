@@ -23,7 +23,7 @@ from .output import CHUNK, Partial, Result
 class Correction:
     """output: where O goes."""
 
-    asks = False
+    fetches_tiles = False
 
     def __init__(self, problem: Problem, config: Config, plan: Plan, output: Result | Partial):
         self.problem, self.config, self.plan, self.output = problem, config, plan, output
@@ -72,11 +72,11 @@ class Correction:
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
         """O is normalised and leaves."""
-        thread, last = cute.arch.thread_idx()[0] % TILE_M, work.edges.last.of(tile)
-        last.wait_full(work.past.tiles)
+        thread, final_scale = cute.arch.thread_idx()[0] % TILE_M, work.edges.final_scale.of(tile)
+        final_scale.wait_full(work.past.tiles)
         factor = work.memory.factors[thread, self.plan.slots, tile]
-        if cutlass.const_expr(self.config.stays):
-            last.warp_emptied()
+        if cutlass.const_expr(self.config.is_persistent):
+            final_scale.warp_emptied()
         if turns > 0:
             filling = work.past.turns + turns - 1 if self.config.slots > 1 else work.past.filled
             work.edges.o.of(tile).wait_full(filling)

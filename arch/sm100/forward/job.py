@@ -15,7 +15,7 @@ from ...common.memory import Tiles
 from ...elementwise import maximum
 from ..edge import Edge
 from ..group import Group
-from ..queue import Queue
+from ..scheduler import ClcScheduler
 from ..tuning import TILE_M, Config
 
 
@@ -38,19 +38,19 @@ class Edges(NamedTuple):
     s: S filled by the mma warp; emptied when P is stored and O rescaled; one for every S of a tile.
     factors: a block's, filled by the softmax warps; one for every S of a tile, and free again when that S is
         full, which was begun after the correction had read the factor before.
-    last: what normalises O, filled by the softmax warps, emptied by the correction's.
+    final_scale: what normalises O, filled by the softmax warps, emptied by the correction's.
     o: filled by the mma warp when a tile's last P V is complete, with two S's of a tile every P V: then an S
         does not tell that the P V before is complete. `s` tells the mma warp when to go on.
     out: filled by the correction warps with O in shared memory, emptied by the store warp.
-    queue: the CTA's next tiles, where they are asked for.
+    scheduler: the CTA's next tiles, where it fetches them.
     """
 
     s: Edge
     factors: Edge
-    last: Edge
+    final_scale: Edge
     o: Edge
     out: Edge
-    queue: Queue | None
+    scheduler: ClcScheduler | None
 
 
 class Past(NamedTuple):
@@ -64,7 +64,7 @@ class Past(NamedTuple):
 
 
 class Work(NamedTuple):
-    """All that a role is told."""
+    """What a role needs for one tile."""
 
     job: Job
     memory: Memory

@@ -10,7 +10,7 @@
     load --k, v--> mma                     K and V apart, so that a product waits for its own tile only
     mma --s--> softmax, correction         `slots` for each Q tile; back when P is stored and O rescaled
     softmax --factors--> correction        one for each S
-    softmax --last--> correction           one for each Q tile: what normalises O
+    softmax --final_scale--> correction    one for each Q tile: what normalises O
     mma --o--> correction                  one for each Q tile: O after its last block, or after each
     correction --out--> store              one for each Q tile: O in 16 bits, in Q's place or beside it
 
@@ -49,7 +49,7 @@ from ...tuning import equal_tiles
 from ..edge import Edge
 from ..group import Group
 from ..mma import Products
-from ..queue import Queue
+from ..scheduler import ClcScheduler
 from ..tmem import Plan
 from ..tuning import ANSWERS, TILE_M, Config
 from .correction import Correction
@@ -74,7 +74,7 @@ class ForwardKernel:
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         ragged_k = problem.varlen or problem.seqused_k
         # A tile's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
-        pitch = 0 if config.stays else TILE_M * max(precision.padded(dim), precision.padded(dim_v))
+        pitch = 0 if config.is_persistent else TILE_M * max(precision.padded(dim), precision.padded(dim_v))
         q = Operand.of(precision, TILE_M, dim, config.tiles, problem.varlen, pitch)
         out = Operand.of(problem.out_precision, TILE_M, dim_v, config.tiles, problem.varlen, pitch)
         self.q, self.out = q.packed(config.heads), out.packed(config.heads)
@@ -112,7 +112,7 @@ class ForwardKernel:
 
     @cute.kernel
     def kernel(self, launch: Launch):
-        if cutlass.const_expr(self.config.stays):
+        if cutlass.const_expr(self.config.is_persistent):
             self.work(launch)
         else:
             job = self.job(launch, self.group.index())
@@ -143,13 +143,13 @@ class ForwardKernel:
                 ends, visited = run(work, ends, warp)
                 turns, tiles = turns + visited, tiles + 1
         elif cutlass.const_expr(self.config.dynamic):
-            index, asked, past = first, Int32(0), Past(Int32(0), Int32(0), Int32(0))
+            index, tile, past = first, Int32(0), Past(Int32(0), Int32(0), Int32(0))
             while index >= 0:
-                if cutlass.const_expr(role.asks):
-                    edges.queue.ask(asked, self.group)
+                if cutlass.const_expr(role.fetches_tiles):
+                    edges.scheduler.fetch(tile, self.group)
                 work = Work(self.job(launch, index), memory, edges, past)
                 ends, past = self.if_any(run, work, ends, warp)
-                index, asked = edges.queue.next(asked, self.group), asked + 1
+                index, tile = edges.scheduler.next(tile, self.group), tile + 1
         else:
             ends, _ = run(Work(self.job(launch, first), memory, edges, Past()), ends, warp)
         role.close(ends, warp)
@@ -210,8 +210,8 @@ class ForwardKernel:
             with cute.arch.elect_one():
                 for name, placed in self.edge_barriers().items():
                     made[name].make(placed)
-        queue = Queue(made.pop("queue"), answers) if self.config.dynamic else None
-        return Edges(**made, queue=queue)
+        scheduler = ClcScheduler(made.pop("scheduler"), answers) if self.config.dynamic else None
+        return Edges(**made, scheduler=scheduler)
 
     def edge_barriers(self) -> dict[str, Barriers]:
         """Of the links without channels."""
@@ -226,5 +226,5 @@ class ForwardKernel:
         address = smem.allocate_array(cutlass.Int32, 1)
         shape = (TILE_M, config.slots + 1, config.tiles)
         factors = smem.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=16)
-        tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=config.stays)
+        tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=config.is_persistent)
         return tiles, factors, barriers, address, answers

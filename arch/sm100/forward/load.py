@@ -21,9 +21,9 @@ from .job import LoadEnds, Work, first_row_of, turns_of
 
 
 class Load:
-    """q, k, v: the operands that it fills. It asks for the CTA's next tile, where that is not known."""
+    """q, k, v: the operands that it fills. It fetches the CTA's next tile, where that is not known."""
 
-    asks = True
+    fetches_tiles = True
 
     def __init__(self, problem: Problem, config: Config, q: Operand, k: Operand, v: Operand):
         self.problem, self.config = problem, config
@@ -59,7 +59,7 @@ class Load:
     def close(self, ends: LoadEnds, warp: Int32):
         if cutlass.const_expr(self.config.ctas > 1):
             # The leader must not tell a CTA that has left that its tiles are free.
-            if cutlass.const_expr(self.config.stays):
+            if cutlass.const_expr(self.config.is_persistent):
                 ends.q.tail()
             ends.k.tail()
             ends.v.tail()

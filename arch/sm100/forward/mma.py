@@ -25,7 +25,7 @@ from .job import MmaEnds, Work, turns_of
 class Mma:
     """products: the two tiled products, and where they write."""
 
-    asks = False
+    fetches_tiles = False
 
     def __init__(self, problem: Problem, config: Config, products: Products):
         self.problem, self.config, self.products = problem, config, products
@@ -63,7 +63,7 @@ class Mma:
                     self.begin_o(work, t, turn, v_slot.index, last=False)
             k_slot.release()
             v_slot.release()
-        if cutlass.const_expr(self.config.stays):
+        if cutlass.const_expr(self.config.is_persistent):
             for t in cutlass.range_constexpr(self.config.tiles):
                 q_slots[t].release()
         v_slot = ends.v.wait_and_advance()

@@ -44,7 +44,7 @@ class Result:
 
     def target(self, work: Work, tile: int, thread: Int32) -> Target:
         """Where the row of the tile's `thread` goes, when nothing there is under way any more."""
-        if self.config.stays:
+        if self.config.is_persistent:
             work.edges.out.of(tile).wait_empty(work.past.tiles)
         return Target(work.memory.tiles.out[None, None, tile], thread, None)
 

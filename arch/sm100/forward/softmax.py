@@ -47,7 +47,7 @@ class Row(NamedTuple):
 class Softmax:
     """plan: where S and P are. output: where the log-sum-exp goes."""
 
-    asks = False
+    fetches_tiles = False
 
     def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan, output: Result | Partial):
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
@@ -108,11 +108,11 @@ class Softmax:
         _, head = row_of_thread(self.config, work.job, row.tile)
         exists = Boolean(True) if self.config.heads == 1 else head < work.job.heads.end
         factor = self.output_rows(work.job, head).close(row.softmax, 0, row.number, exists)
-        last = work.edges.last.of(row.tile)
-        if cutlass.const_expr(self.config.stays):
-            last.wait_empty(work.past.tiles)
+        final_scale = work.edges.final_scale.of(row.tile)
+        if cutlass.const_expr(self.config.is_persistent):
+            final_scale.wait_empty(work.past.tiles)
         row.factors[self.plan.slots] = factor
-        last.warp_filled()
+        final_scale.warp_filled()
 
     def output_rows(self, job: Job, head: Int32) -> OutputRows:
         problem, call, sequence = self.problem, job.call, job.sequence

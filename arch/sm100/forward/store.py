@@ -17,7 +17,7 @@ from .job import Work, first_row_of
 class Store:
     """out: the operand that it copies to."""
 
-    asks = False
+    fetches_tiles = False
 
     def __init__(self, config: Config, out: Operand):
         self.config, self.out = config, out
@@ -32,7 +32,7 @@ class Store:
             begin_store(work.job, self.out, work.memory.tiles.out[None, None, t], first_row)
             # The next O may come, or the CTA end, when this one has been read.
             cute.arch.cp_async_bulk_wait_group(0, read=True)
-            if cutlass.const_expr(self.config.stays):
+            if cutlass.const_expr(self.config.is_persistent):
                 edge.warp_emptied()
         return ends, Int32(0)
 

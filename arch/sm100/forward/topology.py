@@ -26,14 +26,14 @@ def topology(problem: Problem, config: Config) -> Topology:
         link("v", "load", ("mma",), config.v_stages),
         link("s", "mma", ("softmax", "correction"), scores, ctas=config.ctas),
         link("factors", "softmax", ("correction",), scores, emptied=False),
-        link("last", "softmax", ("correction",), tiles, emptied=config.stays),
+        link("final_scale", "softmax", ("correction",), tiles, emptied=config.is_persistent),
         link("o", "mma", ("correction",), tiles, emptied=False),
-        link("out", "correction", ("store",), tiles, emptied=config.stays),
+        link("out", "correction", ("store",), tiles, emptied=config.is_persistent),
     ]
     if config.dynamic:
         store = () if problem.split_kv else ("store",)
         readers = (*("softmax",) * tiles, "correction", "mma", "load", *store)
-        links.append(link("queue", "load", readers, ANSWERS, ctas=config.ctas))
+        links.append(link("scheduler", "load", readers, ANSWERS, ctas=config.ctas))
     return Topology(
         links=tuple(links),
         arrivals={"softmax": WARPGROUP, "correction": WARPGROUP, "mma": 1, "load": 1, "store": 1},

@@ -4,7 +4,7 @@ A launch has a CTA, or a pair, for each tile. One that runs asks the hardware fo
 not run yet, which then never starts: tiles of different lengths go to whoever is free, as without asking, but
 what a CTA has set up stays. The answer comes by the async proxy into shared memory, of both CTAs of a pair.
 
-    load warp: ask(n)  ...tile n...  all warps: next(n)
+    load warp: fetch(n)  ...tile n...  all warps: next(n)
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ NBYTES = 16  # of an answer
 NOTHING = -1
 
 
-class Queue(NamedTuple):
+class ClcScheduler(NamedTuple):
     """edge: of ANSWERS slots, which every warp of the group reads. answers: as many times 16 bytes."""
 
     edge: Edge
     answers: cute.Pointer
 
     @cute.jit
-    def ask(self, n: Int32, group: Constexpr):
+    def fetch(self, n: Int32, group: Constexpr):
         """Ask for what comes after tile n; the load warp of each CTA, while tile n is there."""
         slot = self.edge.of(n % ANSWERS)
         if group.leads():
