@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from cute_flash import executable
 from tests.test_house import offenders
 
 CACHE = "CUTE_FLASH_CACHE"
@@ -54,6 +56,19 @@ def bound(directory: Path, most: int) -> None:
 
 
 _kept = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """Translated kernels stay, each of a hundred thousand objects: collections need not look through them."""
+    asked = executable.executable.cache_info().misses
+    if asked != item.session.stash.get(_asked, 0):
+        item.session.stash[_asked] = asked
+        gc.collect(1)
+        gc.freeze()
+
+
+_asked = pytest.StashKey[int]()
 
 
 def pytest_generate_tests(metafunc):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from types import SimpleNamespace
 
+import pytest
 from _pytest.reports import TestReport
 
 from tests import conftest, costs
@@ -57,6 +59,17 @@ def test_the_table_adds_up():
         ["0.8", "0.0", "0.0", "0.2", "0.0", "0.5", "2", "other", "files"],
         ["103.8", "70.0", "0.0", "30.2", "2.0", "1.5", "all"],
     ]
+
+
+def test_translated_kernels_are_not_looked_through(monkeypatch):
+    """After a test that asked for another kernel, and after no other."""
+    asked, frozen = iter((0, 3, 3, 1)), []
+    known = SimpleNamespace(cache_info=lambda: SimpleNamespace(misses=next(asked)))
+    monkeypatch.setattr(conftest.executable, "executable", known)
+    monkeypatch.setattr(conftest.gc, "freeze", lambda: frozen.append(None))
+    item = SimpleNamespace(session=SimpleNamespace(stash=pytest.Stash()))
+    found = [conftest.pytest_runtest_teardown(item) or len(frozen) for _ in range(4)]
+    assert found == [0, 1, 1, 2]
 
 
 def test_kernels_read_long_ago_make_room(tmp_path):
