@@ -215,9 +215,9 @@ def singles() -> Iterator[Case]:
         yield Case(f"lengths_{q}_{k}_causal", ((q, k),), mask="causal")
     yield Case("batch_0", ())
     yield Case("batch_5", ((20, 30),) * 5)
-    for mask in MASKS:
+    for mask in list(MASKS)[1:]:
         yield Case(f"mask_{mask}", mask=mask)
-    for score in SCORES:
+    for score in list(SCORES)[1:]:
         yield Case(f"score_{score}", score=score)
     yield Case("score_hides_whole_blocks", ((40, 400),), score="hides")
     for heads in ((6, 2), (4, 1), (3, 3), (1, 1)):

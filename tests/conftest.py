@@ -14,6 +14,7 @@ from tests.test_house import offenders
 
 CACHE = "CUTE_FLASH_CACHE"
 HOUSE = "tests/test_house.py"
+LONGEST = ("test_install.py", "test_profiling_pack.py", "test_profiling_report.py")
 MOST_KEPT = 1 << 30  # bytes: some runs' worth
 pytest_plugins = ("tests.costs", "tests.proofs")
 
@@ -56,6 +57,12 @@ def bound(directory: Path, most: int) -> None:
 
 
 _kept = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The longest tests first: one that a process begins last would keep the others waiting."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -30,6 +31,10 @@ def test_few_rows_cover_them():
         assert {(row[a], row[b]) for row in rows} == set(product(PAIRED[a], PAIRED[b]))
     assert longest[0] * longest[1] <= len(rows) <= 1.2 * longest[0] * longest[1]
     assert len(list(pairs())) <= 0.8 * len(rows)
+
+
+def test_no_two_cases_are_the_same():
+    assert len({replace(case, name="") for case in CASES.values()}) == len(CASES)
 
 
 def test_a_case_is_the_pairs_that_it_was_made_from():
