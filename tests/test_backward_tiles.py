@@ -29,8 +29,9 @@ from tests.test_block_mask import Lists, with_phases
 
 TILE = 32, 64
 NAMES = ["bfloat16", "dims_192_128", "batch_0", "softmax_scale", "dropout_0.5", "dropout_varlen", "heads_6_2"]
-NAMES += ["sink", "sink_without_keys", "sink_alone", "keys_unseen", "rows_without_keys", "score_hides_whole_blocks"]
-NAMES += ["varlen", "varlen_causal", "used_qk", "used_qk_causal", "used_window", "split_used", "blocks_tall"]
+NAMES += ["sink", "sink_without_keys", "sink_alone", "keys_unseen", "rows_without_keys"]
+NAMES += ["score_hides_whole_blocks", "varlen", "varlen_causal", "used_qk", "used_qk_causal", "used_window"]
+NAMES += ["split_used", "blocks_tall"]
 NAMES += [name for name in CASES if name.startswith(("lengths_", "blocks_lengths", "blocks_dropout"))]
 NAMES += [f"mask_{name}" for name in list(MASKS)[1:]] + [f"score_{name}" for name in list(SCORES)[1:]]
 NAMES += [f"blocks_{name}" for name in BLOCKS if name != "none"]
