@@ -103,6 +103,13 @@ class Loop:
         """Floating-point operations of its matrix instructions per warp; 0 where opcodes do not tell."""
         return sum(map(matrix_flops, self.opcodes))
 
+    def alone(self, found: list[Loop]) -> Loop:
+        """It without those of `found` that are nested in it."""
+        inside = frozenset().union(*(other.body for other in found if other.body < self.body))
+        numbered = zip(sorted(self.body), self.opcodes, strict=True)
+        kept = {i: opcode for i, opcode in numbered if i not in inside}
+        return Loop(frozenset(kept), tuple(kept.values()))
+
 
 def tool(name: str) -> Path:
     """Path of cuobjdump or nvdisasm as PyPI installs it.
@@ -284,23 +291,29 @@ def moved_registers(sass: str) -> tuple[int, ...]:
 
 def hot_loops(sass: str) -> tuple[Loop, ...]:
     """The loops of a disassembly that do the main work: the one with the matrix instructions and, where
-    another set of warps does the softmax, the one with the exponentials.
+    another set of warps does the softmax, the one with the exponentials. Less the loops nested in them: waits
+    that turn, and what is seldom due.
 
     Raises ValueError when no loop holds a matrix instruction.
     """
     found = loops(sass)
-    return tuple(dict.fromkeys((hottest(found, "mma"), hottest(found, "mufu", least=0.25))))
+    hot = dict.fromkeys((hottest(found, "mma"), hottest(found, "mufu", least=0.25)))
+    return tuple(loop.alone(found) for loop in hot)
 
 
 def hottest(found: list[Loop], kind: str, least: float = 1.0) -> Loop:
     """Of the innermost loops with instructions of a class, that with the most of them.
 
     Of several equal ones the smallest, which has no masking. least: as many as this part of the most count as
-    equal; where nothing is masked, a part of the exponentials may be computed by other instructions.
+    equal; where nothing is masked, a part of the exponentials may be computed by other instructions. A loop
+    with less than half of what the one around it has besides is none to look into: it is seldom due.
     """
-    candidates = [loop for loop in found if loop.counts[kind]]
+    held = {loop: loop.alone(found).counts[kind] for loop in found}
+    candidates = [loop for loop in found if held[loop]]
     if not candidates:
         raise ValueError(f"no loop of this kernel holds an instruction of the class {kind}")
-    innermost = [loop for loop in candidates if not any(other.body < loop.body for other in candidates)]
-    most = max(loop.counts[kind] for loop in innermost)
-    return min((loop for loop in innermost if loop.counts[kind] >= least * most), key=lambda loop: loop.size)
+    nested = [(i, o) for i in candidates for o in candidates if i.body < o.body]
+    dropped = {outer if 2 * held[inner] >= held[outer] else inner for inner, outer in nested}
+    chosen = [loop for loop in candidates if loop not in dropped]
+    most = max(held[loop] for loop in chosen)
+    return min((loop for loop in chosen if held[loop] >= least * most), key=lambda loop: loop.size)

@@ -113,6 +113,16 @@ def test_the_loop_that_does_not_mask_may_have_fewer_exponentials():
     assert sass.hottest([last, masked, steady], "mufu", least=0.25) is last
 
 
+def test_what_is_seldom_due_is_no_hot_loop():
+    """Nor a part of the one around it: a loop with less than half of its exponentials."""
+    seldom = sass.Loop(frozenset((4, 5)), ("MUFU.EX2", "BRA"))
+    steady = sass.Loop(frozenset(range(8)), (*("MUFU.EX2",) * 4, *seldom.opcodes, "FFMA", "BRA"))
+    often = sass.Loop(frozenset(range(3)), ("MUFU.EX2",) * 3)
+    assert sass.hottest([seldom, steady], "mufu", least=0.25) is steady
+    assert steady.alone([seldom, steady]).counts == {"mufu": 4, "fp32": 1, "control": 1}
+    assert sass.hottest([often, steady], "mufu") is often
+
+
 def test_without_a_matrix_instruction_there_is_no_hot_loop():
     with pytest.raises(ValueError, match="class mma"):
         sass.hottest(sass.loops(NEST.replace("HMMA.16816.F32.BF16", "FFMA")), "mma")
