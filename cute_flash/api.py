@@ -5,11 +5,11 @@
     positions   query row i of a sequence stands at key position i + seqlen_k - seqlen_q; a sequence has up to
                 2**30 - 2**20 - 1 queries and as many keys
     a score     softmax_scale * q·k, then softcap, ALiBi, `score`; then what the masks hide is -inf
-    numbers     P V is summed in float32 before it is normalised, and overflows where values come near the
-                largest of bfloat16. Exponents are float32: on compute capability 10 and 11 a score of 1e6 is
-                off by a rounding, and from about 4e8 on the result may be NaN. A NaN or an infinity in keys
-                or values beyond a sequence's length, or in another sequence, reaches no row; in a value that
-                only a mask hides it may reach any row whose tile holds it, for 0 * NaN is NaN
+    numbers     scores of any size that float32 holds are as accurate as small ones; parts of the keys are
+                merged as accurately up to about 4000. P V is summed in float32 before it is normalised, and
+                overflows where values come near the largest of bfloat16. A NaN or an infinity in a row of q,
+                in keys or values beyond a sequence's length or in another sequence reaches no other row; in
+                a value that only a mask hides it may reach any row whose tile holds it, for 0 * NaN is NaN
 
 Errors: TypeError, ValueError and NotImplementedError name the argument, what was given and what is
 allowed; RuntimeError for CPU tensors without an emulated device.

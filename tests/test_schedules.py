@@ -13,7 +13,7 @@ import pytest
 from cute_flash import dispatch
 from cute_flash.arch.problem import Sizes
 from tests.cases import Case
-from tests.emulator.negative.subjects import SUBJECTS
+from tests.emulator.negative.subjects import SUBJECTS, lowered
 from tests.emulator.negative.trial import dependencies, objection, ptx_of
 from tests.harness import answer_for
 from tests.orders import RIGHT, hold
@@ -23,13 +23,15 @@ SEEDS = range(20)
 CAUSAL = Case("", ((70, 200),), heads=(2, 1), mask="causal")
 WHOLE = Case("", ((70, 140),), heads=(3, 3))
 SPLIT = Case("", ((20, 300),), heads=(2, 1), mask="causal", splits=2)
+BLACKWELL = replace(CAUSAL, seqlens=((150, 300),), heads=(1, 1))
 FAMILIES = {
     "sm80": ("sm80", CAUSAL),
     "sm80_split": ("sm80", SPLIT),
     "sm90": ("sm90", CAUSAL),
     "sm90_persistent": ("sm90", WHOLE),
     "sm90_split": ("sm90", SPLIT),
-    "sm100": ("sm100", replace(CAUSAL, seqlens=((150, 300),), heads=(1, 1))),
+    "sm100": ("sm100", BLACKWELL),
+    "sm100_lowered": ("sm100", lowered(BLACKWELL)),
     "sm100_persistent": ("sm100", WHOLE),
     "sm100_packed": ("sm100", replace(CAUSAL, seqlens=((30, 200),), heads=(4, 1))),
     "sm100_split": ("sm100", SPLIT),

@@ -40,3 +40,11 @@ def after(loaded: Float32, x: Int32) -> Int32:
     compare = "{ .reg .pred p; .reg .b32 t; " + compare + " }"
     operands = [loaded.ir_value(), x.ir_value()]
     return Int32(llvm.inline_asm(Int32.mlir_type, operands, compare, "=r,f,r", has_side_effects=True))
+
+
+def unknown(x: Int32) -> Int32:
+    """`x`, of whose value compilers know nothing: a loop of at most one turn stays a loop.
+
+    A branch may become predicates, and what it was to skip is issued all the same.
+    """
+    return Int32(llvm.inline_asm(Int32.mlir_type, [x.ir_value()], "", "=r,0", has_side_effects=True))

@@ -75,6 +75,11 @@ def registers(count: int, dtype: type = Float32) -> cute.Tensor:
     return cute.make_rmem_tensor(cute.make_layout((1, count), stride=(count, 1)), dtype)
 
 
+def some_columns(row: cute.Tensor, first: int, count: int) -> cute.Tensor:
+    """A part of a thread's row."""
+    return cute.make_tensor(row.iterator + first, cute.make_layout((1, count), stride=(count, 1)))
+
+
 def load(source: cute.Tensor, row: cute.Tensor, thread: Int32) -> None:
     """Read the row of a warpgroup's `thread` from (128, n) columns into (1, n) registers."""
     count = cute.size(row)

@@ -25,10 +25,11 @@ from ..common.element import element_type
 from ..common.fragment import as_operand_a, rows_by_columns
 from ..common.job import visits_of
 from ..common.memory import SmemAllocator
+from ..common.order import unknown
 from ..common.rules import Rules
 from ..common.schedule import InSections, OneTile, tile_per_cta
 from ..common.sequence import extent, sequence_of
-from ..common.softmax import LOG2_E, OnlineSoftmax
+from ..common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ..problem import Operands, Problem
 from .copy import TileCopy, tile_layout
 from .job import RowBlock, Tiles, Walk
@@ -116,9 +117,9 @@ class ForwardKernel:
         product(walk.mma, acc_s, self.dim // PIECE, self.q_operand(walk, place), walk.k.at(slot))
         s, row_of, column_of = self.elements(walk, acc_s)
         walk.rules.apply(s, row_of, lambda c: first_key + column_of(c), masked)
-        rescale = walk.softmax.raise_max(s)
-        self.rescale(walk.acc_o, rescale)
-        walk.softmax.exponentials(s, rescale)
+        rescale, shifts = walk.softmax.raise_max(s), walk.softmax.shifts()
+        self.settle(walk.softmax, s, walk.acc_o, rescale, shifts)
+        walk.softmax.exponentials(s, rescale, shifts)
         if walk.dropout is not None:
             walk.dropout.apply(s, row_of, first_key, walk.block.thread)
         p = as_operand_a(rounded(acc_s, self.dtype))
@@ -128,20 +129,28 @@ class ForwardKernel:
         product(walk.mma, walk.acc_o, steps, lambda k: p[None, None, k], walk.v.at(slot))
 
     @cute.jit
-    def rescale(self, acc_o: cute.Tensor, factors: cute.Tensor):
-        """O *= factors, row by row, unless no row of the warp has a new maximum.
+    def settle(
+        self,
+        softmax: OnlineSoftmax,
+        s: cute.Tensor,
+        acc_o: cute.Tensor,
+        factors: cute.Tensor,
+        shifts: cute.Tensor,
+    ):
+        """O *= factors, row by row, and S lowered where it is large, unless no row of the warp needs either.
 
         Besides, the branch keeps the two products apart for the register allocator: scheduled as one
         block, they spill.
         """
-        raised = factors[0] != 1.0
+        due = (factors[0] != 1.0) | is_large(shifts[0])
         for r in cutlass.range_constexpr(1, cute.size(factors)):
-            raised = raised | (factors[r] != 1.0)
-        if cute.arch.vote_any_sync(raised):
+            due = due | (factors[r] != 1.0) | is_large(shifts[r])
+        for _ in cutlass.range(unknown(Int32(cute.arch.vote_any_sync(due))), unroll=1):
             o = rows_by_columns(acc_o)
             for r in cutlass.range_constexpr(cute.size(factors)):
                 for c in cutlass.range_constexpr(cute.size(o, mode=[1])):
                     o[r, c] = o[r, c] * factors[r]
+            softmax.lower(s, shifts)
 
     def accumulator(self, mma: cute.TiledMma, columns: int) -> cute.Tensor:
         """fp32 zeros (mma, M, columns / 8) for tile_m rows."""

@@ -16,16 +16,17 @@ from ...common.dropout import Dropout
 from ...common.order import after
 from ...common.output import OutputRows
 from ...common.rules import Rules
-from ...common.softmax import LOG2_E, OnlineSoftmax
+from ...common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ...problem import Problem
 from ..group import Group
-from ..tmem import Plan, columns, load, load_with_max, registers, store, stored
+from ..tmem import Plan, columns, load, load_with_max, registers, some_columns, store, stored
 from ..tuning import TILE_M, Config
 from .job import Job, Work, row_of_thread, turns_of, visits_of
 from .output import Partial, Result
-from .rows import accumulate, exponentials, largest, raise_max
+from .rows import accumulate, add_up, exponentials, largest, raise_max, sums_of, take_in
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
+PIECE = 16  # of them fetched at a time where S is lowered: with more, kernels of heavy rules spill
 
 
 class Row(NamedTuple):
@@ -75,32 +76,72 @@ class Softmax:
         turn = work.past.turns + turn
         place, column = self.plan.place(row.tile, turn), self.plan.s(row.tile, turn)
         s, factors = work.edges.s.of(place), work.edges.factors.of(place)
-        scores = registers(self.config.tile_n)
+        scores, first_key = registers(self.config.tile_n), n * self.config.tile_n
         s.wait_full(turn // self.config.slots)
-        most = self.fetch(row, columns(row.tensor, column, self.config.tile_n), scores, n, masked)
-        first_key = n * self.config.tile_n
+        most = self.fetch(row, columns(row.tensor, column, self.config.tile_n), scores, first_key, masked)
         factor = raise_max(row.softmax, most)
         row.factors[self.plan.slot(turn)] = factor
         factors.warp_filled()
-        # What a mask hides must be exactly 0, which ex2 makes of -inf.
-        polynomial = 0 if masked else self.config.polynomial
-        for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
-            exponentials(row.softmax, scores, range(c, c + CHUNK), polynomial)
-            p = self.rounded(row, scores, c, first_key)
-            store(p, columns(row.tensor, column + c // 2, CHUNK // 2), row.thread)
-        stored()
-        s.warp_emptied(self.group)
-        accumulate(row.softmax, scores, factor)
+        shift = row.softmax.shifts()[0]
+        if cute.arch.vote_any_sync(is_large(shift)):
+            self.lowered(row, column, first_key, factor, masked)
+            stored()
+            s.warp_emptied(self.group)
+        else:
+            for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
+                self.to_p(row, some_columns(scores, c, CHUNK), shift, column + c // 2, first_key + c, masked)
+            stored()
+            s.warp_emptied(self.group)
+            accumulate(row.softmax, scores, factor)
 
-    def fetch(self, row: Row, source: cute.Tensor, scores: cute.Tensor, n: Int32, masked: bool) -> Float32:
-        """S of block n, by the rules; its maximum."""
+    @cute.jit
+    def lowered(self, row: Row, column: Int32, first_key: Int32, factor: Float32, masked: cutlass.Constexpr):
+        """P where rows of the warp are large: S is fetched again, and lowered.
+
+        The other rows' bits are as ever. A path of its own, some columns at a time: where scores that it has
+        changed met those as they were, ptxas would spill them.
+        """
+        sums = sums_of(row.softmax, factor)
+        for c in cutlass.range(0, self.config.tile_n, CHUNK, unroll=1):
+            self.lowered_columns(row, column, c, first_key, sums, masked)
+        add_up(row.softmax, sums)
+
+    def lowered_columns(
+        self, row: Row, column: Int32, first: Int32, first_key: Int32, sums: cute.Tensor, masked: bool
+    ) -> None:
+        """CHUNK columns of S, from `first` on, become P and join the sums."""
+        s, shifts = registers(CHUNK), row.softmax.shifts()
+        for c in range(0, CHUNK, PIECE):
+            source = columns(row.tensor, column + first + c, PIECE)
+            self.scored(row, source, some_columns(s, c, PIECE), first_key + first + c, masked)
+        row.softmax.lower(s, shifts)
+        self.to_p(row, s, shifts[0], column + first // 2, first_key + first, masked)
+        take_in(sums, s)
+
+    def to_p(
+        self, row: Row, s: cute.Tensor, shift: Float32, column: Int32, first_key: Int32, masked: bool
+    ) -> None:
+        """CHUNK columns of S become P in place, and rounded in tensor memory, from `column` on."""
+        # What a mask hides must be exactly 0, which ex2 makes of -inf.
+        exponentials(row.softmax, s, shift, 0 if masked else self.config.polynomial)
+        store(self.rounded(row, s, first_key), columns(row.tensor, column, CHUNK // 2), row.thread)
+
+    def fetch(
+        self, row: Row, source: cute.Tensor, scores: cute.Tensor, first_key: Int32, masked: bool
+    ) -> Float32:
+        """A block's S, by the rules; its maximum."""
         if self.config.reducing_loads and not row.rules.change(masked):
             return load_with_max(source, scores, row.thread)
-        load(source, scores, row.thread)
-        first_key = n * self.config.tile_n
-        number = after(scores[0], row.number)
-        row.rules.apply(scores, lambda r: number, lambda c: first_key + c, masked)
+        self.scored(row, source, scores, first_key, masked)
         return largest(scores)
+
+    def scored(
+        self, row: Row, source: cute.Tensor, scores: cute.Tensor, first_key: Int32, masked: bool
+    ) -> None:
+        """Columns of S from tensor memory, by the rules."""
+        load(source, scores, row.thread)
+        number, key = after(scores[0], row.number), after(scores[0], first_key)
+        row.rules.apply(scores, lambda r: number, lambda c: key + c, masked)
 
     @cute.jit
     def finish(self, row: Row, work: Work):
@@ -125,13 +166,12 @@ class Softmax:
             factor=call.keep_scale if problem.dropout else None,
         )
 
-    def rounded(self, row: Row, scores: cute.Tensor, first: int, first_key: Int32) -> cute.Tensor:
+    def rounded(self, row: Row, chunk: cute.Tensor, first_key: Int32) -> cute.Tensor:
         """CHUNK columns of P, less what dropout takes, as 32-bit words of two elements."""
-        chunk = cute.make_tensor(scores.iterator + first, cute.make_layout((1, CHUNK), stride=(CHUNK, 1)))
         if row.dropout is not None:
             kept = registers(CHUNK)
             kept.store(chunk.load())
-            row.dropout.apply_to_row(kept, row.number, first_key + first)
+            row.dropout.apply_to_row(kept, row.number, first_key)
             chunk = kept
         p = registers(CHUNK, self.dtype)
         p.store(chunk.load().to(self.dtype))

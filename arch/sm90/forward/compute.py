@@ -25,7 +25,7 @@ from ...common.memory import Tiles
 from ...common.operand import Operand, transposed
 from ...common.order import hold, pin
 from ...common.rules import Rules
-from ...common.softmax import LOG2_E, OnlineSoftmax
+from ...common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ...elementwise import where
 from ...problem import Problem
 from ..mma import accumulator, begin, operand_a, tiled_mma, wait
@@ -225,12 +225,19 @@ class Compute:
         ]
         for (share, rows), row in zip(parts, row_ofs, strict=True):
             share.rules.apply(rows, row, lambda c: first_key + at[0, c][1], masked)
-        rescale = state.softmax.raise_max(s)
-        state.softmax.exponentials(s, rescale)
+        rescale, shifts = state.softmax.raise_max(s), state.softmax.shifts()
+        self.lower(state.softmax, s, shifts)
+        state.softmax.exponentials(s, rescale, shifts)
         if self.problem.dropout:
             for (share, rows), row in zip(parts, row_ofs, strict=True):
                 share.dropout.apply(rows, row, first_key, cute.arch.thread_idx()[0])
         return rescale
+
+    @cute.jit
+    def lower(self, softmax: OnlineSoftmax, s: cute.Tensor, shifts: cute.Tensor):
+        """S lowered where it is large, unless no row of the warp is."""
+        if cute.arch.vote_any_sync(is_large(shifts[0]) | is_large(shifts[1])):
+            softmax.lower(s, shifts)
 
     def to_p(self, state: State) -> None:
         """P as the next product's operand: half the registers, from here on."""

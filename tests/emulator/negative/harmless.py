@@ -108,18 +108,17 @@ HARMLESS = {
         ("no change of registers", (0,)): BUDGET,
         ("no permit given back", (0,)): PERMIT,
         ("no commit of a product", (9,)): LAST,
-        ("no fence before synchronisation", (0, 2, 4)): ONLY_S,
-        ("no fence before synchronisation", (6, 9, 10)): NUMBERS,
+        ("no fence before synchronisation", (0, 3, 6)): ONLY_S,
+        ("no fence before synchronisation", (9, 12, 13)): NUMBERS,
         ("no fence after synchronisation", (5, 7, 13, 14)): NUMBERS,
     }),
     **harmless("sm100", "causal", {
         ("no wait for an mbarrier", (13, 14)): FRESH,
         ("one arrival more expected", (1,)): ONCE,
         ("no change of registers", (0,)): BUDGET,
-        ("all lanes elected", (9,)): LAST,
         ("no permit given back", (0,)): PERMIT,
         ("no commit of a product", (7,)): LAST,
-        ("no fence before synchronisation", (0, 2, 4, 6)): NUMBERS,
+        ("no fence before synchronisation", (0, 3, 6, 8)): NUMBERS,
         ("no fence after synchronisation", (2, 4, 8)): NUMBERS,
     }),
     **harmless("sm100", "pair", {
@@ -133,12 +132,12 @@ HARMLESS = {
     }),
     **harmless("sm100", "persistent", {
         ("no wait for an mbarrier", (24,)): TOGETHER,
-        ("no barrier of a warp", (11, 12)): STORED,
+        ("no barrier of a warp", (13, 14)): STORED,
     }),
     **harmless("sm100", "queue", {
         ("no fence", (1, 3, 4, 5, 6)): READ,
-        ("no barrier of a warp", (11,)): ASKER,
-        ("no barrier of a warp", (12,)): STORED,
+        ("no barrier of a warp", (13,)): ASKER,
+        ("no barrier of a warp", (14,)): STORED,
     }),
     **harmless("sm100", "queue pair", {
         ("no wait for an mbarrier", (25, 26, 27, 28)): TAIL,

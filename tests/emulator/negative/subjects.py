@@ -130,3 +130,15 @@ SUBJECTS = {
         LEAVING | COPYING_OUT | MASKS,
     ),
 }
+
+
+def lowered(case: Case) -> Case:
+    """With scores so large that rows take their maximum off first, which on sm100 is a path of its own."""
+    return replace(case, softmax_scale=2048.0)
+
+
+SUBJECTS |= {
+    key: replace(subject, also=(*subject.also, lowered(subject.case)))
+    for key, subject in SUBJECTS.items()
+    if key[0] == "sm100"
+}
