@@ -180,10 +180,13 @@ def next_rng_state(device: str) -> list[int]:
 
 
 def where(device: str, **emulator_options: Any):
-    """The context in which tensors of `device` are served: "cuda", or the name of an emulated GPU."""
+    """The context in which tensors of `device` are served: "cuda", or the name of an emulated GPU.
+
+    Emulated, products and sums are fused as the assembler does it, so that what is accurate here is so there.
+    """
     if device == "cuda":
         return contextlib.nullcontext()
-    return cute_flash.emulated(device, **emulator_options)
+    return cute_flash.emulated(device, **{"contract": "ptxas"} | emulator_options)
 
 
 def moved(value: Any, device: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -65,3 +67,32 @@ def test_what_is_fused(name):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="contract is 'fast'; allowed: none, ptxas"):
         emulator.Options(contract="fast")
+
+
+FOLLOWED = ("sm80/d128/sm80.forward", "sm90/d128/sm90.forward", "sm100/d128/sm100.forward")
+
+
+def fused_in(ptx: str) -> int:
+    return len(re.findall(r"\bfma\.rn(?:\.ftz)?(?:\.sat)?\.f32\b", ptx))
+
+
+def counted(artifact) -> tuple[int, int, int]:
+    """(fma as written, with ptxas's, FFMA in the machine code)."""
+    sass = pytest.importorskip("profiling.sass")
+    ptx, code = artifact.ptx.decode(), sass.parse(sass.disassembly(artifact.cubin))
+    found = sum(i.opcode.split(".")[0] == "FFMA" for i in code)
+    return fused_in(ptx), fused_in(contracted(ptx)), found
+
+
+@pytest.mark.parametrize("key", FOLLOWED)
+def test_ptxas_fuses_as_many(key):
+    """Kernels say fma where it matters: without rules nothing is left to fuse."""
+    pytest.importorskip("nvidia.cu13", reason="nvdisasm comes with the package nvidia-cuda-nvdisasm")
+    from cute_flash import executable
+    from profiling import static
+
+    _, answer, _ = static.followed()[key]
+    written, fused, found = counted(
+        executable.artifact(answer.kernel, answer.problem, answer.config, answer.device)
+    )
+    assert written == fused == found
