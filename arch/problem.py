@@ -41,6 +41,8 @@ OPERATIONS = {
     "combine": "merging of split keys",
     "decode": "KV cache append and decode",
     "backward": "backward",
+    "preprocess": "what comes before a backward kernel",
+    "postprocess": "what comes after a backward kernel",
 }
 
 

@@ -11,6 +11,11 @@
                 in keys or values beyond a sequence's length or in another sequence reaches no other row; in
                 a value that only a mask hides it may reach any row whose tile holds it, for 0 * NaN is NaN
 
+    gradients   of q, k, v and learnable_sink, through out and through lse where it is returned (Dao 2023,
+                algorithm 2); 0 for queries without keys, keys that no query sees and rows out of use. dq, and
+                dk and dv where heads share k and v, are summed in float32 in no fixed order: last bits may
+                differ from call to call. There are none of what a rule holds, and none of a second order
+
 Errors: TypeError, ValueError and NotImplementedError name the argument, what was given and what is
 allowed; RuntimeError for CPU tensors without an emulated device.
 """
@@ -21,7 +26,7 @@ from typing import Any
 
 import torch
 
-from . import ops, repeat, request
+from . import backward, ops, repeat, request  # noqa: F401, backward is an operator
 from .block_mask import BlockMask
 from .repeat import Result
 from .request import Options, Packing

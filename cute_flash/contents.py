@@ -39,6 +39,19 @@ def can_be_read(device: torch.device) -> bool:
     return asked and not torch.cuda.is_current_stream_capturing()
 
 
+def as_kernels_read(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where a kernel can read it in place, otherwise a copy.
+
+    For gradients: autograd makes them, and may make them of any strides.
+    """
+    size = tensor.element_size()
+    aligned = tensor.data_ptr() % ALIGNMENT == 0 and tensor.stride(-1) == 1
+    steps = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    if aligned and all(stride * size % ALIGNMENT == 0 for length, stride in steps if length > 1):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def check_out(call: Call, out: torch.Tensor) -> None:
     """A place for the result is not an input's too: some of it is written while the rest is computed."""
     if overlap.overlaps_itself(out):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import arch, rules
+from .arch.backward import BackwardProblem
 from .arch.combine import CombineProblem, part_of, split
 from .arch.kernel import Kernel, Step, Steps
 from .arch.problem import FEATURES, OPERATIONS, Asked, Device, Sizes
@@ -79,10 +80,18 @@ class Answer:
         device = f"{self.device.target} with {self.device.shared_memory} bytes of shared memory"
         asked = f"{_in_words(self.problem)} on {device}"
         if self:
-            return f"{self.kernel.name} serves {asked}: {self.config}"
+            return f"{self.kernel.name} serves {asked}: {self.config}{self._workspace()}"
         lines = [f"no kernel serves {asked}:"]
         lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in self.refusals]
         return "\n".join(lines)
+
+    def _workspace(self) -> str:
+        """What a call takes besides its results, as long as it lasts."""
+        scratch = self.kernel.steps(self.problem, self.device, self.config).scratch_specs()
+        sizes = self.problem.known_sizes()
+        taken = [f"{name} {spec.dtype} ({', '.join(str(sizes.get(dim, dim)) for dim in spec.dims)})"
+                 for name, spec in scratch.items()]
+        return f"; workspace: {', '.join(taken)}" if taken else ""
 
 
 _active: contextvars.ContextVar[Emulation | None] = contextvars.ContextVar("emulation", default=None)
@@ -244,13 +253,15 @@ def supports(
     device: str | torch.device | None = None,
     mask: Any = None,
     score: Any = None,
+    backward: bool = False,
     **features: Any,
 ) -> Answer:
     """Whether a kernel serves such a call: an object that is true or false and whose text says why.
 
     device: an architecture ("sm80"), a CUDA device, or None for the one at hand, emulated or not.
     mask, score: a rule (`Causal()` for causal calls, `Softcap(...)` for softcap, ...), a plain function,
-    or a list of them that apply together. features: `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`,
+    or a list of them that apply together. backward: ask for the gradients of such a call; the answer says
+    what workspace they take. features: `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`,
     `sink`, `lse`, `split_kv` (num_splits above 1), all False unless given; `block_size`, a block mask's
     (block_q, block_k).
     """
@@ -261,6 +272,8 @@ def supports(
         code=rules.encode(_parts(mask, Mask), _parts(score, Score)).code,
         **{"lse": False, **features},
     )
+    if backward:
+        asked = BackwardProblem(asked)
     if device is None:
         if emulation() is None and not torch.cuda.is_available():
             names = ", ".join(EMULATED)
@@ -293,9 +306,9 @@ def features() -> str:
     for feature, words in FEATURES.items():
         has = (any(feature in kernel.support.features for kernel in served) for served in forward)
         rows.append([words, *marked(has)])
-    for operation, words in OPERATIONS.items():
-        if operation not in ("forward", "combine"):
-            rows.append([words, *marked(_serving(device, operation) for device in EMULATED.values())])
+    for operation in ("decode", "backward"):
+        served = (_serving(device, operation) for device in EMULATED.values())
+        rows.append([OPERATIONS[operation], *marked(served)])
     eight_bits = (merged(served, lambda s: s.dtypes).count("float8") for served in forward)
     rows.append(["FP8", *marked(eight_bits)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,4 +1,5 @@
-"""What torch's FlopCounterMode counts for a call: two products, as for scaled_dot_product_attention.
+"""What torch's FlopCounterMode counts for a call: two products, as for scaled_dot_product_attention;
+five of its gradients.
 
     2 * heads * seqlen_q * seqlen_k * (head_dim + head_dim_v)    of each sequence
 
@@ -33,6 +34,13 @@ def of_forward(*arguments: Any, out_val: Any = None) -> int:
 def of_forward_out(out: torch.Tensor, *arguments: Any, out_val: Any = None) -> int:
     """The same of `forward_out`."""
     return of_forward(*arguments)
+
+
+def of_backward(*arguments: Any, out_val: Any = None) -> int:
+    """The same of `backward`, which computes q·k anew: three products over head_dim, two over head_dim_v."""
+    call = arguments[4:]
+    q, _, v, *_ = call
+    return of_forward(*call) * (3 * q.shape[-1] + 2 * v.shape[-1]) // (q.shape[-1] + v.shape[-1])
 
 
 def _lengths(cu_seqlens: torch.Tensor, longest: int) -> list[int]:

@@ -8,6 +8,7 @@ is an argument.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .probabilities import signed_probabilities
 from .problems import problem_of, sizes_of
 from .request import DROPOUT_STEPS, Call, keep_threshold
 
-_LIBRARY = torch.library.Library("cute_flash", "DEF")
+LIBRARY = torch.library.Library("cute_flash", "DEF")
 _ARGUMENTS = schema.arguments(Call)
 
 
@@ -171,19 +172,20 @@ def _no_vmap(*_):
     )
 
 
-def _register(name: str, schema: str, run, fake) -> None:
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+def register(name: str, schema: str, run: Callable, fake: Callable) -> None:
+    """Define an operator. fake: what its results are like, without computing them."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"cute_flash::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"cute_flash::{name}", _no_vmap, lib=_LIBRARY)
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"cute_flash::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"cute_flash::{name}", _no_vmap, lib=LIBRARY)
 
 
-_register("forward", f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake)
-_register(
+register("forward", f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake)
+register(
     "forward_out", f"forward_out(Tensor(a!) out, {_ARGUMENTS}) -> Tensor lse", _forward_out, _forward_out_fake
 )
-_register("probabilities", f"probabilities({_ARGUMENTS}) -> Tensor", _probabilities, _probabilities_fake)
+register("probabilities", f"probabilities({_ARGUMENTS}) -> Tensor", _probabilities, _probabilities_fake)
 register_flop_formula([torch.ops.cute_flash.forward, torch.ops.cute_flash.probabilities], get_raw=True)(
     flops.of_forward
 )

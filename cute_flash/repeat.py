@@ -119,7 +119,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing | None, options: Options
 ) -> Result:
     """Attention, from the user's arguments; raises what `request` and the operators do."""
-    if watched():
+    if watched() or request.needs_gradient(q, k, v, options.learnable_sink):
         return _by_all_checks(q, k, v, packing, options)
     try:
         if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):

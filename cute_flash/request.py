@@ -79,6 +79,8 @@ class Call(NamedTuple):
     rule_floats: Annotated[list[float], "Scalar[]"]
     block_counts: torch.Tensor | None
     block_indices: torch.Tensor | None
+    key_block_counts: torch.Tensor | None  # the same lists by blocks of keys, where a gradient is required
+    key_block_indices: torch.Tensor | None
     block_size: Annotated[list[int], "int[]"]
     lse: bool
     num_splits: int
@@ -163,9 +165,11 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
         for rule in (*masks, *scores):
             _check_tables(rule, q, sizes)
     _check_out(options.out, q, v)
-    _check_no_derivative(q, k, v, options)
+    _check_derivatives(q, k, v, options)
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
+    backward = needs_gradient(q, k, v, options.learnable_sink)
+    by_keys = block_mask.transposed if backward and block_mask is not None else (None, None)
     splits = scalars.num_splits(options.num_splits, options.deterministic)
     return Call(
         q=q,
@@ -182,8 +186,10 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
         rule_floats=encoded.floats,
         block_counts=None if block_mask is None else block_mask.counts,
         block_indices=None if block_mask is None else block_mask.indices,
+        key_block_counts=by_keys[0],
+        key_block_indices=by_keys[1],
         block_size=[] if block_mask is None else list(block_mask.block_size),
-        lse=options.lse,
+        lse=options.lse or backward,
         num_splits=splits,
     )
 
@@ -349,28 +355,46 @@ def _check_out(out: Any, q: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"out has shape {_shape(out)}; allowed: {wanted}")
 
 
-def _check_no_derivative(q, k, v, options: Options) -> None:
-    """Neither a gradient nor a tangent is asked for, which would be silently zero."""
-    named = ("q", "k", "v", "learnable_sink", "out")
-    for name, tensor in zip(named, (q, k, v, options.learnable_sink, options.out), strict=True):
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will want a gradient of one of them."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+
+
+def _check_derivatives(q, k, v, options: Options) -> None:
+    """What is asked for is a gradient of q, k, v or the sink, and nothing else."""
+    sink, out = options.learnable_sink, options.out
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("learnable_sink", sink), ("out", out)):
         if tensor is not None:
-            _refuse_derivative(name, tensor, "there is no backward yet", "there is no derivative yet")
+            _refuse_tangent(name, tensor, "allowed: gradients, by backward()")
+    wanted = needs_gradient(q, k, v, sink)
+    if out is not None and (wanted or needs_gradient(out)):
+        raise NotImplementedError("out is given where a gradient is required; allowed: None or no_grad()")
+    if wanted and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        raise NotImplementedError(
+            "a gradient is required inside a transform of torch.func; allowed: backward() and "
+            "torch.autograd.grad"
+        )
+    if wanted and options.deterministic:
+        raise NotImplementedError(
+            "deterministic is True where a gradient is required, and dq is summed in no fixed order; "
+            "allowed: False, or torch.no_grad()"
+        )
 
 
 def _check_table_is_constant(name: str, table: torch.Tensor) -> None:
     """Neither a gradient nor a tangent is asked for, which no tensor of a rule has, with any backward."""
-    _refuse_derivative(name, table, "a rule's tensors get none", "a rule's tensors have no derivative")
-
-
-def _refuse_derivative(name: str, tensor: torch.Tensor, no_gradient: str, no_tangent: str) -> None:
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+    _refuse_tangent(name, table, "a rule's tensors have no derivative: detach it")
+    if needs_gradient(table):
         raise NotImplementedError(
-            f"{name} has a tangent (forward-mode differentiation: jvp, jacfwd, make_dual), and {no_tangent}: "
+            f"{name} requires a gradient, and a rule's tensors get none: call within torch.no_grad(), or "
             "detach it"
         )
-    if tensor.requires_grad and torch.is_grad_enabled():
+
+
+def _refuse_tangent(name: str, tensor: torch.Tensor, allowed: str) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(
-            f"{name} requires a gradient, and {no_gradient}: call within torch.no_grad(), or detach it"
+            f"{name} has a tangent (forward-mode differentiation: jvp, jacfwd, make_dual); {allowed}"
         )
 
 

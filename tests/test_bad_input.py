@@ -200,14 +200,14 @@ DENSE = {
         "out begins at address",
     ),
     "q_requires_grad": (
-        {"q": tensor(2, 8, 4, 64).requires_grad_()},
+        {"q": tensor(2, 8, 4, 64).requires_grad_(), "deterministic": True},
         NotImplementedError,
-        r"q requires a gradient, and there is no backward yet: call within torch.no_grad\(\)",
+        "deterministic is True where a gradient is required",
     ),
     "sink_requires_grad": (
-        {"learnable_sink": torch.zeros(4).requires_grad_()},
+        {"learnable_sink": torch.zeros(4).requires_grad_(), "out": tensor(2, 8, 4, 64)},
         NotImplementedError,
-        "learnable_sink requires",
+        "out is given where a gradient is required",
     ),
     "table_requires_grad": (
         {"score": ALiBi(torch.zeros(4).requires_grad_())},

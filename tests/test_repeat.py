@@ -268,7 +268,12 @@ WRONG = {
         TypeError,
         "softcap is False",
     ),
-    "gradient": ({}, {"q": Q.clone().requires_grad_()}, NotImplementedError, "q requires a gradient"),
+    "gradient": (
+        {"out": OUT},
+        {"out": OUT, "q": Q.clone().requires_grad_()},
+        NotImplementedError,
+        "out is given where a gradient is required",
+    ),
     "table_gradient": (
         {"alibi_slopes": SLOPES},
         {"alibi_slopes": SLOPES.clone().requires_grad_()},

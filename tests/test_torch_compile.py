@@ -279,9 +279,10 @@ def test_a_class_with_values_of_a_function_is_refused_as_it_would_not_see_them_c
         torch.compile(lambda q: attention(q, K, V, mask=Local()), fullgraph=True, backend="eager")(Q)
 
 
-def test_gradients_are_refused_there_too(noted):
-    with torch.enable_grad(), pytest.raises(Exception, match="q requires a gradient"):
-        torch.compile(attention, fullgraph=True, backend="aot_eager")(Q.clone().requires_grad_(), K, V)
+def test_gradients_of_rules_are_refused_there_too(noted):
+    slopes = SLOPES.clone().requires_grad_()
+    with torch.enable_grad(), pytest.raises(Exception, match="a rule's tensors get none"):
+        torch.compile(attention, fullgraph=True, backend="aot_eager")(Q, K, V, alibi_slopes=slopes)
 
 
 def checked_calls() -> dict[str, request.Call]:

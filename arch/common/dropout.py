@@ -56,13 +56,19 @@ class Dropout(NamedTuple):
         """Zero what is dropped of P (rows, columns), one thread's part of an mma accumulator.
 
         Columns are the thread's, in order: pairs 8 keys apart. row_of(r): row in the sequence.
-        first_key: of the block, a multiple of 32, as is the block's size.
+        first_key: of the block, a multiple of 32, as is the block's size; or of 16, where that is its size.
         """
-        for first in range(0, cute.size(p, mode=[1]), 8):
-            group = (first_key + first // 8 * GROUP_KEYS) // 8 + lane % 4
+        columns = cute.size(p, mode=[1])
+        for first in range(0, columns, 8):
+            whole = first_key + first // 8 * GROUP_KEYS
+            group = (whole // 8 if columns >= 8 else whole // GROUP_KEYS * 4) + lane % 4
             for r in range(cute.size(p, mode=[0])):
                 words = philox((Uint32(group), Uint32(row_of(r)), self.head, self.offset), self.key)
-                for j in range(8):
+                if columns == 4:
+                    upper = first_key % GROUP_KEYS >= 16
+                    halves = zip(words[:2], words[2:], strict=True)
+                    words = tuple(where(upper, high, low) for low, high in halves)
+                for j in range(min(8, columns)):
                     number = Int32(words[j // 2] >> 16 if j % 2 else words[j // 2] & 0xFFFF)
                     kept = number < self.keep_threshold
                     p[r, first + j] = where(kept, p[r, first + j], Float32(0.0))

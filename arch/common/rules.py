@@ -57,6 +57,34 @@ class Rules(NamedTuple):
                 if masked:
                     s[r, c] = where(self._seen(q, k), s[r, c], -Float32.inf)
 
+    def apply_with_slopes(self, s: cute.Tensor, row_of, key_of, masked: bool) -> cute.Tensor | float:
+        """As `apply`; the score rule's derivatives (rows, columns), or a number that all of them are.
+
+        The rule is a `reverse.differentiated` one. A derivative of what is hidden may be any number, or none.
+        """
+        slopes: cute.Tensor | float = 1.0
+        for c in range(cute.size(s, mode=[1])):
+            for r in range(cute.size(s, mode=[0])):
+                q, k = row_of(r) + self.offset, key_of(c)
+                if self.score is not None:
+                    scaled = s[r, c] * self.scale
+                    s[r, c], slope = self.score.derivative(scaled, self.batch, self.head, q, k)
+                    slopes = _noted(slopes, slope, s, (r, c))
+                if masked:
+                    s[r, c] = where(self._seen(q, k), s[r, c], -Float32.inf)
+        return slopes
+
     def _seen(self, q: Int32, k: Int32):
         inside = k < self.seqlen_k
         return inside if self.mask is None else inside & self.mask.visible(q, k)
+
+
+def _noted(slopes: cute.Tensor | float, slope: Float32 | float, s: cute.Tensor, at: tuple[int, int]):
+    """`slopes` with one more: the number itself where it is known beforehand, as then all are."""
+    if isinstance(slope, float):
+        return slope
+    if isinstance(slopes, float):
+        shape = cute.size(s, mode=[0]), cute.size(s, mode=[1])
+        slopes = cute.make_rmem_tensor(shape, Float32)
+    slopes[at] = slope
+    return slopes

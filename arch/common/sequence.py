@@ -18,13 +18,14 @@ class Sequence(NamedTuple):
     """One sequence as the kernel sees it; all Int32.
 
     q_start, k_start: its first row in packed operands, 0 in dense ones.
-    q_rows: rows that it has in q and out; `seqlen_q` of them are in use.
+    q_rows, k_rows: rows that it has in q and out, and in k and v; `seqlen_q`, `seqlen_k` of them are in use.
     """
 
     batch: Int32
     q_start: Int32
     k_start: Int32
     q_rows: Int32
+    k_rows: Int32
     seqlen_q: Int32
     seqlen_k: Int32
 
@@ -72,4 +73,4 @@ def sequence_of(operands: Operands, batch: Int32) -> Sequence:
         k_rows = operands.cu_seqlens_k[batch + 1] - k_start
     seqlen_q = q_rows if operands.seqused_q is None else operands.seqused_q[batch]
     seqlen_k = k_rows if operands.seqused_k is None else operands.seqused_k[batch]
-    return Sequence(batch, q_start, k_start, q_rows, seqlen_q, seqlen_k)
+    return Sequence(batch, q_start, k_start, q_rows, k_rows, seqlen_q, seqlen_k)

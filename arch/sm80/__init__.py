@@ -5,10 +5,12 @@ No roles and no mbarriers: every warp loads, multiplies and stores. Other trees 
 
 from __future__ import annotations
 
+from ..backward import PREPROCESS, steps_around
 from ..combine import COMBINE
-from ..kernel import Kernel
+from ..kernel import Kernel, Tuning
 from ..problem import Support
 from . import tuning
+from .backward import tuning as backward
 
 # FlashAttention-2's algorithm (Dao 2023, algorithm 1).
 FORWARD = Kernel(
@@ -29,4 +31,35 @@ FORWARD = Kernel(
     launches=".sm80.forward:ForwardKernel",
 )
 
-KERNELS = (FORWARD, COMBINE)
+POSTPROCESS = Kernel(
+    name="sm80.postprocess",
+    operation="postprocess",
+    support=PREPROCESS.support,
+    tuning=Tuning(config=lambda problem, device, sizes: None, blocks=backward.postprocess_blocks),
+    launches=".sm80.backward.postprocess:PostprocessKernel",
+)
+# FlashAttention-2's backward pass (Dao 2023, algorithm 2).
+BACKWARD = Kernel(
+    name="sm80.backward",
+    operation="backward",
+    support=Support(
+        capabilities=((8, 0), (12, 1)),
+        dtypes=("float16", "bfloat16"),
+        head_dims=range(8, 257, 8),
+        features=frozenset(
+            (
+                "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
+                "sink", "lse",
+            )
+        ),
+    ),
+    tuning=Tuning(
+        config=lambda problem, device, sizes: backward.main_config(problem, device),
+        fitting=backward.fitting_configs,
+        blocks=backward.main_blocks,
+    ),
+    launches=".sm80.backward.main:BackwardKernel",
+    around=lambda own, device: steps_around(own, device, POSTPROCESS, backward.PostprocessConfig.of),
+)
+
+KERNELS = (FORWARD, COMBINE, BACKWARD)

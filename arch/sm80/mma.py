@@ -30,7 +30,7 @@ class Pieces(NamedTuple):
     """A thread's view of shared tiles (rows, dim, stages) as pieces of 16 x 16.
 
     address: of the 16 bytes that it names for piece (0, 0) of the first tile. transposed: k runs along
-    the rows.
+    the rows. apart: from one of the thread's pieces of B to the next, in pieces. shift: bytes to be added.
     """
 
     dtype: type
@@ -38,31 +38,38 @@ class Pieces(NamedTuple):
     dim: int
     transposed: bool
     address: Int32
+    apart: int = 1
+    shift: Int32 | int = 0
 
     @staticmethod
     def a(tile: cute.Tensor, thread: Int32) -> Pieces:
         """The A operand, k along the columns; each warp has its own 16 rows of every 16 * warps."""
-        return Pieces._of(tile, thread // 32 * PIECE + thread % 16, thread // 16 % 2, False)
+        return Pieces.of(tile, thread // 32 * PIECE + thread % 16, thread // 16 % 2, False)
 
     @staticmethod
     def b(tile: cute.Tensor, thread: Int32) -> Pieces:
         """The B operand with its columns as rows and k along the columns."""
-        return Pieces._of(tile, thread // 16 % 2 * 8 + thread % 8, thread // 8 % 2, False)
+        return Pieces.of(tile, thread // 16 % 2 * 8 + thread % 8, thread // 8 % 2, False)
 
     @staticmethod
     def b_transposed(tile: cute.Tensor, thread: Int32) -> Pieces:
         """The B operand as it is: k along the rows."""
-        return Pieces._of(tile, thread % 16, thread // 16 % 2, True)
+        return Pieces.of(tile, thread % 16, thread // 16 % 2, True)
 
     @staticmethod
-    def _of(tile: cute.Tensor, row: Int32, chunk: Int32, transposed: bool) -> Pieces:
+    def of(tile: cute.Tensor, row: Int32, chunk: Int32, transposed: bool, apart: int = 1) -> Pieces:
+        """The pieces whose first has the thread's 16 bytes at `row` and `chunk`."""
         rows, dim = cute.size(tile, mode=[0]), cute.size(tile, mode=[1])
         mine = cute.local_tile(tile[row, None, 0], (CHUNK,), (chunk,))
-        return Pieces(tile.element_type, rows, dim, transposed, mine.iterator.toint().to(Int32))
+        return Pieces(tile.element_type, rows, dim, transposed, mine.iterator.toint().to(Int32), apart)
 
     def at(self, slot: Int32) -> Pieces:
         """The same of the tile in `slot`."""
         return self._replace(address=self.address + slot * (self.rows * self.dim * self.dtype.width // 8))
+
+    def shifted(self, size: Int32) -> Pieces:
+        """The same of a tile of the same shape, `size` bytes further."""
+        return self._replace(shift=self.shift + size)
 
     def operand_a(self, k: int, registers: cute.Tensor, warps: int) -> cute.Tensor:
         """Fill A's registers (mma, M) for k step `k`; the thread's row blocks are `warps` apart."""
@@ -73,7 +80,7 @@ class Pieces(NamedTuple):
     def operand_b(self, n: int, k: int) -> cute.Tensor:
         """B's registers (mma, 2) for columns 16 n and on, k step `k`."""
         registers = cute.make_rmem_tensor(((2, 2), 2), self.dtype)
-        self._load(n, k, registers)
+        self._load(n * self.apart, k, registers)
         return registers
 
     def _load(self, i: int, k: int, registers: cute.Tensor) -> None:
@@ -81,7 +88,8 @@ class Pieces(NamedTuple):
         down, right = (k, i) if self.transposed else (i, k)
         width, size = tile_width(self.dim), self.dtype.width // 8
         block, inside = divmod(PIECE * right, width)
-        address = (self.address ^ (inside * size)) + (block * self.rows + PIECE * down) * width * size
+        address = self.address ^ (inside * size)
+        address = address + (block * self.rows + PIECE * down) * width * size + self.shift
         source = cute.make_ptr(self.dtype, address, AddressSpace.smem, assumed_align=16)
         ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(self.transposed, 4), self.dtype)
         flat = cute.make_layout(((CHUNK, 1),))

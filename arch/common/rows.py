@@ -1,0 +1,46 @@
+"""One side of one sequence, queries or keys, for kernels that see only that: its rows, also of scratch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from ..backward import first_scratch_row
+
+
+class Rows(NamedTuple):
+    """Rows of one sequence. start: its first, where sequences are packed; scratch: its first of scratch."""
+
+    batch: Int32
+    start: Int32
+    count: Int32
+    scratch: Int32
+
+    def of(self, tensor: cute.Tensor, head: Int32) -> cute.Tensor:
+        """(rows, dim) of a tensor like q or k, of one head."""
+        if cute.rank(tensor) == 4:
+            return tensor[self.batch, None, head, None]
+        return cute.domain_offset((self.start, 0), tensor[None, head, None])
+
+    def by_head(self, tensor: cute.Tensor, head: Int32) -> cute.Tensor:
+        """(rows,) of a tensor like the log-sum-exp, of one head."""
+        if cute.rank(tensor) == 3:
+            return tensor[self.batch, head, None]
+        return cute.domain_offset((self.start,), tensor[head, None])
+
+
+def rows_of(cu_seqlens: cute.Tensor | None, seqlen: Int32, batch: Int32) -> Rows:
+    """The rows of sequence `batch`; seqlen: of each where they are dense."""
+    packed = const_expr(cu_seqlens is not None)
+    start, count = Int32(0), seqlen
+    if packed:
+        start = cu_seqlens[batch]
+        count = cu_seqlens[batch + 1] - start
+    return Rows(batch, start, count, scratch_row(packed, start, count, batch))
+
+
+def scratch_row(packed: bool, start: Int32, count: Int32, batch: Int32) -> Int32:
+    """The first scratch row of sequence `batch` of `count` rows. start: its first row where it is packed."""
+    return first_scratch_row(start if packed else batch * count, batch)

@@ -1,0 +1,1 @@
+"""The backward pass in sm_80 instructions."""

@@ -1,0 +1,150 @@
+"""Tile sizes of the backward kernels: a table, read top to bottom; the first row that fits serves.
+
+What chose the rows: K and V stay in shared memory while query tiles pass, so tile_n, which divides the bytes
+of dQ that are added to global memory, is as large as registers allow for dK and dV; then two stages, where
+shared memory allows. No row was timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...backward import BackwardProblem, PostprocessProblem, scratch_columns
+from ...problem import Device, Sizes
+from ..tuning import HEAVY, LIGHT, register_pressure
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the main kernel works on a problem.
+
+    tile_m, tile_n: rows of Q and dO, and of K and V, at a time. warps: all take part in every product.
+    stages: tiles of Q and of dO in shared memory.
+    """
+
+    tile_m: int
+    tile_n: int
+    warps: int = 8
+    stages: int = 2
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def shared_memory(self, problem: BackwardProblem) -> int:
+        """Bytes of dynamic shared memory: K and V; Q, dO, LSE and D, staged; P and dS."""
+        columns = padded(problem.forward.head_dim) + padded(problem.forward.head_dim_v)
+        staged = self.stages * self.tile_m * (2 * columns + 2 * 4)
+        return 2 * self.tile_n * columns + staged + 2 * 2 * self.tile_m * self.tile_n
+
+    @property
+    def grid_s(self) -> tuple[int, int]:
+        """Rows and columns of warps on S and dP (tile_m, tile_n): 32 joined columns a warp if it can."""
+        rows = max(1, self.warps * 32 // self.tile_n)
+        rows = min(rows, self.tile_m // 16)
+        return rows, self.warps // rows
+
+    @property
+    def grid_k(self) -> tuple[int, int]:
+        """Rows and columns of warps on dK and dV (tile_n, dim)."""
+        return self.warps // 2, 2
+
+    def grid_q(self, columns: int) -> tuple[int, int]:
+        """Rows and columns of warps on dQ (tile_m, columns): as square as they can."""
+        across = 4 if columns % 64 == 0 and self.warps == 8 else 2
+        return self.warps // across, across
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    """How sums are read: as the main kernel wrote them. rows: of a tile. grid: rows and columns of warps."""
+
+    rows: int
+    grid: tuple[int, int]
+
+    @staticmethod
+    def of(problem: PostprocessProblem, main: Config) -> PostprocessConfig:
+        """What follows a main kernel of this config."""
+        if problem.side == "q":
+            return PostprocessConfig(main.tile_m, main.grid_q(scratch_columns(problem.head_dim)))
+        return PostprocessConfig(main.tile_n, main.grid_k)
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.grid[0] * self.grid[1]
+
+    def shared_memory(self, problem: PostprocessProblem) -> int:
+        """Bytes of dynamic shared memory: a tile of the gradient."""
+        return 2 * self.rows * scratch_columns(problem.head_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A config for head dims up to `head_dim`, of Q and K or of V.
+
+    pressure: the highest `register_pressure` of a problem that leaves it registers enough.
+    """
+
+    head_dim: int
+    pressure: int
+    config: Config
+    why: str
+
+
+BACKWARD = (
+    Row(
+        head_dim=64, pressure=HEAVY, config=Config(64, 128),
+        why="dK and dV take 64 registers a thread; fits 100 KB",
+    ),
+    Row(
+        head_dim=128, pressure=LIGHT, config=Config(64, 128),
+        why="FlashAttention-2's tile, with both Q and dO twice in shared memory",
+    ),
+    Row(head_dim=128, pressure=HEAVY, config=Config(64, 64), why="fits 100 KB up to 96 columns"),
+    Row(head_dim=128, pressure=HEAVY, config=Config(64, 64, stages=1), why="fits 100 KB"),
+    Row(
+        head_dim=192, pressure=HEAVY, config=Config(64, 64), why="dK and dV take 96 registers a thread",
+    ),
+    Row(
+        head_dim=256, pressure=LIGHT, config=Config(64, 64, stages=1),
+        why="dK and dV take 128 registers a thread; two stages take 192 KB",
+    ),
+    Row(
+        head_dim=256, pressure=HEAVY, config=Config(32, 64),
+        why="64 rows spill with softcap and dropout; two stages fit",
+    ),
+    Row(head_dim=192, pressure=HEAVY, config=Config(32, 64, stages=1), why="fits 100 KB"),
+    Row(head_dim=256, pressure=HEAVY, config=Config(32, 32, warps=4, stages=1), why="fits 100 KB"),
+)  # fmt: skip
+
+
+def padded(dim: int) -> int:
+    """Columns that a head dim takes in shared memory."""
+    return scratch_columns(dim)
+
+
+def main_config(problem: BackwardProblem, device: Device) -> Config | None:
+    """The first row that fits and divides the blocks of a block mask, or None."""
+    fitting = fitting_configs(problem, device)
+    return next((c for c in fitting if problem.forward.takes_tiles(c.tile_m, c.tile_n)), None)
+
+
+def fitting_configs(problem: BackwardProblem, device: Device) -> Iterator[Config]:
+    """Of rows that the device has room for, block mask aside."""
+    asked = problem.forward
+    pressure, largest = register_pressure(asked, device), max(asked.head_dim, asked.head_dim_v)
+    for row in BACKWARD:
+        fits = row.config.shared_memory(problem) <= device.shared_memory
+        if largest <= row.head_dim and pressure <= row.pressure and fits:
+            yield row.config
+
+
+def main_blocks(config: Config, sizes: Sizes, _: int) -> int:
+    """Of the grid: one for every key tile of every query head."""
+    return -(-sizes.seqlen_k // config.tile_n) * sizes.heads_q * sizes.batch
+
+
+def postprocess_blocks(config: PostprocessConfig, sizes: Sizes, _: int) -> int:
+    """Of the grid, at most."""
+    return -(-max(sizes.seqlen_q, sizes.seqlen_k) // config.rows) * sizes.heads_q * sizes.batch

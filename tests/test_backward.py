@@ -1,0 +1,225 @@
+"""Gradients: every feature held to the accuracy rule, any order of events, and what torch asks of them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import cute_flash
+from cute_flash import ALiBi, dispatch, executable
+from cute_flash.arch.backward import BackwardProblem, first_scratch_row, scratch_columns, scratch_rows
+from cute_flash.dispatch import EMULATED
+from tests.cases import CASES, Case
+from tests.harness import Call, answer_for
+from tests.test_resources import EXTREMES, resources
+
+# Every feature with every other, and every way in which a tile is not whole.
+NAMES = (
+    "float16", "softmax_scale", "dims_128_8", "dims_64_256", "lengths_1_1", "lengths_200_1_causal",
+    "lengths_5_0", "lengths_0_5", "lengths_63_64_causal", "lengths_127_257_causal", "lengths_257_129",
+    "batch_0", "batch_5", "mask_window", "mask_diagonal", "mask_own", "mask_function", "mask_by_head",
+    "heads_6_2", "heads_4_1", "layout_sliced_varlen", "layout_interleaved", "varlen_causal",
+    "used_qk_causal", "dropout_0.5", "sink", "sink_without_keys", "keys_unseen", "rows_without_keys",
+    "sink_alone", "scores_near_overflow", "split", "score_softcap", "score_alibi_per_batch",
+    "score_function", "score_hides", "blocks_causal", "blocks_function", "blocks_small", "blocks_taller",
+    "blocks_random_causal", "blocks_all", "blocks_nothing", "blocks_gqa", "blocks_lengths_257_127",
+    "blocks_dropout_128", "blocks_score",
+    *(name for name in CASES if name.startswith("pair_")),
+)  # fmt: skip
+STRICT = ("float16", "dims_40_40", "used_qk_causal", "heads_6_2", "dropout_0.5", "blocks_random_causal")
+# What each row of the table of tiles serves, with the most that a call can ask for (see test_resources.py).
+ROWS = (
+    *(("sm80", "light", dims) for dims in ((64, 64), (128, 128), (192, 192), (256, 256))),
+    *(("sm80", "heavy", dims) for dims in ((64, 64), (128, 128), (192, 192), (256, 256))),
+    *(("sm86", "light", dims) for dims in ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256))),
+    *(("sm86", "heavy", dims) for dims in ((96, 96), (128, 128), (192, 192), (256, 256))),
+    ("sm80", "blocks_heavy", (128, 128)), ("sm80", "blocks_light", (128, 128)),
+)
+PLAIN = Case("plain", ((65, 70),), heads=(2, 2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name):
+    Call.make(CASES[name]).check_gradients("sm80")
+
+
+@pytest.mark.parametrize("device, extreme, dims", ROWS)
+def test_every_row_of_the_table(device, extreme, dims, tmp_path):
+    """Right, and without a spilled register."""
+    case = replace(EXTREMES[extreme], dims=dims)
+    Call.make(case).check_gradients(device)
+    assert_no_spills(case, device, tmp_path)
+
+
+@pytest.mark.parametrize("device", ["sm90", "sm100", "sm120"])
+def test_other_devices_use_the_same_kernels(device):
+    Call.make(PLAIN).check_gradients(device)
+
+
+@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"asynchrony": "late", "races": True},
+        {"asynchrony": "random", "schedule": "random", "seed": 1, "races": True},
+        {"asynchrony": "late", "schedule": "random", "seed": 2},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_any_order_of_events(name, options):
+    Call.make(CASES[name]).check_gradients("sm80", **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_registers_spill(name, tmp_path):
+    assert_no_spills(CASES[name], "sm80", tmp_path)
+
+
+def assert_no_spills(case: Case, device: str, folder: Path) -> None:
+    """Of all kernels that a case's gradients launch."""
+    for step in steps_of(case, device):
+        built = executable.artifact(*step.compiled, EMULATED[device])
+        used = resources(built.cubin, folder / "kernel.cubin")
+        assert used["STACK"] == used["LOCAL"] == 0, f"{step.kernel.name}: {used} with {step.config}"
+
+
+def steps_of(case: Case, device: str) -> tuple:
+    """The launches of a case's gradients."""
+    asked = BackwardProblem(replace(answer_for(case, device).problem, split_kv=False))
+    kernel, config = dispatch.dispatch(asked, EMULATED[device])
+    return kernel.steps(asked, EMULATED[device], config).steps
+
+
+@pytest.mark.parametrize("lengths", itertools.product((0, 1, 127, 128, 129, 300), repeat=3), ids=str)
+def test_scratch_rows_of_sequences_do_not_meet(lengths):
+    """Whole tiles for every sequence, one after the other, inside of what is allocated."""
+    start, free = 0, 0
+    for batch, length in enumerate(lengths):
+        first = first_scratch_row(start, batch)
+        assert first % 128 == 0 and first >= free
+        start, free = start + length, first + -(-length // 128) * 128
+    assert free <= scratch_rows(start, len(lengths))
+
+
+def test_scratch_columns():
+    assert [scratch_columns(d) for d in (8, 32, 40, 128, 136, 192, 256)] == [32, 32, 64, 128, 192, 192, 256]
+
+
+@pytest.fixture
+def leaves():
+    """q, k and v that require gradients, where an A100 is emulated."""
+    tensors = [x.requires_grad_() for x in Call.make(PLAIN).tensors.values()]
+    with cute_flash.emulated("sm80"):
+        yield tensors
+
+
+def test_a_constant_gradient_is_read(leaves):
+    """That of a sum has stride 0 everywhere, which no kernel reads in place."""
+    out = cute_flash.flash_attn_func(*leaves)
+    expected = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+    found = torch.autograd.grad(out.sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_of_the_log_sum_exp_alone(leaves):
+    q, k, _ = leaves
+    _, lse = cute_flash.flash_attn_func(*leaves, return_lse=True)
+    found = torch.autograd.grad(lse.sum(), leaves)
+    exact_q, exact_k = (x.detach().double().requires_grad_() for x in (q, k))
+    scores = torch.einsum("bqhd,bkhd->bhqk", exact_q, exact_k) / 8
+    expected = torch.autograd.grad(scores.logsumexp(-1).sum(), (exact_q, exact_k))
+    for one, other in zip(found, (*expected, torch.zeros_like(found[2])), strict=False):
+        torch.testing.assert_close(one.double(), other.double(), atol=1e-2, rtol=1e-2)
+
+
+def test_only_what_is_asked_for(leaves):
+    q, k, v = leaves
+    out = cute_flash.flash_attn_func(q, k.detach(), v.detach())
+    out.sum().backward()
+    assert q.grad.abs().sum() > 0 and k.grad is None and v.grad is None
+
+
+def test_parts_of_one_tensor(leaves):
+    """Views of packed q, k, v: their gradients meet in the packed tensor."""
+    packed = torch.stack([x.detach()[:, :60] for x in leaves], 2).requires_grad_()
+    cute_flash.flash_attn_func(*packed.unbind(2), causal=True).sum().backward()
+    apart = [x.detach().clone().requires_grad_() for x in packed.unbind(2)]
+    cute_flash.flash_attn_func(*apart, causal=True).sum().backward()
+    for i, tensor in enumerate(apart):
+        torch.testing.assert_close(packed.grad[:, :, i], tensor.grad)
+
+
+def test_a_checkpoint_computes_the_forward_pass_again(leaves):
+    """With dropout: the same mask, from the generator's state that the checkpoint restores."""
+    found = []
+    attention = cute_flash.flash_attn_func
+    for run in (attention, lambda *given: checkpoint(attention, *given, use_reentrant=False)):
+        torch.manual_seed(3)
+        out = run(*leaves, 0.3)
+        found.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_nothing_is_kept_without_a_gradient(leaves):
+    with torch.no_grad():
+        assert cute_flash.flash_attn_func(*leaves).grad_fn is None
+    detached = [x.detach() for x in leaves]
+    assert cute_flash.flash_attn_func(*detached).grad_fn is None
+
+
+def test_what_is_kept_grows_with_the_rows(leaves):
+    """q, k, v, out and the log-sum-exp: nothing of the size of the scores."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        cute_flash.flash_attn_func(*leaves)
+    q, k, v = (x.numel() for x in leaves)
+    assert sum(kept) == 2 * q + k + v + q // 64
+
+
+def test_a_training_step_is_one_graph(leaves):
+    def step(*tensors):
+        return cute_flash.flash_attn_func(*tensors, causal=True).float().square().mean()
+
+    step(*leaves).backward()
+    expected = [x.grad for x in leaves]
+    for x in leaves:
+        x.grad = None
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves).backward()
+    for one, other in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(one.grad, other)
+
+
+REFUSED = {
+    "second": (
+        lambda q, k, v: torch.autograd.grad(
+            torch.autograd.grad(cute_flash.flash_attn_func(q, k, v).sum(), q, create_graph=True)[0].sum(), q
+        ),
+        "no second derivative",
+    ),
+    "out": (
+        lambda q, k, v: cute_flash.flash_attn_func(q, k, v, out=torch.empty_like(q)),
+        "out is given where a gradient is required",
+    ),
+    "table": (
+        lambda q, k, v: cute_flash.flash_attn_func(q, k, v, score=ALiBi(torch.ones(2).requires_grad_())),
+        "a rule's tensors get none",
+    ),
+    "deterministic": (
+        lambda q, k, v: cute_flash.flash_attn_func(q, k, v, deterministic=True),
+        "deterministic is True where a gradient is required",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, leaves):
+    call, words = REFUSED[name]
+    with pytest.raises(NotImplementedError, match=words):
+        call(*leaves)
