@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from . import cache, rules
+from .arch.backward import BackwardProblem
 from .arch.kernel import Step
-from .arch.problem import Device, Problem
+from .arch.problem import Asked, Device, Problem
 from .dispatch import EMULATED, select, steps
 from .executable import artifact, key_of
 from .masks import Document, PrefixLM
@@ -48,7 +49,9 @@ _RULES: dict[str, dict[str, Any]] = {
     "alibi_batch": {"alibi_slopes": _SLOPES},
 }
 _BLOCKS = {"block_mask": (128, 128)}  # a block mask's default block size
-WORDS = ("dense", *_FLAGS, *_RULES, *_BLOCKS)
+# What training calls: the forward pass with its log-sum-exp, and gradients through the output, or both.
+_GRADIENTS = ("backward", "backward_lse")
+WORDS = ("dense", *_FLAGS, *_RULES, *_BLOCKS, *_GRADIENTS)
 DEFAULT_FEATURES = ("dense", "causal", "varlen", "varlen,causal")
 PARTS = {"object": "kernel.o", "ptx": "kernel.ptx", "cubin": "kernel.cubin", "json": "kernel.json"}
 
@@ -82,8 +85,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None] = print) -> in
     failed = 0
     for number, (device, asked, words) in enumerate(wanted, start=1):
         answer = select(asked, device)
-        dims = f"{asked.head_dim}x{asked.head_dim_v}"
-        name = f"[{number}/{len(wanted)}] {device.target} {asked.dtype} {dims} {words}"
+        name = f"[{number}/{len(wanted)}] {device.target} {asked.dtype} {words}"
         if not answer:
             say(f"{name}: {answer}")
             failed = 1
@@ -116,6 +118,8 @@ def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Prob
             flags[word] = True
         elif word in _RULES:
             given |= _RULES[word]
+        elif word in _GRADIENTS:
+            flags["lse"] = True
         elif word in _BLOCKS:
             flags["block_size"] = _BLOCKS[word]
         elif word != "dense":
@@ -137,10 +141,15 @@ def _refuse_contradictions(words: list[str]) -> None:
             said[argument] = word
 
 
-def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Device, Problem, str]]:
+def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Device, Asked, str]]:
+    """(device, problem, what it is called) of everything to compile."""
     given = (arguments.arch, arguments.features, arguments.dtype, arguments.head_dim)
-    for arch, words, dtype, dims in itertools.product(*given):
-        yield EMULATED[arch], problem_of(dtype, dims, words.split(",")), words
+    for arch, features, dtype, dims in itertools.product(*given):
+        words, name = features.split(","), f"{dims[0]}x{dims[1]} {features}"
+        asked = problem_of(dtype, dims, words)
+        yield EMULATED[arch], asked, name
+        if any(word in _GRADIENTS for word in words):
+            yield EMULATED[arch], BackwardProblem(asked, "backward_lse" in words), f"{name}, gradients"
 
 
 def _head_dims(text: str) -> tuple[int, int]:

@@ -91,7 +91,8 @@ def measure_row(
         found, runs = candidates(row, settings, inputs, without, say)
         repeats = measure.DRY_REPEATS if settings.dry_run else measure.REPEATS
         times = measure.interleaved(runs, settings.machine, repeats, say) if runs else {}
-        chosen = supports("bfloat16", row.head_dim, row.head_dim_v, mask=Causal() if row.causal else None)
+        mask = Causal() if row.causal else None
+        chosen = supports("bfloat16", row.head_dim, row.head_dim_v, mask=mask, backward=row.backward)
         found[peers.OURS]["kernel"] = chosen.kernel.name if chosen else str(chosen)
     for name, measured in times.items():
         found[name] |= {
