@@ -95,7 +95,7 @@ def steps_of(case: Case, device: str) -> tuple:
     return kernel.steps(asked, EMULATED[device], config).steps
 
 
-@pytest.mark.parametrize("lengths", itertools.product((0, 1, 127, 128, 129, 300), repeat=3), ids=str)
+@pytest.mark.parametrize("lengths", list(itertools.product((0, 1, 127, 128, 129, 300), repeat=3)), ids=str)
 def test_scratch_rows_of_sequences_do_not_meet(lengths):
     """Whole tiles for every sequence, one after the other, inside of what is allocated."""
     start, free = 0, 0

@@ -115,7 +115,9 @@ def test_open_ends_are_plain_numbers():
     assert from_keys(Document(TABLE)).full_queries(3, 4) == NOWHERE
 
 
-@pytest.mark.parametrize("mask", [*MASKS, *map(MaskFunction, FUNCTIONS.values())], ids=str)
+@pytest.mark.parametrize(
+    "mask", [*MASKS, *map(MaskFunction, FUNCTIONS.values())], ids=[*map(str, MASKS), *map(str, FUNCTIONS)]
+)
 def test_symbols_are_the_inverse_of_reading(mask):
     rule = expression(text_of(mask))
     for name, section in rule.sections.items():
