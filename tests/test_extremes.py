@@ -48,7 +48,7 @@ def near(base: torch.Tensor, dtype: torch.dtype):
         (torch.bfloat16, {}),
         (torch.bfloat16, {"score": halved_in_the_past}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
 def test_scores_of_any_size(dtype, options, machine):
     """Positive and negative powers of two, all sizes in a warp; as accurate as without them.
