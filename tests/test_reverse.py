@@ -91,10 +91,14 @@ def test_wrong_queries_are_found(monkeypatch):
 
 TIGHT = [Everything(), Causal(), PrefixLM(5), PrefixLM(40), Both(Causal(), SlidingWindow(9, None))]
 TIGHT += [mask for mask in windows() if None in (mask.left, mask.right) or mask.left + mask.right >= 0]
-TIGHT += [MaskFunction(CONDITIONS[name]) for name in ("first_queries", "first_keys")]
+ONE_SIDED = ("first_queries", "first_keys")
 
 
-@pytest.mark.parametrize("mask", TIGHT, ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [*TIGHT, *(MaskFunction(CONDITIONS[name]) for name in ONE_SIDED)],
+    ids=[*map(str, TIGHT), *ONE_SIDED],
+)
 def test_queries_are_worth_having(mask):
     """The least range that holds all queries that see a key, and all queries that see every one."""
     tried = range(-60, 70)
