@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import cute_flash
 from cute_flash import ALiBi, dispatch, executable
 from cute_flash.arch.backward import BackwardProblem, first_scratch_row, scratch_columns, scratch_rows
+from cute_flash.arch.problem import Problem
 from cute_flash.dispatch import EMULATED
 from tests.cases import CASES, Case
 from tests.harness import Call, answer_for
@@ -104,6 +105,23 @@ def test_scratch_rows_of_sequences_do_not_meet(lengths):
         assert first % 128 == 0 and first >= free
         start, free = start + length, first + -(-length // 128) * 128
     assert free <= scratch_rows(start, len(lengths))
+
+
+@pytest.mark.parametrize("device", ["sm80", "sm86"])
+def test_every_pair_of_head_dims_has_tiles_that_warps_share_out(device):
+    """Whole pieces of 16 x 16 for every warp, in all products."""
+    for dim, dim_v, dropout in itertools.product(range(8, 257, 8), range(8, 257, 8), (False, True)):
+        problem = BackwardProblem(Problem("float16", dim, dim_v, dropout=dropout))
+        config = dispatch.dispatch(problem, EMULATED[device])[1]
+        columns, columns_v = scratch_columns(dim), scratch_columns(dim_v)
+        for (rows, across), tile in (
+            (config.grid_s, (config.tile_m, config.tile_n)),
+            (config.grid_k, (config.tile_n, columns)),
+            (config.grid_k, (config.tile_n, columns_v)),
+            (config.grid_q(columns), (config.tile_m, columns)),
+        ):
+            assert rows * across == config.warps
+            assert tile[0] % (16 * rows) == 0 and tile[1] % (16 * across) == 0, (dim, dim_v, config)
 
 
 def test_scratch_columns():

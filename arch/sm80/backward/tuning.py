@@ -55,6 +55,10 @@ class Config:
         across = 4 if columns % 64 == 0 and self.warps == 8 else 2
         return self.warps // across, across
 
+    def shares_out(self, columns: int) -> bool:
+        """Whether every warp has a piece of dQ (tile_m, columns)."""
+        return self.grid_q(columns)[0] * 16 <= self.tile_m
+
 
 @dataclass(frozen=True)
 class PostprocessConfig:
@@ -114,6 +118,10 @@ BACKWARD = (
         head_dim=256, pressure=HEAVY, config=Config(32, 64),
         why="64 rows spill with softcap and dropout; two stages fit",
     ),
+    Row(
+        head_dim=256, pressure=HEAVY, config=Config(64, 64, stages=1),
+        why="for the columns of Q and K of which 32 rows leave no piece for every warp: dK is small then",
+    ),
     Row(head_dim=192, pressure=HEAVY, config=Config(32, 64, stages=1), why="fits 100 KB"),
     Row(head_dim=256, pressure=HEAVY, config=Config(32, 32, warps=4, stages=1), why="fits 100 KB"),
 )  # fmt: skip
@@ -136,6 +144,7 @@ def fitting_configs(problem: BackwardProblem, device: Device) -> Iterator[Config
     pressure, largest = register_pressure(asked, device), max(asked.head_dim, asked.head_dim_v)
     for row in BACKWARD:
         fits = row.config.shared_memory(problem) <= device.shared_memory
+        fits = fits and row.config.shares_out(padded(asked.head_dim))
         if largest <= row.head_dim and pressure <= row.pressure and fits:
             yield row.config
 
