@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Int32, pipeline
+from cutlass import Float32, Int32, pipeline
 
 from ...common import blocks
 from ...common.heads import row_of
@@ -23,12 +23,17 @@ class Memory(NamedTuple):
     """tiles: Q (later O), K and V. factors: (128, slots + 1, Q tiles) fp32, what O is to be multiplied by: of
     each S of a tile, and in the end.
 
-    tensor: tensor memory, see `tmem.Plan`.
+    address: the word that says where tensor memory was given. tensor: tensor memory, see `tmem.Plan`.
     """
 
     tiles: Tiles
     factors: cute.Tensor
-    tensor: cute.Pointer
+    address: cute.Pointer
+    tensor: cute.Pointer | None = None
+
+    def looked_up(self) -> Memory:
+        """With tensor memory's place, from its word."""
+        return self._replace(tensor=cute.arch.retrieve_tmem_ptr(Float32, 16, self.address))
 
 
 class Edges(NamedTuple):

@@ -131,9 +131,9 @@ class ForwardKernel:
     def run(self, role: cutlass.Constexpr, launch: Launch, memory: Memory, edges: Edges, ends, warp: Int32):
         """A role's part of all tiles that this CTA takes.
 
-        Each role looks up its sequence itself: kept from before, that would take registers.
+        Each role looks up its sequence and tensor memory itself: kept from before they would take registers.
         """
-        first, run = self.group.index(), role.run
+        first, run, memory = self.group.index(), role.run, memory.looked_up()
         if cutlass.const_expr(self.config.persistent):
             turns, tiles = Int32(0), Int32(0)
             step = cute.arch.grid_dim()[0] // self.config.ctas
@@ -177,8 +177,7 @@ class ForwardKernel:
         if warp == 0:
             group.allocate(plan.allocated, address)
         group.ready()
-        tensor = cute.arch.retrieve_tmem_ptr(Float32, 16, address)
-        memory = Memory(tiles, factors, tensor)
+        memory = Memory(tiles, factors, address)
         load = Load(problem, config, self.q, self.k, self.v)
         dtype = element_type(problem.precision)
         mma = Mma(problem, config, Products(dtype, plan, group))
@@ -200,7 +199,7 @@ class ForwardKernel:
         specialize_warps(roles, config.launch_registers, warp)
         group.sync()
         if warp == 0:
-            group.free(tensor, plan.allocated)
+            group.free(memory.looked_up().tensor, plan.allocated)
 
     @cute.jit
     def edges(self, barriers: cute.Pointer, answers: cute.Pointer, warp: Int32):
