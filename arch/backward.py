@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
+from .combine import COMBINE
 from .kernel import Kernel, Step, Steps, Tuning
-from .precision import PRECISIONS, Precision
-from .problem import Device, Problem, Spec, Support
+from .problem import BesideAttention, Device, Problem, Spec
 
 SCRATCH_TILE = 128  # rows; a multiple of every kernel's query tile
 
@@ -37,7 +37,7 @@ def first_scratch_row(first_row, batch):
 
 
 def scratch_columns(head_dim: int) -> int:
-    """Columns of dQ's accumulator: whole pieces of 16 for two or four warps side by side."""
+    """Columns of an accumulator, and of its operands' tiles: whole pieces of 16 for two or four warps."""
     step = 32 if head_dim <= 128 else 64
     return -(-head_dim // step) * step
 
@@ -147,7 +147,7 @@ class BackwardOperands(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PreprocessProblem:
+class PreprocessProblem(BesideAttention):
     """What the preprocess depends on; names as in `Problem`.
 
     grad_lse: as in `BackwardProblem`.
@@ -175,19 +175,6 @@ class PreprocessProblem:
             sink=asked.sink,
             grad_lse=problem.grad_lse,
         )
-
-    @property
-    def precision(self) -> Precision:
-        """Of the user's tensors."""
-        return PRECISIONS[self.dtype]
-
-    def features(self) -> tuple[str, ...]:
-        """None that a kernel may lack."""
-        return ()
-
-    def conflicts(self) -> tuple[str, ...]:
-        """None."""
-        return ()
 
     def specs(self) -> PreprocessOperands:
         """A Spec for every operand, None where there is none."""
@@ -250,7 +237,7 @@ class PreprocessOperands(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PostprocessProblem:
+class PostprocessProblem(BesideAttention):
     """What a postprocess depends on. of: whose gradient it writes, "q", "k" or "v"; names as in `Problem`."""
 
     operation: ClassVar[str] = "postprocess"
@@ -267,19 +254,6 @@ class PostprocessProblem:
     @property
     def _dim(self) -> str:
         return "head_dim_v" if self.of == "v" else "head_dim"
-
-    @property
-    def precision(self) -> Precision:
-        """Of the user's tensors."""
-        return PRECISIONS[self.dtype]
-
-    def features(self) -> tuple[str, ...]:
-        """None that a kernel may lack."""
-        return ()
-
-    def conflicts(self) -> tuple[str, ...]:
-        """None."""
-        return ()
 
     def specs(self) -> PostprocessOperands:
         """A Spec for every operand, None where there is none."""
@@ -318,12 +292,7 @@ class PostprocessOperands(NamedTuple):
 PREPROCESS = Kernel(
     name="common.preprocess",
     operation="preprocess",
-    support=Support(
-        capabilities=((8, 0), (12, 1)),
-        dtypes=("float16", "bfloat16"),
-        head_dims=range(8, 257, 8),
-        features=frozenset(),
-    ),
+    support=COMBINE.support,
     tuning=Tuning(
         config=lambda problem, device, sizes: PreprocessConfig(),
         blocks=lambda config, sizes, _: -(-sizes.seqlen_q // SCRATCH_TILE) * sizes.heads_q * sizes.batch,

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .kernel import Kernel, Step, Steps, Tuning
-from .precision import PRECISIONS, Precision
-from .problem import Problem, Spec, Support
+from .problem import BesideAttention, Problem, Spec, Support
 
 WARPS = 4
 
 
 @dataclass(frozen=True)
-class CombineProblem:
+class CombineProblem(BesideAttention):
     """What merging depends on; names as in `Problem`, dtype that of the result.
 
     The sink, which no part has seen, joins here.
@@ -42,19 +41,6 @@ class CombineProblem:
             sink=problem.sink,
             lse=problem.lse,
         )
-
-    @property
-    def out_precision(self) -> Precision:
-        """Of the result; the parts are in fp32."""
-        return PRECISIONS[self.dtype]
-
-    def features(self) -> tuple[str, ...]:
-        """None that a kernel may lack."""
-        return ()
-
-    def conflicts(self) -> tuple[str, ...]:
-        """None."""
-        return ()
 
     def specs(self) -> CombineOperands:
         """A Spec for every operand, None where there is none."""

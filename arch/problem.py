@@ -109,6 +109,25 @@ class Asked(Protocol):
         ...
 
 
+class BesideAttention:
+    """Base of problems that come before or after attention: whoever has a kernel for one serves all of it."""
+
+    dtype: str
+
+    @property
+    def precision(self) -> Precision:
+        """Of the tensors that the user gives, or gets."""
+        return PRECISIONS[self.dtype]
+
+    def features(self) -> tuple[str, ...]:
+        """None that a kernel may lack."""
+        return ()
+
+    def conflicts(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a call asks that changes compiled code; sizes are not part of it.

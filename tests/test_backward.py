@@ -11,13 +11,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import cute_flash
-from cute_flash import ALiBi, dispatch, executable
+from cute_flash import ALiBi, dispatch
 from cute_flash.arch.backward import BackwardProblem, first_scratch_row, scratch_columns, scratch_rows
 from cute_flash.arch.problem import Problem
 from cute_flash.dispatch import EMULATED
 from tests.cases import CASES, Case
 from tests.harness import Call, answer_for
-from tests.test_resources import EXTREMES, resources
+from tests.test_resources import EXTREMES, assert_in_registers
 
 # Every feature with every other, and every way in which a tile is not whole.
 NAMES = (
@@ -84,9 +84,7 @@ def test_no_registers_spill(name, tmp_path):
 def assert_no_spills(case: Case, device: str, folder: Path) -> None:
     """Of all kernels that a case's gradients launch."""
     for step in steps_of(case, device):
-        built = executable.artifact(*step.compiled, EMULATED[device])
-        used = resources(built.cubin, folder / "kernel.cubin")
-        assert used["STACK"] == used["LOCAL"] == 0, f"{step.kernel.name}: {used} with {step.config}"
+        assert_in_registers(step, EMULATED[device], folder / "kernel.cubin")
 
 
 def steps_of(case: Case, device: str) -> tuple:

@@ -32,7 +32,7 @@ class CombineKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = CombineOperands(*operands)
-        rows, batches = extent(call, call.out)
+        rows, batches = extent(call.out, call.cu_seqlens_q, call.max_seqlen_q)
         blocks = cute.ceil_div(rows * call.out.shape[-2], self.config.warps)
         self.kernel(call, blocks).launch(
             grid=(blocks * batches, 1, 1), block=(LANES * self.config.warps, 1, 1), stream=stream
@@ -114,7 +114,7 @@ class CombineKernel:
                 cute.autovec_copy(cute.local_tile(source, (COLUMNS,), (column // COLUMNS,)), part)
                 for c in cutlass.range_constexpr(COLUMNS):
                     out[c] = cute.math.fma(weight, part[c], out[c])
-        rounded = cute.make_rmem_tensor(COLUMNS, element_type(self.problem.out_precision))
+        rounded = cute.make_rmem_tensor(COLUMNS, element_type(self.problem.precision))
         rounded.store(out.load().to(rounded.element_type))
         target = call.out[(*place, None)]
         cute.autovec_copy(rounded, cute.local_tile(target, (COLUMNS,), (column // COLUMNS,)))

@@ -14,6 +14,7 @@ from ..backward import SCRATCH_TILE, PreprocessConfig, PreprocessOperands, Prepr
 from ..elementwise import where
 from .rows import Rows, rows_of
 from .schedule import OneTile
+from .sequence import extent
 from .softmax import LOG2_E, exp2
 
 CHUNK = 8  # 16-bit numbers that a lane takes at a time
@@ -34,10 +35,7 @@ class PreprocessKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = PreprocessOperands(*operands)
-        if const_expr(self.problem.varlen):
-            rows, batches = call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
-        else:
-            rows, batches = call.out.shape[1], call.out.shape[0]
+        rows, batches = extent(call.out, call.cu_seqlens_q, call.max_seqlen_q)
         schedule = OneTile(cute.ceil_div(rows, SCRATCH_TILE), call.out.shape[-2], batches)
         self.kernel(call, schedule).launch(grid=schedule.grid(), block=(self.threads, 1, 1), stream=stream)
 

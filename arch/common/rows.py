@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from ..backward import first_scratch_row
+from .sequence import numbers_of_head, rows_of_head
 
 
 class Rows(NamedTuple):
@@ -20,15 +21,11 @@ class Rows(NamedTuple):
 
     def of(self, tensor: cute.Tensor, head: Int32) -> cute.Tensor:
         """(rows, dim) of a tensor like q or k, of one head."""
-        if cute.rank(tensor) == 4:
-            return tensor[self.batch, None, head, None]
-        return cute.domain_offset((self.start, 0), tensor[None, head, None])
+        return rows_of_head(tensor, self.batch, self.start, head)
 
     def by_head(self, tensor: cute.Tensor, head: Int32) -> cute.Tensor:
         """(rows,) of a tensor like the log-sum-exp, of one head."""
-        if cute.rank(tensor) == 3:
-            return tensor[self.batch, head, None]
-        return cute.domain_offset((self.start,), tensor[head, None])
+        return numbers_of_head(tensor, self.batch, self.start, head)
 
 
 def rows_of(cu_seqlens: cute.Tensor | None, seqlen: Int32, batch: Int32) -> Rows:

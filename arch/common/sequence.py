@@ -6,7 +6,7 @@ A used length (`seqused`) replaces the sequence's length; its rows begin at the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Int32
@@ -36,30 +36,38 @@ class Sequence(NamedTuple):
 
     def q_rows_of(self, tensor: cute.Tensor, head: Int32) -> cute.Tensor:
         """(rows, dim) of q or out, of one query head."""
-        return _rows(tensor, self.batch, self.q_start, head)
+        return rows_of_head(tensor, self.batch, self.q_start, head)
 
     def k_rows_of(self, tensor: cute.Tensor, head: Int32) -> cute.Tensor:
         """(rows, dim) of k or v, of one KV head."""
-        return _rows(tensor, self.batch, self.k_start, head)
+        return rows_of_head(tensor, self.batch, self.k_start, head)
 
     def lse_of(self, lse: cute.Tensor, head: Int32) -> cute.Tensor:
         """(rows,) of the log-sum-exp (batch, heads, rows) or (heads, total), of one query head."""
-        if cute.rank(lse) == 3:
-            return lse[self.batch, head, None]
-        return cute.domain_offset((self.q_start,), lse[head, None])
+        return numbers_of_head(lse, self.batch, self.q_start, head)
 
 
-def _rows(tensor: cute.Tensor, batch: Int32, start: Int32, head: Int32) -> cute.Tensor:
+def rows_of_head(tensor: cute.Tensor, batch: Int32, start: Int32, head: Int32) -> cute.Tensor:
+    """(rows, dim) of a dense or, from row `start` on, a packed tensor."""
     if cute.rank(tensor) == 4:
         return tensor[batch, None, head, None]
     return cute.domain_offset((start, 0), tensor[None, head, None])
 
 
-def extent(call: Any, rows: cute.Tensor) -> tuple[Int32, Int32]:
-    """(rows of the longest sequence, sequences) of a call. rows: q, or another operand with its rows."""
-    if call.cu_seqlens_q is None:
+def numbers_of_head(numbers: cute.Tensor, batch: Int32, start: Int32, head: Int32) -> cute.Tensor:
+    """(rows,) of a dense (batch, heads, rows) or, from row `start` on, a packed (heads, total) tensor."""
+    if cute.rank(numbers) == 3:
+        return numbers[batch, head, None]
+    return cute.domain_offset((start,), numbers[head, None])
+
+
+def extent(
+    rows: cute.Tensor, cu_seqlens: cute.Tensor | None, longest: Int32 | None
+) -> tuple[Int32, Int32]:
+    """(rows of the longest sequence, sequences) of a call. rows: an operand that has them."""
+    if cu_seqlens is None:
         return rows.shape[1], rows.shape[0]
-    return call.max_seqlen_q, call.cu_seqlens_q.shape[0] - 1
+    return longest, cu_seqlens.shape[0] - 1
 
 
 def sequence_of(operands: Operands, batch: Int32) -> Sequence:

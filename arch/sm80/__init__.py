@@ -5,6 +5,8 @@ No roles and no mbarriers: every warp loads, multiplies and stores. Other trees 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..backward import PREPROCESS, steps_around
 from ..combine import COMBINE
 from ..kernel import Kernel, Tuning
@@ -42,17 +44,7 @@ POSTPROCESS = Kernel(
 BACKWARD = Kernel(
     name="sm80.backward",
     operation="backward",
-    support=Support(
-        capabilities=((8, 0), (12, 1)),
-        dtypes=("float16", "bfloat16"),
-        head_dims=range(8, 257, 8),
-        features=frozenset(
-            (
-                "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
-                "sink", "lse",
-            )
-        ),
-    ),
+    support=replace(FORWARD.support, features=FORWARD.support.features - {"split_kv"}),
     tuning=Tuning(
         config=lambda problem, device, sizes: backward.main_config(problem, device),
         fitting=backward.fitting_configs,

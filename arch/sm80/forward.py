@@ -62,7 +62,7 @@ class ForwardKernel:
         *operands, stream = operands_and_stream
         call = Operands(*operands)._replace(multiprocessors=None)
         heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
-        rows, batches = extent(call, call.q)
+        rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
         splits = call.out.shape[0] if const_expr(self.problem.split_kv) else None
         schedule = tile_per_cta(cute.ceil_div(rows, self.config.tile_m), heads, batches, splits)
         kernel = self.kernel(call, schedule, heads // kv_heads)

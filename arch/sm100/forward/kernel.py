@@ -89,7 +89,7 @@ class ForwardKernel:
         call = Operands(*operands)
         multiprocessors, call = call.multiprocessors, call._replace(multiprocessors=None)
         group = call.q.shape[-2] // call.k.shape[-2]
-        rows, batches = extent(call, call.q)
+        rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
         load, store = self.group.loads(), cpasync.CopyBulkTensorTileS2GOp()
         maps = Maps(
             q=self.q.map(load, call.q, group),

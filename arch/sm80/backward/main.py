@@ -19,7 +19,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import LoadCacheMode, cpasync
 
-from ...backward import BackwardOperands, BackwardProblem
+from ...backward import BackwardOperands, BackwardProblem, scratch_columns
 from ...common.blocks import Range, visits_from_keys
 from ...common.dropout import Dropout
 from ...common.element import element_type
@@ -28,7 +28,7 @@ from ...common.memory import SmemAllocator
 from ...common.rows import scratch_row
 from ...common.rules import Rules
 from ...common.schedule import OneTile
-from ...common.sequence import Sequence, sequence_of
+from ...common.sequence import Sequence, extent, sequence_of
 from ...common.softmax import LOG2_E, exp2
 from ...elementwise import where
 from ...reverse import differentiated, seen_from_keys
@@ -38,7 +38,7 @@ from ..mma import PIECE, Pieces, product, rounded, tiled_mma
 from .grid import Grid
 from .job import KeyBlock, ProductOperands, QueryStream, Tiles, Walk
 from .sums import SummedTile
-from .tuning import Config, padded
+from .tuning import Config
 
 STATISTICS = 4  # numbers of LSE or D that one copy brings
 
@@ -51,7 +51,8 @@ class BackwardKernel:
         mask, score = mask and seen_from_keys(mask), problem.forward.score
         self.problem = replace(problem.forward, mask=mask, score=score and differentiated(score))
         self.config, self.dtype = config, element_type(self.problem.precision)
-        self.dim, self.dim_v = padded(self.problem.head_dim), padded(self.problem.head_dim_v)
+        dims = self.problem.head_dim, self.problem.head_dim_v
+        self.dim, self.dim_v = map(scratch_columns, dims)
         self.copy_q, self.copy_k = (
             TileCopy(self.dtype, rows, self.problem.head_dim, self.dim, config.threads)
             for rows in (config.tile_m, config.tile_n)
@@ -65,10 +66,7 @@ class BackwardKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = BackwardOperands(*operands)
-        if const_expr(self.problem.varlen):
-            keys, batches = call.max_seqlen_k, call.cu_seqlens_k.shape[0] - 1
-        else:
-            keys, batches = call.k.shape[1], call.k.shape[0]
+        keys, batches = extent(call.k, call.cu_seqlens_k, call.max_seqlen_k)
         heads = call.q.shape[-2]
         schedule = OneTile(cute.ceil_div(keys, self.config.tile_n), heads, batches)
         kernel = self.kernel(call, schedule, heads // call.k.shape[-2])

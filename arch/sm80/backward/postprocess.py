@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32
 
 from ...backward import PostprocessOperands, PostprocessProblem, scratch_columns
 from ...common.element import element_type
 from ...common.memory import SmemAllocator
 from ...common.rows import Rows, rows_of
 from ...common.schedule import OneTile
+from ...common.sequence import extent
 from ..copy import TileCopy, tile_layout
 from ..mma import rounded
 from .grid import Grid
@@ -31,10 +32,7 @@ class PostprocessKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = PostprocessOperands(*operands)
-        if const_expr(self.problem.varlen):
-            rows, batches = call.max_seqlen, call.cu_seqlens.shape[0] - 1
-        else:
-            rows, batches = call.grad.shape[1], call.grad.shape[0]
+        rows, batches = extent(call.grad, call.cu_seqlens, call.max_seqlen)
         schedule = OneTile(cute.ceil_div(rows, self.config.rows), call.grad.shape[-2], batches)
         self.kernel(call, schedule).launch(
             grid=schedule.grid(), block=(self.config.threads, 1, 1), stream=stream

@@ -34,7 +34,7 @@ class Config:
 
     def shared_memory(self, problem: BackwardProblem) -> int:
         """Bytes of dynamic shared memory: K and V; Q, dO, LSE and D, staged; P and dS."""
-        columns = padded(problem.forward.head_dim) + padded(problem.forward.head_dim_v)
+        columns = scratch_columns(problem.forward.head_dim) + scratch_columns(problem.forward.head_dim_v)
         staged = self.stages * self.tile_m * (2 * columns + 2 * 4)
         return 2 * self.tile_n * columns + staged + 2 * 2 * self.tile_m * self.tile_n
 
@@ -127,11 +127,6 @@ BACKWARD = (
 )  # fmt: skip
 
 
-def padded(dim: int) -> int:
-    """Columns that a head dim takes in shared memory."""
-    return scratch_columns(dim)
-
-
 def main_config(problem: BackwardProblem, device: Device) -> Config | None:
     """The first row that fits and divides the blocks of a block mask, or None."""
     fitting = fitting_configs(problem, device)
@@ -143,9 +138,9 @@ def fitting_configs(problem: BackwardProblem, device: Device) -> Iterator[Config
     asked = problem.forward
     pressure, largest = register_pressure(asked, device), max(asked.head_dim, asked.head_dim_v)
     for row in BACKWARD:
+        reaches = largest <= row.head_dim and row.config.shares_out(scratch_columns(asked.head_dim))
         fits = row.config.shared_memory(problem) <= device.shared_memory
-        fits = fits and row.config.shares_out(padded(asked.head_dim))
-        if largest <= row.head_dim and pressure <= row.pressure and fits:
+        if reaches and fits and pressure <= row.pressure:
             yield row.config
 
 

@@ -77,7 +77,7 @@ class ForwardKernel:
 
     def schedule(self, call: Operands, group: Int32) -> InSections:
         """The tiles in order; heads that share K and V are neighbours."""
-        rows, batches = extent(call, call.q)
+        rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
         keys = call.k.shape[0] // maximum(batches, 1) if self.problem.varlen else call.k.shape[1]
         group = parts_of(self.config.heads, group)
         heads = call.k.shape[-2] * group if self.config.heads > 1 else call.q.shape[-2]
