@@ -61,12 +61,7 @@ _kept = pytest.StashKey[Path]()
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """The longest tests first: one that a process begins last would keep the others waiting.
-
-    UsageError for a test that is named by an address: every process would give it another name.
-    """
-    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
-        raise pytest.UsageError(f"a test's id holds an address: give ids to {named[0]}")
+    """The longest tests first: one that a process begins last would keep the others waiting."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 

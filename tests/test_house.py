@@ -264,3 +264,10 @@ def test_limits_are_measured():
     assert list(_beyond(wide)) == ["7 positional parameters"]
     assert nesting(wide) == 3
     assert list(_beyond(ast.parse("def f():\n" + " a\n" * 60).body[0])) == ["61 lines"]
+
+
+def test_names_of_tests_hold_no_address(request):
+    """An address is another one in every process: two that share a run would name the test differently."""
+    address = re.compile(r" at 0x[0-9a-f]{8,}")
+    assert [item.nodeid for item in request.session.items if address.search(item.nodeid)] == []
+    assert address.search(f"[{object()}]")
