@@ -130,3 +130,41 @@ def test_a_flag_that_nobody_sets(options, monkeypatch):
     flag, out = np.zeros(1, np.uint32), np.zeros(2, np.uint32)
     with pytest.raises(Deadlock, match="polls, as all who can run, for what nobody will bring, PTX line"):
         launch(module(HEAD + FLAG.format(turns=1), PARAMS), [flag, out], grid=1, **options)
+
+
+# CTAs append their numbers to a list of `out`, each in its turn: CTA c waits until `flag` is its turn.
+RELAY = """
+    {turn}
+    poll: ld.acquire.gpu.global.u32 %r0, [%flag];
+    setp.ne.u32 %p, %r0, %r1;
+    @%p bra poll;
+    mad.wide.u32 %a, %r0, 4, %out;
+    @%first st.global.u32 [%a], %c;
+    bar.warp.sync 0xffffffff;
+    add.u32 %r2, %r0, 1;
+    @%first st.release.gpu.global.u32 [%flag], %r2;
+"""
+IN_ORDER = "mov.u32 %r1, %c;"
+REVERSED = "mov.u32 %r1, %nctaid.x; sub.u32 %r1, %r1, 1; sub.u32 %r1, %r1, %c;"
+
+
+def relay(turn: str, places: int, options: dict) -> list[int]:
+    """What 6 CTAs leave that take turns on a GPU with so many places."""
+    flag, out = np.zeros(1, np.uint32), np.zeros(6, np.uint32)
+    code = module(HEAD + RELAY.format(turn=turn), PARAMS)
+    launch(code, [flag, out], grid=6, ctas_per_wave=places, **options)
+    return out.tolist()
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=str)
+def test_a_relay_in_the_order_of_the_grid_needs_one_place(options):
+    for places in (1, 4, 6):
+        assert relay(IN_ORDER, places, options) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=str)
+def test_a_relay_in_reverse_order_needs_all_places(options, monkeypatch):
+    monkeypatch.setattr(polling, "ENDLESS", 200)
+    assert relay(REVERSED, 6, options) == [5, 4, 3, 2, 1, 0]
+    with pytest.raises(Deadlock, match="polls(.|\n)*2 CTAs of the grid have no place: 4 hold theirs"):
+        relay(REVERSED, 4, options)

@@ -19,10 +19,12 @@ class Options:
     them, "random" anywhere between; "late_copies" with eager products, "late_products" with eager copies.
     schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a time). seed: of
     everything random. races: raise where accesses to shared memory conflict without an order. observers:
-    objects with hooks, see core/observe.py. ctas_per_wave: how many CTAs are resident together; None lets
-    their size decide. uninitialized: "error" raises where shared or local memory is read that nothing has
-    written; "poison" gives NaN patterns instead, for kernels that load rows nobody uses. by_the_book: with
-    races, demand fences and waits that hardware is known to do without, see checks/tensor_races.py.
+    objects with hooks, see core/observe.py. ctas_per_wave: places on the GPU, taken in the order of the grid:
+    the next CTAs get theirs when all of a wave have exited, so that who waits for a later CTA than his wave
+    has waits for ever; None lets the CTAs' size decide. uninitialized: "error" raises where shared or local
+    memory is read that nothing has written; "poison" gives NaN patterns instead, for kernels that load rows
+    nobody uses. by_the_book: with races, demand fences and waits that hardware is known to do without, see
+    checks/tensor_races.py.
     permissive: accept what PTX leaves undefined or forbids and hardware is known to take, see README.md.
     contract: "none" runs products and sums as written; "ptxas" fuses those that PTX leaves open and the
     assembler makes one instruction of, see ptx/contract.py.

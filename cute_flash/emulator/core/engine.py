@@ -135,6 +135,5 @@ def deadlock(m: Machine, waiting: list[str], gathering: dict[int, Threads]) -> D
             lines.append(f"{who} wait for the warp's other lanes, {m.line(pc)}")
     shown = lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
     gone = int(np.count_nonzero(~m.live))
-    return Deadlock(
-        "nothing can run:\n  " + "\n  ".join(shown) + f"\n  ({gone} threads of the wave have exited)"
-    )
+    exited = f"\n  ({gone} threads of the wave have exited)"
+    return Deadlock("nothing can run:\n  " + "\n  ".join(shown) + exited + m.unlaunched.waiting(m.ctas))

@@ -30,6 +30,12 @@ class Unlaunched:
         self.first = min(first + ctas, self.total)
         return first
 
+    def waiting(self, places: int) -> str:
+        """What a deadlock's message says of them: nothing where all have started."""
+        count = self.total - self.first
+        text = f"\n  ({count} CTAs of the grid have no place: {places} hold theirs until they exit)"
+        return text if count else ""
+
 
 class Geometry:
     """The CTAs of one wave.

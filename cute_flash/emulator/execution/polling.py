@@ -90,4 +90,5 @@ class Polling:
         m = self.machine
         pc, g = going[0]
         who = f"CTA {m.cta_name(int(g.cta_at[0]))} warp {int(g.warp_at[0])}"
-        return Deadlock(f"{who} polls, as all who can run, for what nobody will bring, {m.line(pc)}")
+        text = f"{who} polls, as all who can run, for what nobody will bring, {m.line(pc)}"
+        return Deadlock(text + m.unlaunched.waiting(m.ctas))
