@@ -3,7 +3,16 @@
 from importlib.util import find_spec
 
 if find_spec("torch") is not None:
-    from .api import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from .api import (
+        flash_attn_combine,
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+        flash_attn_with_kvcache,
+    )
     from .block_mask import BlockMask, create_block_mask
     from .dispatch import emulated, features, supports
     from .masks import Causal, Document, Mask, PrefixLM, SlidingWindow
@@ -27,7 +36,11 @@ __all__ = [
     "features",
     "flash_attn_combine",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "supports",
 ]

@@ -98,10 +98,7 @@ def flash_attn_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         lse, out, block_mask, num_splits, deterministic,
     )
-    if not return_attn_probs:
-        return _result(repeat.forward(q, k, v, None, options), return_lse)
-    call = request.dense(q, k, v, options)
-    return *ops.forward(call, out), ops.probabilities(call)
+    return _dense(q, k, v, options, return_lse, return_attn_probs)
 
 
 def flash_attn_varlen_func(
@@ -156,17 +153,156 @@ def flash_attn_varlen_func(
             "block_mask is given; allowed for packed sequences: None, for its blocks are of one seqlen_q and "
             "seqlen_k. Use flash_attn_func, or a mask: blocks that it hides are skipped where it has bounds"
         )
-    if return_attn_probs:
-        raise NotImplementedError(
-            "return_attn_probs is True; allowed for packed sequences: False. Use flash_attn_func on one "
-            "sequence at a time, or return_lse=True for the log-sum-exp"
-        )
+    _refuse_probabilities(return_attn_probs)
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         return_lse, out, num_splits=num_splits, deterministic=deterministic,
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
     return _result(repeat.forward(q, k, v, packing, options), return_lse)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    mask: Any = None,
+    score: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """`flash_attn_func` of q, k and v in one tensor, whose gradient is written in place, part by part.
+
+    qkv: (batch, seqlen, 3, heads, head_dim): q, k and v are qkv[:, :, 0], [:, :, 1] and [:, :, 2].
+    All others, what is returned and what is raised: as in `flash_attn_func`.
+    """
+    qkv = request.joint("qkv", qkv, ("batch", "seqlen"))
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        return_lse or return_attn_probs, out, block_mask, num_splits, deterministic, qkv,
+    )
+    return _dense(*qkv.unbind(2), options, return_lse, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    mask: Any = None,
+    score: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """`flash_attn_func` of k and v in one tensor, whose gradient is written in place, part by part.
+
+    q: (batch, seqlen_q, heads, head_dim).
+    kv: (batch, seqlen_k, 2, heads_kv, head_dim): k and v are kv[:, :, 0] and kv[:, :, 1].
+    All others, what is returned and what is raised: as in `flash_attn_func`.
+    """
+    kv = request.joint("kv", kv, ("batch", "seqlen"))
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        return_lse or return_attn_probs, out, block_mask, num_splits, deterministic, kv,
+    )
+    return _dense(q, *kv.unbind(2), options, return_lse, return_attn_probs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    seqused: torch.Tensor | None = None,
+    mask: Any = None,
+    score: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """`flash_attn_varlen_func` of q, k and v in one tensor, whose gradient is written in place, part by part.
+
+    qkv: (total, 3, heads, head_dim): q, k and v are qkv[:, 0], qkv[:, 1] and qkv[:, 2].
+    cu_seqlens, max_seqlen, seqused: of queries and keys alike.
+    All others, what is returned and what is raised: as in `flash_attn_varlen_func`.
+    """
+    _refuse_probabilities(return_attn_probs)
+    qkv = request.joint("qkv", qkv, ("total",))
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        return_lse, out, num_splits=num_splits, deterministic=deterministic, joint=qkv,
+    )
+    packing = Packing(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, seqused, seqused)
+    return _result(repeat.forward(*qkv.unbind(1), packing, options), return_lse)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    mask: Any = None,
+    score: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """`flash_attn_varlen_func` of k and v in one tensor, whose gradient is written in place, part by part.
+
+    q: (total_q, heads, head_dim). kv: (total_k, 2, heads_kv, head_dim): k and v are kv[:, 0] and kv[:, 1].
+    All others, what is returned and what is raised: as in `flash_attn_varlen_func`.
+    """
+    _refuse_probabilities(return_attn_probs)
+    kv = request.joint("kv", kv, ("total",))
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        return_lse, out, num_splits=num_splits, deterministic=deterministic, joint=kv,
+    )
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+    return _result(repeat.forward(q, *kv.unbind(1), packing, options), return_lse)
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -180,6 +316,21 @@ def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> torch.Tensor:
 def flash_attn_combine(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Merging partial results of split keys: not available yet, NotImplementedError."""
     raise NotImplementedError("flash_attn_combine does not exist yet: num_splits merges by itself")
+
+
+def _dense(q, k, v, options: Options, return_lse: bool, return_attn_probs: bool) -> Any:
+    if not return_attn_probs:
+        return _result(repeat.forward(q, k, v, None, options), return_lse)
+    call = repeat.checked(q, k, v, None, options)
+    return *ops.forward(call, options.out), ops.probabilities(call)
+
+
+def _refuse_probabilities(asked: bool) -> None:
+    if asked:
+        raise NotImplementedError(
+            "return_attn_probs is True; allowed for packed sequences: False. Use flash_attn_func on one "
+            "sequence at a time, or return_lse=True for the log-sum-exp"
+        )
 
 
 def _result(found: Result, return_lse: bool) -> Any:

@@ -15,7 +15,7 @@ from . import contents, flops, launch, ops, schema
 from .arch.backward import BackwardProblem
 from .dispatch import dispatch, place_of, plan
 from .problems import problem_of, sizes_of
-from .request import Call
+from .request import Call, parts_of
 
 
 class Given(NamedTuple):
@@ -31,11 +31,15 @@ class Given(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of q, k and v in their dtype, and of the sink in float32; empty without one."""
+    """Of q, k and v, or of what they are parts of, in their dtype, and of the sink in float32.
+
+    Empty where a call has none: of `joint`, which takes the place of its parts, and of the sink.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    joint: torch.Tensor
     sink: torch.Tensor
 
 
@@ -62,15 +66,16 @@ def gradients(given: Given, call: Call) -> Gradients:
     place = place_of(call.q.device)
     planned = plan(asked(call, given.grad_lse), place.device, sizes_of(call))
     values = ops.values_of(call, given.out, given.lse)
+    places = found._asdict() | parts_of(None if call.joint is None else found.joint)
     keep_scale = values["keep_scale"]
     values |= {
         "grad_out": contents.as_kernels_read(given.grad_out),
         "grad_lse": None if given.grad_lse is None else given.grad_lse.contiguous(),
         "block_counts": call.key_block_counts,
         "block_indices": call.key_block_indices,
-        "grad_q": found.q,
-        "grad_k": found.k,
-        "grad_v": found.v,
+        "grad_q": places["q"],
+        "grad_k": places["k"],
+        "grad_v": places["v"],
         "grad_sink_rows": None if call.sink is None else torch.zeros_like(given.lse),
         "value_scale": 1.0 if keep_scale is None else keep_scale,
         "max_seqlen_k": call.max_seqlen_k,
@@ -90,8 +95,11 @@ def _new(call: Call) -> Gradients:
     """Where gradients are written. Rows of packed tensors that belong to no sequence have gradient 0."""
     packed = call.cu_seqlens_q is not None
     make = torch.zeros_like if packed else torch.empty_like
+    parts = parts_of(call.joint)
+    owners = {name: None if name in parts else getattr(call, name) for name in ("q", "k", "v", "joint")}
+    found = {name: call.q.new_empty(0) if x is None else make(x) for name, x in owners.items()}
     sink = call.q.new_empty((0,) if call.sink is None else call.sink.shape, dtype=torch.float32)
-    return Gradients(*(make(x) for x in (call.q, call.k, call.v)), sink)
+    return Gradients(**found, sink=sink)
 
 
 def _split(arguments: tuple) -> tuple[Given, Call]:
@@ -112,13 +120,10 @@ def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
     call = Call(*inputs)
     check(call)
     ctx.set_materialize_grads(False)
-    tensors = [value for value in call if isinstance(value, torch.Tensor)]
-    ctx.save_for_backward(*output, *tensors, *call.rule_tensors)
-    ctx.call = call._replace(
-        **{name: None for name, value in call._asdict().items() if isinstance(value, torch.Tensor)},
-        rule_tensors=[],
-    )
-    ctx.tensors = [name for name, value in call._asdict().items() if isinstance(value, torch.Tensor)]
+    tensors = {name: value for name, value in call._asdict().items() if isinstance(value, torch.Tensor)}
+    ctx.call = call._replace(**dict.fromkeys(tensors), rule_tensors=[])
+    ctx.tensors = [name for name in tensors if name not in parts_of(call.joint)]
+    ctx.save_for_backward(*output, *(tensors[name] for name in ctx.tensors), *call.rule_tensors)
 
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple:
@@ -126,14 +131,15 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
     out, lse, *tensors = ctx.saved_tensors
     count = len(ctx.tensors)
     named = dict(zip(ctx.tensors, tensors[:count], strict=True))
-    call = ctx.call._replace(**named, rule_tensors=tensors[count:])
+    parts = parts_of(named.get("joint"))
+    call = ctx.call._replace(**named, **parts, rule_tensors=tensors[count:])
     given = Given(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, out, lse)
     found = Gradients(*torch.ops.cute_flash.backward.default(*given, *call))
     # Of a list of tensors, and of an empty one, torch wants a list.
     none = {name: [] if value == [] else None for name, value in call._asdict().items()}
     none["rule_tensors"] = [None] * len(call.rule_tensors)
-    sink = None if call.sink is None else found.sink
-    return tuple((none | {"q": found.q, "k": found.k, "v": found.v, "sink": sink}).values())
+    own = {name: x for name, x in found._asdict().items() if getattr(call, name) is not None}
+    return tuple((none | own | dict.fromkeys(parts)).values())
 
 
 def _no_second(context: Any, *_: Any) -> None:

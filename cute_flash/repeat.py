@@ -170,7 +170,7 @@ def key_of(q, k, v, packing: Packing | None, options: Options, seen: rules.Seen 
     """All that checks, plan and kernel depend on. Numbers come with their types: 1.0 equals 1 and True."""
     (
         dropout_p, scale, causal, window, softcap, slopes, mask, score, sink,
-        lse, out, block_mask, num_splits, deterministic,
+        lse, out, block_mask, num_splits, deterministic, _,
     ) = options
     window = tuple(window)
     key = (

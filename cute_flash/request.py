@@ -40,6 +40,7 @@ class Options(NamedTuple):
     block_mask: BlockMask | None = None
     num_splits: int | None = None
     deterministic: bool = False
+    joint: torch.Tensor | None = None  # what k and v, or q, k and v, are parts of
 
 
 class Packing(NamedTuple):
@@ -63,6 +64,7 @@ class Call(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    joint: torch.Tensor | None  # what has the gradient of its parts (`parts_of`), where one is required
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
     seqused_q: torch.Tensor | None
@@ -86,11 +88,28 @@ class Call(NamedTuple):
     num_splits: int
 
 
+def parts_of(joint: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """k and v, or q, k and v, by name: the parts of one tensor (..., parts, heads, head_dim), as views."""
+    parts = () if joint is None else joint.unbind(-3)
+    return dict(zip("qkv"[3 - len(parts) :], parts, strict=True))
+
+
 class _Sizes(NamedTuple):
     batch: int
     heads: int
     seqlen_q: int
     seqlen_k: int
+
+
+def joint(name: str, tensor: Any, rows: tuple[str, ...]) -> torch.Tensor:
+    """Check a tensor of as many parts as its name has letters, its first dimensions being `rows`."""
+    (tensor,) = as_autocast_has_it(tensor)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}; allowed: torch.Tensor")
+    if tensor.ndim != len(rows) + 3 or tensor.shape[-3] != len(name):
+        dims = ", ".join((*rows, str(len(name)), "heads", "head_dim"))
+        raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: ({dims})")
+    return tensor
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Call:
@@ -171,10 +190,14 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
     backward = needs_gradient(q, k, v, options.learnable_sink)
     by_keys = block_mask.transposed if backward and block_mask is not None else (None, None)
     splits = scalars.num_splits(options.num_splits, options.deterministic)
+    joint = options.joint if backward else None
+    if joint is not None:
+        q, k, v = ({"q": q, "k": k, "v": v} | parts_of(joint.detach())).values()
     return Call(
         q=q,
         k=k,
         v=v,
+        joint=joint,
         **packing._asdict(),
         sink=sink,
         rng_state=rng_state,
