@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_flash import executable
+from cute_flash import executable, repeat
 from tests.test_house import offenders
 
 CACHE = "CUTE_FLASH_CACHE"
 HOUSE = "tests/test_house.py"
 LONGEST = ("test_install.py", "test_profiling_pack.py", "test_profiling_report.py")
 MOST_KEPT = 1 << 30  # bytes: some runs' worth
+MOST_TRANSLATED = 256  # kernels of a process, of some megabytes each
 pytest_plugins = ("tests.costs", "tests.proofs")
 
 
@@ -67,12 +68,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
-    """Translated kernels stay, each of a hundred thousand objects: collections need not look through them."""
-    asked = executable.executable.cache_info().misses
-    if asked != item.session.stash.get(_asked, 0):
-        item.session.stash[_asked] = asked
-        gc.collect(1)
+    """Translated kernels stay, each of a hundred thousand objects: collections need not look through them.
+
+    Beyond a number all go, and are translated again where they are asked for.
+    """
+    kernels = executable.executable.cache_info()
+    if kernels.currsize > MOST_TRANSLATED:
+        executable.executable.cache_clear()
+        repeat.forget()
+        gc.unfreeze()
+        gc.collect()
+    elif kernels.misses != item.session.stash.get(_asked, 0):
+        gc.collect()
         gc.freeze()
+    item.session.stash[_asked] = executable.executable.cache_info().misses
 
 
 _asked = pytest.StashKey[int]()

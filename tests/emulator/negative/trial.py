@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from cute_flash import executable, objectfile
+from cute_flash import executable, objectfile, repeat
 from cute_flash.arch.combine import COMBINE
 from cute_flash.arch.kernel import Step
 from cute_flash.arch.problem import Device
@@ -57,8 +57,12 @@ class Subject:
     multiprocessors: int | None = None
 
     def served(self, device: str, executable: Callable) -> contextlib.ExitStack:
-        """Within this context calls launch the kernels that `executable` gives, on the subject's device."""
+        """Within this context calls launch the kernels that `executable` gives, on the subject's device.
+
+        Calls that went well are remembered with their kernels, which nobody else will ask for: they go.
+        """
         stack = contextlib.ExitStack()
+        stack.callback(repeat.forget)
         stack.enter_context(mock.patch("cute_flash.launch.executable", executable))
         if self.multiprocessors is not None:
             gpu = replace(EMULATED[device], multiprocessors=self.multiprocessors)
