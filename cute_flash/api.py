@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from . import backward, ops, repeat, request  # noqa: F401, backward is an operator
+from . import ops, repeat, request
 from .block_mask import BlockMask
 from .repeat import Result
 from .request import Options, Packing

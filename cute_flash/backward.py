@@ -27,7 +27,7 @@ class Given(NamedTuple):
     grad_out: torch.Tensor
     grad_lse: torch.Tensor | None
     out: torch.Tensor
-    lse: torch.Tensor
+    softmax_lse: torch.Tensor  # `lse` is a Call's: whether one is asked for
 
 
 class Gradients(NamedTuple):
@@ -45,7 +45,8 @@ class Gradients(NamedTuple):
 
 def check(call: Call) -> None:
     """NotImplementedError with every kernel's every reason where a call has no gradients."""
-    dispatch(asked(call, None), place_of(call.q.device).device)
+    if not call.q.is_meta:
+        plan(asked(call, None), place_of(call.q.device).device, sizes_of(call))
 
 
 def asked(call: Call, grad_lse: torch.Tensor | None) -> BackwardProblem:
@@ -60,12 +61,12 @@ def gradients(given: Given, call: Call) -> Gradients:
         for gradient in found:
             gradient.zero_()
         # Rows without keys: their lse is the sink.
-        if call.sink is not None and given.grad_lse is not None and given.lse.numel():
-            found.sink.copy_(_by_head(given.grad_lse.masked_fill(given.lse.isneginf(), 0.0)))
+        if call.sink is not None and given.grad_lse is not None and given.softmax_lse.numel():
+            found.sink.copy_(_by_head(given.grad_lse.masked_fill(given.softmax_lse.isneginf(), 0.0)))
         return found
     place = place_of(call.q.device)
     planned = plan(asked(call, given.grad_lse), place.device, sizes_of(call))
-    values = ops.values_of(call, given.out, given.lse)
+    values = ops.values_of(call, given.out, given.softmax_lse)
     places = found._asdict() | parts_of(None if call.joint is None else found.joint)
     keep_scale = values["keep_scale"]
     values |= {
@@ -76,7 +77,7 @@ def gradients(given: Given, call: Call) -> Gradients:
         "grad_q": places["q"],
         "grad_k": places["k"],
         "grad_v": places["v"],
-        "grad_sink_rows": None if call.sink is None else torch.zeros_like(given.lse),
+        "grad_sink_rows": None if call.sink is None else torch.zeros_like(given.softmax_lse),
         "value_scale": 1.0 if keep_scale is None else keep_scale,
         "max_seqlen_k": call.max_seqlen_k,
     }
@@ -118,7 +119,9 @@ def _backward_fake(*arguments):
 def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keep what the gradients are computed from, where any is asked for."""
     call = Call(*inputs)
-    check(call)
+    # Nobody checked a call that is traced; its sizes may be symbols, which no plan is remembered for.
+    if not call.q.is_meta:
+        dispatch(asked(call, None), place_of(call.q.device).device)
     ctx.set_materialize_grads(False)
     tensors = {name: value for name, value in call._asdict().items() if isinstance(value, torch.Tensor)}
     ctx.call = call._replace(**dict.fromkeys(tensors), rule_tensors=[])

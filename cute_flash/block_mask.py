@@ -78,8 +78,7 @@ class BlockMask:
             full = torch.zeros_like(visit) if full is None else full.clone()
         if seqlens[1] % block_size[1]:
             full[..., -1] = False  # its last keys do not exist
-        counts, indices = _lists(visit, full)
-        return BlockMask(counts, indices, block_size, seqlens, mask)
+        return BlockMask(*_lists(visit, full), block_size, seqlens, mask)._for_training()
 
     @property
     def k_blocks(self) -> int:
@@ -92,11 +91,22 @@ class BlockMask:
         if isinstance(mask, Rule):
             kind, values = describe(mask)
             mask = kind.build(tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in values))
-        return replace(self, counts=self.counts.to(device), indices=self.indices.to(device), mask=mask)
+        moved = replace(self, counts=self.counts.to(device), indices=self.indices.to(device), mask=mask)
+        if "transposed" in vars(self):
+            vars(moved)["transposed"] = tuple(lists.to(device) for lists in self.transposed)
+        return moved
+
+    def _for_training(self) -> BlockMask:
+        """Itself, with its lists by keys where gradients are enabled: torch.compile could not make them."""
+        if torch.is_grad_enabled():
+            self.transposed  # noqa: B018
+        return self
 
     @functools.cached_property
     def transposed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(counts, indices) of what each block of keys is visited by, for backward passes; built once.
+        """(counts, indices) of what each block of keys is visited by, for backward passes.
+
+        Made once: with the block mask where gradients are enabled, else by the first call that needs one.
 
         int32 (batch or 1, heads or 1, key blocks, 2) and (batch or 1, heads or 1, key blocks, most visits),
         in the same order. A last row block that is not whole counts as partial: so it comes first.
@@ -152,7 +162,7 @@ def create_block_mask(
     rule = _rule(mask)
     grid = _Grid.of(rule, (batch, heads), (seqlen_q, seqlen_k), block_size, _device(rule, device))
     pieces = [_lists(*grid.classify(first, last)) for first, last in grid.row_pieces()]
-    return BlockMask(*_joined(pieces), block_size, (seqlen_q, seqlen_k), mask)
+    return BlockMask(*_joined(pieces), block_size, (seqlen_q, seqlen_k), mask)._for_training()
 
 
 class _Grid(NamedTuple):

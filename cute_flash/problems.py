@@ -33,16 +33,16 @@ def problem(
 
 
 def problem_of(call: Call) -> Problem:
-    """What a checked call asks."""
+    """What a checked call asks. What kernels are compiled for is a number, no symbol of torch.compile."""
     return problem(
         dtype=call.q.dtype,
-        head_dim=call.q.shape[-1],
-        head_dim_v=call.v.shape[-1],
+        head_dim=int(call.q.shape[-1]),
+        head_dim_v=int(call.v.shape[-1]),
         code=call.rules,
         varlen=call.cu_seqlens_q is not None,
         seqused_q=call.seqused_q is not None,
         seqused_k=call.seqused_k is not None,
-        gqa=call.q.shape[-2] != call.v.shape[-2],
+        gqa=bool(call.q.shape[-2] != call.v.shape[-2]),
         dropout=call.rng_state is not None,
         sink=call.sink is not None,
         lse=call.lse,

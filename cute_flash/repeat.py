@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from . import contents, dispatch, launch, ops, overlap, request, rules
+from . import backward, contents, dispatch, launch, ops, overlap, request, rules
 from .request import Call, Options, Packing
 
 MOST = 1024  # decisions that are remembered; the oldest is forgotten first
@@ -155,8 +155,11 @@ def watched() -> bool:
 
 
 def checked(q, k, v, packing: Packing | None, options: Options) -> Call:
-    """The call, by all checks that `request` has."""
-    return request.dense(q, k, v, options) if packing is None else request.varlen(q, k, v, packing, options)
+    """The call, by all checks that `request` has, and that of its gradients, where any is required."""
+    call = request.dense(q, k, v, options) if packing is None else request.varlen(q, k, v, packing, options)
+    if request.needs_gradient(q, k, v, options.learnable_sink) and not torch.compiler.is_compiling():
+        backward.check(call)
+    return call
 
 
 def rules_of(options: Options) -> rules.Seen | None:

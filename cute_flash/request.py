@@ -188,7 +188,7 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
     backward = needs_gradient(q, k, v, options.learnable_sink)
-    by_keys = block_mask.transposed if backward and block_mask is not None else (None, None)
+    by_keys = _lists_by_keys(block_mask) if backward and block_mask is not None else (None, None)
     splits = scalars.num_splits(options.num_splits, options.deterministic)
     joint = options.joint if backward else None
     if joint is not None:
@@ -265,6 +265,17 @@ def _check_block_mask(block_mask: Any, q: torch.Tensor, sizes: _Sizes) -> None:
             f"block_mask.indices has shape {_shape(block_mask.indices)}; allowed: "
             f"({batch}, {heads}, {q_blocks}, 1 or more)"
         )
+
+
+def _lists_by_keys(block_mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the backward pass visits."""
+    if torch.compiler.is_compiling() and "transposed" not in block_mask.__dict__:
+        raise NotImplementedError(
+            "block_mask was made where no gradient is recorded, without the lists that a backward pass needs "
+            "and torch.compile cannot make; allowed: one made where gradients are enabled, or one whose "
+            "`transposed` was read before"
+        )
+    return block_mask.transposed
 
 
 def as_autocast_has_it(*tensors: Any) -> tuple:
