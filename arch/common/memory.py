@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import cutlass.cute as cute
@@ -12,6 +13,7 @@ except ImportError:  # before 4.8
     from cutlass.utils import SmemAllocator
 
 from .operand import Mapped, Operand
+from .regions import Region, Regions
 
 
 class Maps(NamedTuple):
@@ -36,10 +38,39 @@ class Tiles(NamedTuple):
         smem: SmemAllocator, q: Operand, k: Operand, v: Operand, out: Operand, apart: bool
     ) -> Tiles:
         """apart: `out` has a place of its own."""
-        if apart:
-            return Tiles(*(_tensor(smem, operand) for operand in (q, k, v, out)))
-        larger = _tensor(smem, max(q, out, key=lambda operand: operand.bytes))
-        return Tiles(_in_place(larger, q), _tensor(smem, k), _tensor(smem, v), _in_place(larger, out))
+        operands, tiles = {"q": q, "k": k, "v": v, "out": out}, {}
+        regions = regions_of(operands, apart)
+        for place in regions.places():
+            shared = {region.name: operands[region.name] for region in regions.sharing(place)}
+            largest = _tensor(smem, max(shared.values(), key=lambda operand: operand.bytes))
+            alone = len(shared) == 1
+            tiles |= {name: largest if alone else _in_place(largest, o) for name, o in shared.items()}
+        return Tiles(**tiles)
+
+
+def regions_of(operands: Mapping[str, Operand], apart: bool) -> Regions:
+    """Where tiles lie. apart: the next Q comes before `out` has left, so that it must not lie over Q."""
+    lifetimes = {
+        "q": ("load", "store" if apart else "qk"),
+        "k": ("load", "qk"),
+        "v": ("load", "pv"),
+        "out": ("output", "store"),
+    }
+    return Regions(
+        regions=tuple(
+            Region(
+                name=name,
+                size=operands[name].bytes,
+                count=operands[name].stages,
+                filled=filled,
+                read=read,
+                over="q" if name == "out" and not apart else None,
+            )
+            for name, (filled, read) in lifetimes.items()
+        ),
+        steps=("load", "qk", "softmax", "pv", "output", "store"),
+        unit="bytes of shared memory",
+    )
 
 
 def _tensor(smem: SmemAllocator, operand: Operand) -> cute.Tensor:

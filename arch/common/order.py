@@ -18,7 +18,7 @@ def pin(registers: cute.Tensor) -> None:
         words[i] = Float32(llvm.inline_asm(Float32.mlir_type, [word], "", "=f,0", has_side_effects=True))
 
 
-def hold(x: Float32, y: Float32) -> None:
+def compute_before_wait(x: Float32, y: Float32) -> None:
     """Compute `x` and `y`, which are never negative, before anything that follows, a wait above all.
 
     ptxas moves a wait up to where the product's registers come in sight, past most of the work that is
@@ -30,7 +30,7 @@ def hold(x: Float32, y: Float32) -> None:
     llvm.inline_asm(None, [x.ir_value(), y.ir_value()], barrier, "f,f", has_side_effects=True)
 
 
-def after(loaded: Float32, x: Int32) -> Int32:
+def depend_on_load(loaded: Float32, x: Int32) -> Int32:
     """`x`, known only once `loaded` is.
 
     What follows from x alone is then not computed ahead, while the load is awaited, at a register each. `x`

@@ -82,7 +82,7 @@ class Products:
     def p(self, base: cute.Pointer, tile: int, turn: int | Int32) -> cute.Tensor:
         """P of a Q tile's block as the product reads it: (mma, rows, k), two elements to a column."""
         layout = cute.make_layout((ROWS, self.plan.tile_n), stride=(self.plan.tile_n, 1))
-        pointer = cute.recast_ptr(base + self.plan.s(tile, turn), dtype=self.dtype)
+        pointer = cute.recast_ptr(base + self.plan.p(tile, turn), dtype=self.dtype)
         p = self.own_pv().partition_A(cute.make_tensor(pointer, layout))
         # A fragment in tensor memory has a layout, but always begins at column 0.
         return cute.make_tensor(pointer, self.pv().make_fragment_A(p).layout)

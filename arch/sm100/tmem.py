@@ -14,6 +14,7 @@ from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import tcgen05
 
 from ..common.order import pin
+from ..common.regions import Region, Regions
 
 COLUMNS = 512  # of one multiprocessor
 ROWS = 128
@@ -22,7 +23,7 @@ LANE = 65536  # from one lane to the next in a tensor memory address, whose low 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who owns which columns: S (later P, in its first half) and O of every Q tile of a CTA.
+    """Who owns which columns: S, over it P, and O of every Q tile of a CTA.
 
         S[tile 0, slot 0]  S[tile 0, slot 1]  S[tile 1, slot 0]  ...  O[tile 0]  O[tile 1]
 
@@ -36,12 +37,26 @@ class Plan:
     dim_v: int
 
     def __post_init__(self) -> None:
-        if self.used > COLUMNS:
-            raise ValueError(f"{self} takes {self.used} columns of tensor memory, there are {COLUMNS}")
+        self.regions  # noqa: B018
+
+    @functools.cached_property
+    def regions(self) -> Regions:
+        """Their columns. Two elements of P take one."""
+        scores = self.tiles * self.slots
+        return Regions(
+            regions=(
+                Region(name="s", size=self.tile_n, count=scores, filled="qk", read="softmax"),
+                Region(name="p", size=self.tile_n // 2, count=scores, filled="softmax", read="pv", over="s"),
+                Region(name="o", size=self.dim_v, count=self.tiles, filled="pv", read="correction"),
+            ),
+            steps=("qk", "softmax", "pv", "correction"),
+            unit="columns of tensor memory",
+            room=COLUMNS,
+        )
 
     @property
     def used(self) -> int:
-        return self.tiles * (self.slots * self.tile_n + self.dim_v)
+        return self.regions.used
 
     @property
     def allocated(self) -> int:
@@ -57,12 +72,16 @@ class Plan:
         return tile * self.slots + self.slot(turn)
 
     def s(self, tile: int | Int32, turn: int | Int32) -> int | Int32:
-        """First column of S and P of a Q tile's block number `turn`."""
-        return self.place(tile, turn) * self.tile_n
+        """First column of S of a Q tile's block number `turn`."""
+        return self.regions.at("s", self.place(tile, turn))
+
+    def p(self, tile: int | Int32, turn: int | Int32) -> int | Int32:
+        """First column of P of a Q tile's block number `turn`."""
+        return self.regions.at("p", self.place(tile, turn))
 
     def o(self, tile: int | Int32) -> int | Int32:
         """First column of O of a Q tile."""
-        return self.tiles * self.slots * self.tile_n + tile * self.dim_v
+        return self.regions.at("o", tile)
 
 
 def columns(base: cute.Pointer, first: int | Int32, count: int) -> cute.Tensor:

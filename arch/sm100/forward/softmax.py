@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from ...common.dropout import Dropout
-from ...common.order import after
+from ...common.order import depend_on_load
 from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax, is_large
@@ -45,6 +45,13 @@ class Row(NamedTuple):
     factors: cute.Tensor
 
 
+class First(NamedTuple):
+    """The first columns of a block's S and P in tensor memory."""
+
+    s: Int32
+    p: Int32
+
+
 class Softmax:
     """plan: where S and P are. output: where the log-sum-exp goes."""
 
@@ -74,28 +81,30 @@ class Softmax:
     def block(self, row: Row, work: Work, n: Int32, turn: Int32, masked: cutlass.Constexpr):
         """Block n of the keys, the turn-th of the tile that is visited: S becomes P."""
         turn = work.past.turns + turn
-        place, column = self.plan.place(row.tile, turn), self.plan.s(row.tile, turn)
+        place = self.plan.place(row.tile, turn)
+        first = First(self.plan.s(row.tile, turn), self.plan.p(row.tile, turn))
         s, factors = work.edges.s.of(place), work.edges.factors.of(place)
         scores, first_key = registers(self.config.tile_n), n * self.config.tile_n
         s.wait_full(turn // self.config.slots)
-        most = self.fetch(row, columns(row.tensor, column, self.config.tile_n), scores, first_key, masked)
+        most = self.fetch(row, columns(row.tensor, first.s, self.config.tile_n), scores, first_key, masked)
         factor = raise_max(row.softmax, most)
         row.factors[self.plan.slot(turn)] = factor
         factors.warp_filled()
         shift = row.softmax.shifts()[0]
         if cute.arch.vote_any_sync(is_large(shift)):
-            self.lowered(row, column, first_key, factor, masked)
+            self.lowered(row, first, first_key, factor, masked)
             stored()
             s.warp_emptied(self.group)
         else:
             for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
-                self.to_p(row, some_columns(scores, c, CHUNK), shift, column + c // 2, first_key + c, masked)
+                chunk = some_columns(scores, c, CHUNK)
+                self.to_p(row, chunk, shift, first.p + c // 2, first_key + c, masked)
             stored()
             s.warp_emptied(self.group)
             accumulate(row.softmax, scores, factor)
 
     @cute.jit
-    def lowered(self, row: Row, column: Int32, first_key: Int32, factor: Float32, masked: cutlass.Constexpr):
+    def lowered(self, row: Row, first: First, first_key: Int32, factor: Float32, masked: cutlass.Constexpr):
         """P where rows of the warp are large: S is fetched again, and lowered.
 
         The other rows' bits are as ever. A path of its own, some columns at a time: where scores that it has
@@ -103,19 +112,19 @@ class Softmax:
         """
         sums = sums_of(row.softmax, factor)
         for c in cutlass.range(0, self.config.tile_n, CHUNK, unroll=1):
-            self.lowered_columns(row, column, c, first_key, sums, masked)
+            self.lowered_columns(row, first, c, first_key, sums, masked)
         add_up(row.softmax, sums)
 
     def lowered_columns(
-        self, row: Row, column: Int32, first: Int32, first_key: Int32, sums: cute.Tensor, masked: bool
+        self, row: Row, first: First, column: Int32, first_key: Int32, sums: cute.Tensor, masked: bool
     ) -> None:
-        """CHUNK columns of S, from `first` on, become P and join the sums."""
+        """CHUNK columns of S, from its `column` on, become P and join the sums."""
         s, shifts = registers(CHUNK), row.softmax.shifts()
         for c in range(0, CHUNK, PIECE):
-            source = columns(row.tensor, column + first + c, PIECE)
-            self.scored(row, source, some_columns(s, c, PIECE), first_key + first + c, masked)
+            source = columns(row.tensor, first.s + column + c, PIECE)
+            self.scored(row, source, some_columns(s, c, PIECE), first_key + column + c, masked)
         row.softmax.lower(s, shifts)
-        self.to_p(row, s, shifts[0], column + first // 2, first_key + first, masked)
+        self.to_p(row, s, shifts[0], first.p + column // 2, first_key + column, masked)
         take_in(sums, s)
 
     def to_p(
@@ -140,7 +149,7 @@ class Softmax:
     ) -> None:
         """Columns of S from tensor memory, by the rules."""
         load(source, scores, row.thread)
-        number, key = after(scores[0], row.number), after(scores[0], first_key)
+        number, key = (depend_on_load(scores[0], x) for x in (row.number, first_key))
         row.rules.apply(scores, lambda r: number, lambda c: key + c, masked)
 
     @cute.jit
@@ -148,23 +157,14 @@ class Softmax:
         """The log-sum-exp is written, and the correction told what normalises O."""
         _, head = row_of_thread(self.config, work.job, row.tile)
         exists = Boolean(True) if self.config.heads == 1 else head < work.job.heads.end
-        factor = self.output_rows(work.job, head).close(row.softmax, 0, row.number, exists)
+        head = work.job.heads.known(self.config.heads, head)
+        rows = OutputRows.of(self.problem, work.job, head, self.output.lse(work.job))
+        factor = rows.close(row.softmax, 0, row.number, exists)
         final_scale = work.edges.final_scale.of(row.tile)
         if cutlass.const_expr(self.config.is_persistent):
             final_scale.wait_empty(work.past.tiles)
         row.factors[self.plan.slots] = factor
         final_scale.warp_filled()
-
-    def output_rows(self, job: Job, head: Int32) -> OutputRows:
-        problem, call, sequence = self.problem, job.call, job.sequence
-        head = job.heads.known(self.config.heads, head)
-        return OutputRows(
-            used=sequence.seqlen_q if problem.seqused_q else None,
-            end=sequence.q_rows,
-            lse=sequence.lse_of(self.output.lse(job), head) if problem.lse else None,
-            sink=call.sink[head] if problem.sink else None,
-            factor=call.keep_scale if problem.dropout else None,
-        )
 
     def rounded(self, row: Row, chunk: cute.Tensor, first_key: Int32) -> cute.Tensor:
         """CHUNK columns of P, less what dropout takes, as 32-bit words of two elements."""

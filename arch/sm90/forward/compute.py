@@ -23,7 +23,7 @@ from ...common.fragment import rows_by_columns, some_rows
 from ...common.job import Job, Launch, visits_of
 from ...common.memory import Tiles
 from ...common.operand import Operand, transposed
-from ...common.order import hold, pin
+from ...common.order import compute_before_wait, pin
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ...elementwise import where
@@ -128,7 +128,7 @@ class Compute:
                     wait(1, state.s)
                     k.release()
                     rescale = self.softmax(job, state, n, masked, warpgroup)
-                    hold(state.softmax.row_sum[0], state.softmax.row_sum[1])
+                    compute_before_wait(state.softmax.row_sum[0], state.softmax.row_sum[1])
                     wait(0, state.o)
                     v.release()
                     self.rescale(state.o, rescale)
