@@ -273,8 +273,11 @@ def test_reading_the_source_is_less_than_arriving():
     for how, seen in (("wait_group.read", 0), ("wait_group", 63)):
         tail = f"cp.async.bulk.{how} 0;\nld.global.b32 %r3, [%out+1008];\nst.global.b32 [%in], %r3;"
         code = STORE.format(ready="", fence=FENCE, copy=copy, wait=tail)
-        _, after = run(code, np.full(4, 77, np.uint32), asynchrony="late")
+        _, after = run(code, np.full(4, 77, np.uint32), asynchrony="late", races=seen > 0)
         assert after[0] == seen
+        if not seen:
+            with pytest.raises(DataRace, match="the write of a bulk copy"):
+                run(code, np.full(4, 77, np.uint32))
 
 
 def test_the_tensor_must_lie_in_memory():

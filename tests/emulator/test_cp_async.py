@@ -273,7 +273,7 @@ COUNTED = "cp.async.mbarrier.arrive.shared::cta.b64 [%bar];\nmbarrier.arrive.sha
 
 def tracked(arrive: str, wait: str = WAIT, count: int = 64, end: str = "", target: str = "sm_80", **options):
     """(what was copied, what was read)."""
-    source, target_array = aligned(np.arange(1, 65, dtype=np.uint32)), aligned(np.zeros(64, np.uint32))
+    source, target_array = aligned(np.arange(1, 65, dtype=np.uint32)), aligned(np.zeros(96, np.uint32))
     at, data = (1024, 0) if target == "sm_80" else (2048, 1024)
     code = HEAD + TRACKED.format(
         at=at, data=data, last=data + 63 * 4, count=count, arrive=arrive, wait=wait, end=end
@@ -281,7 +281,7 @@ def tracked(arrive: str, wait: str = WAIT, count: int = 64, end: str = "", targe
     arrays = [source, target_array]
     options = {"races": True, **options}
     launch(module(code, PARAMS, target), arrays, block=64, shared=2048, **options)
-    return source, target_array[::-1]
+    return source, target_array[63::-1]
 
 
 @pytest.mark.parametrize("options", MODES, ids=str)
@@ -329,7 +329,7 @@ def test_units_that_read_what_was_copied_need_a_proxy_fence():
         setp.ne.u32 %p, %t, 32;
         @%p bra done;
         {fence}
-        cp.async.bulk.global.shared::cta.bulk_group [%out], [%s2], 128;
+        cp.async.bulk.global.shared::cta.bulk_group [%out+256], [%s2], 128;
         cp.async.bulk.commit_group;
         cp.async.bulk.wait_group 0;
         done:

@@ -113,7 +113,8 @@ ONCE = "@%first mbarrier.arrive.expect_tx.shared.b64 _, [%b], 16;\n@%first "
 def test_coordinates_of_nothing_are_poison():
     """The DSL asks for coordinates before it knows whether there are any."""
     code = f"{ONCE}{ASK}\n{wait(0)}\n{READ}\n{AXES.replace('@%more ', '')}\n"
-    assert run(code + "@%first st.global.b32 [%done], %x;", ctas_per_wave=36)[0, 0, 0] == 0x7A7A7A7A
+    code += "@%first st.relaxed.gpu.global.b32 [%done], %x;"
+    assert run(code, ctas_per_wave=36)[0, 0, 0] == 0x7A7A7A7A
 
 
 @pytest.mark.parametrize(

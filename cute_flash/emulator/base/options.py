@@ -18,7 +18,7 @@ class Options:
     asynchrony: when asynchronous copies and products happen: "eager" at issue, "late" when a wait forces
     them, "random" anywhere between; "late_copies" with eager products, "late_products" with eager copies.
     schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a time). seed: of
-    everything random. races: raise where accesses to shared memory conflict without an order. observers:
+    everything random. races: raise where accesses to memory conflict without an order. observers:
     objects with hooks, see core/observe.py. ctas_per_wave: places on the GPU, taken in the order of the grid:
     the next CTAs get theirs when all of a wave have exited, so that who waits for a later CTA than his wave
     has waits for ever; None lets the CTAs' size decide. uninitialized: "error" raises where shared or local

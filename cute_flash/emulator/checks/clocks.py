@@ -48,6 +48,10 @@ class Clocks:
         rank = int(self.m.rank[barrier.cta])
         return self._grown(self.agents.number("barrier", rank, barrier.address))
 
+    def number(self, *name: object) -> int:
+        """The number of somebody else, by a name of its own."""
+        return self._grown(self.agents.number(*name))
+
     def _grown(self, agent: int) -> int:
         """The agent, after making room for it in every clock."""
         if agent >= self.known.shape[2]:

@@ -1,4 +1,4 @@
-"""Data races in shared memory, by vector clocks.
+"""Data races in shared memory, by vector clocks; those in tensor and global memory are files of their own.
 
 The agents are the warps of a cluster, its mbarriers, and the units that copy and multiply on their own. Each
 works in epochs. clock[cluster, warp, agent] is the last epoch of an agent that a warp knows to be over. A
@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import DataRace
-from ..core.events import Columns, Span, Unit
+from ..core.events import Columns, Order, Rows, Span, Unit
 from ..core.memory import RANK_SHIFT
 from ..core.observe import Observer
 from ..units.cluster import ClusterBarriers
 from ..units.sync import NamedBarriers
 from .clocks import Clocks
+from .global_races import GlobalRaces
 from .meetings import EVERY_LANE, lanes_of
 from .race_state import NOBODY, PROXY, TENSOR, Access, History, Released, UnitAccess, Word, wider
 from .tensor_races import TensorRaces
@@ -46,8 +47,11 @@ class RaceDetector(Observer):
     State is kept per cell: the granules of every CTA, each as wide as the program's narrowest shared access.
     """
 
+    def __init__(self) -> None:
+        self.everywhere = GlobalRaces()
+
     def begin(self, m: Machine) -> None:
-        """Start a wave with empty histories."""
+        """Start a wave with empty histories, but of global memory."""
         self.m = m
         self.granule = m.code.shared_granule
         self.count = m.shared.stride // self.granule
@@ -65,6 +69,7 @@ class RaceDetector(Observer):
         self.atomics: dict[int, History] = {}
         self.closed: dict[Unit, Released] = {}
         self.tensor = TensorRaces(self.clocks, m)
+        self.everywhere.begin(m, self.clocks)
 
     # Accesses of threads.
 
@@ -89,7 +94,28 @@ class RaceDetector(Observer):
         self._check_together(a, values)
         self._record_write(a.cell, a.cluster, a.warp, m.at)
 
+    def global_read(self, m: Machine, g: Threads, address: np.ndarray, size: int, order: Order) -> None:
+        self.everywhere.read(g, address, size, order)
+
+    def global_write(
+        self, m: Machine, g: Threads, address: np.ndarray, values: np.ndarray, order: Order
+    ) -> None:
+        self.everywhere.write(g, address, values, order)
+
+    def global_fence(self, m: Machine, g: Threads, acquire: bool, release: bool) -> None:
+        self.everywhere.fence(g, acquire, release)
+
+    def bulk_read(self, m: Machine, warp: tuple[int, int], barrier: Barrier, rows: Rows) -> None:
+        self.everywhere.load(warp, barrier, rows)
+
+    def bulk_write(self, m: Machine, unit: Unit, rows: Rows, update: bool) -> None:
+        self.everywhere.store(unit, rows, update)
+
+    def bulk_written(self, m: Machine, warp: tuple[int, int], unit: Unit) -> None:
+        self.everywhere.stored(warp, unit)
+
     def copy_issue(self, m: Machine, g: Threads, copy: Copy) -> None:
+        self.everywhere.copy(copy)
         address = copy.shared | m.rank[copy.cta] << RANK_SHIFT
         a = self._access(g, "copies to", address, copy.size)
         self._check_copies(a)
@@ -104,6 +130,7 @@ class RaceDetector(Observer):
         self.copy_step[a.cell] = m.at
 
     def copy_done(self, m: Machine, copy: Copy) -> None:
+        self.everywhere.copy(copy)
         cell, n = self._cells(copy.cta, copy.shared, copy.size)
         cta, warp = np.repeat(copy.cta, n), np.repeat(copy.thread // 32 // m.ctas, n)
         self.copier[cell] = NOBODY
@@ -207,13 +234,13 @@ class RaceDetector(Observer):
             free = complete[cta, number]
             for w, c, n in zip(warp[free].tolist(), cta[free].tolist(), number[free].tolist(), strict=True):
                 self._learn((c, w), self.named[c, n])
-                self.clocks.meetings.meet(self.clocks.known, *self.clocks.one((c, w)))
+                self._meet((c, w))
         for cta, number in zip(*np.nonzero(complete), strict=True):
             self.named.pop((int(cta), int(number)), None)
 
     def warp_meet(self, m: Machine, g: Threads) -> None:
         for cta, warp, lanes in zip(g.cta_at.tolist(), g.warp_at.tolist(), lanes_of(g).tolist(), strict=True):
-            self.clocks.meetings.meet(self.clocks.known, *self.clocks.one((cta, warp)), lanes)
+            self._meet((cta, warp), lanes)
 
     def cluster_arrive(self, m: Machine, g: Threads, release: bool) -> None:
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
@@ -230,7 +257,7 @@ class RaceDetector(Observer):
         for cta, warp in zip(g.cta_at.tolist(), g.warp_at.tolist(), strict=True):
             due = int(m.part(ClusterBarriers).due[warp, cta])
             self._learn((cta, warp), self.leaving[cta // m.cluster][due])
-            self.clocks.meetings.meet(self.clocks.known, *self.clocks.one((cta, warp)))
+            self._meet((cta, warp))
 
     def mbarrier_init(self, m: Machine, warp: tuple[int, int], barrier: Barrier) -> None:
         cluster, number = self.clocks.one(warp)
@@ -282,6 +309,10 @@ class RaceDetector(Observer):
         released = self._nothing()
         released.clock[self.clocks.copies((unit.cta, unit.warp))] = unit.epoch
         return released
+
+    def _meet(self, warp: tuple[int, int], lanes: int = EVERY_LANE) -> None:
+        for meetings in (self.clocks.meetings, self.everywhere.meetings):
+            meetings.meet(self.clocks.known, *self.clocks.one(warp), lanes)
 
     def _nothing(self) -> Released:
         agents, generic = self.clocks.known.shape[2], self.clocks.generic

@@ -83,6 +83,7 @@ class Code:
     shared_static: int
     local_bytes: int
     shared_granule: int
+    global_granule: int
     shared_symbols: frozenset[str]
     directives: dict[str, tuple[int, ...]]
     runs: list = field(default_factory=list)

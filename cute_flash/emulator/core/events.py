@@ -43,6 +43,29 @@ class Columns(NamedTuple):
     count: int
 
 
+class Rows(NamedTuple):
+    """Places in global memory: `nbytes` bytes from each address."""
+
+    address: np.ndarray
+    nbytes: int
+
+
+class Order(NamedTuple):
+    """How an access of global memory is ordered with those of other threads.
+
+    strong: .relaxed or more, at the scope of the GPU or the system; acquire, release: as it says. update: an
+    atomic one; returns: and the thread gets what was there. lasting: a read of what nobody writes while the
+    kernel runs (.nc).
+    """
+
+    strong: bool = False
+    acquire: bool = False
+    release: bool = False
+    update: bool = False
+    returns: bool = False
+    lasting: bool = False
+
+
 class Barrier:
     """One mbarrier. phase: number of completed phases; pending: arrivals that the current one lacks; bytes:
     what it still expects (negative: came early).

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .events import Barrier, Columns, Copy, Span, Unit
+    from .events import Barrier, Columns, Copy, Order, Rows, Span, Unit
     from .geometry import Geometry
     from .state import Threads
 
@@ -33,6 +33,29 @@ class Observer:
         self, m: Geometry, g: Threads, address: np.ndarray, values: np.ndarray, atomic: bool = False
     ) -> None:
         """Each thread writes values[k] (count elements) to shared memory."""
+
+    def global_read(self, m: Geometry, g: Threads, address: np.ndarray, size: int, order: Order) -> None:
+        """Each thread reads `size` bytes of global memory."""
+
+    def global_write(
+        self, m: Geometry, g: Threads, address: np.ndarray, values: np.ndarray, order: Order
+    ) -> None:
+        """Each thread writes values[k] (count elements) to global memory, or updates it."""
+
+    def global_fence(self, m: Geometry, g: Threads, acquire: bool, release: bool) -> None:
+        """Each thread executes a fence at the scope of the GPU or the system."""
+
+    def bulk_read(self, m: Geometry, warp: tuple[int, int], barrier: Barrier, rows: Rows) -> None:
+        """A copy issued by (cta, warp) begins to read global memory.
+
+        It is over when the barrier's current phase is.
+        """
+
+    def bulk_write(self, m: Geometry, unit: Unit, rows: Rows, update: bool) -> None:
+        """A unit begins to write global memory, or to update it."""
+
+    def bulk_written(self, m: Geometry, warp: tuple[int, int], unit: Unit) -> None:
+        """(cta, warp) has waited until a unit's steps up to unit.epoch have written global memory."""
 
     def copy_issue(self, m: Geometry, g: Threads, copy: Copy) -> None:
         """Each thread starts an asynchronous copy into shared memory."""

@@ -58,8 +58,9 @@ def run(program: Program, launch: Launch, memory: GlobalMemory, options: Options
         memory.add(held.ctypes.data, held.nbytes, name)
     with np.errstate(all="ignore"), one_thread():
         unlaunched = Unlaunched(0, total, cluster)
+        watch = watchers(options)
         while unlaunched.first < total:
-            m = Machine(code, launch, memory, options, unlaunched, ctas=wave, watch=watchers(options))
+            m = Machine(code, launch, memory, options, unlaunched, ctas=wave, watch=watch)
             _run_wave(m)
             executed += np.cumsum(m.executed[:-1])
             report.waves += 1

@@ -125,7 +125,7 @@ def _translate(program: Program, entry: EntryText, permissive: bool) -> Code:
     steps = _steps(translation, entry.instructions, permissive)
     code = Code(
         steps, translation.layout, symbols, reserved, end - reserved, local_bytes, translation.shared_granule,
-        frozenset(v.name for v in (*static, *dynamic)), entry.directives,
+        translation.global_granule, frozenset(v.name for v in (*static, *dynamic)), entry.directives,
     )  # fmt: skip
     code.tensor_memory = translation.cta_group is not None
     code.runs = [step.run for step in steps]

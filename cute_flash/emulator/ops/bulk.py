@@ -30,6 +30,7 @@ class Box:
     """[map, {coordinates}]: a box of a tensor."""
 
     def __init__(self, x: Operation, position: int, rank: int):
+        x.translation.global_granule = min(x.translation.global_granule, 2)  # elements of most tensors
         operand = x.operand(position)
         if not isinstance(operand, Address) or operand.offset or not isinstance(operand.base, Register):
             raise x.unmodelled("this kind of tensor address")

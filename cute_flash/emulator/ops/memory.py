@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..base.errors import EmulatorError, OutOfBounds
+from ..core.events import Order
 from ..core.memory import UNSIGNED, WINDOW_SHIFT, WINDOWS
 from ..ptx.operands import Symbol
 from ..translate.translation import Operation, operation
@@ -23,20 +24,10 @@ CACHE_HINTS = (
     "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
     "L2::evict_normal", "L2::evict_first", "L2::evict_last", "L2::64B", "L2::128B", "L2::256B",
 )  # fmt: skip
-# Memory is sequentially consistent here, so these orderings hold by themselves.
-ORDERINGS = (
-    "weak",
-    "relaxed",
-    "acquire",
-    "release",
-    "acq_rel",
-    "volatile",
-    "mmio",
-    "cta",
-    "cluster",
-    "gpu",
-    "sys",
-)
+# Memory is sequentially consistent here, so these orderings hold by themselves; observers are told of them.
+ORDERINGS = ("weak", "relaxed", "acquire", "release", "acq_rel", "volatile", "mmio")
+SCOPES = ("cta", "cluster", "gpu", "gl", "sys")
+WEAK = Order()
 TYPES = {f"{letter}{bits}": bits // 8 for letter in "bus" for bits in (8, 16, 32, 64)} | {
     "f32": 4,
     "f64": 8,
@@ -62,6 +53,8 @@ class Access:
         self.row, self.view, self.offset = x.address(position)
         if self.space in ("", "shared", "shared::cluster"):
             x.translation.shared_granule = min(x.translation.shared_granule, size)
+        if self.space in ("", "global"):
+            x.translation.global_granule = min(x.translation.global_granule, size)
 
     def of(self, m: Machine, g: Threads) -> np.ndarray:
         """Each thread's address, int64 (n,)."""
@@ -78,13 +71,15 @@ def _home(space: str) -> str:
 
 
 def read(
-    m: Machine, g: Threads, space: str, address: np.ndarray, width: int, count: int, *, atomic: bool = False
+    m: Machine, g: Threads, space: str, address: np.ndarray, width: int, count: int, order: Order = WEAK
 ) -> np.ndarray:
     """Load `count` elements of `width` bytes per thread: (n, count). Space "" means generic addresses."""
     if space == "global":
+        if m.watch is not None and not order.update:
+            m.watch.global_read(m, g, address, width * count, order)
         return m.memory.load(m, g, address, width, count)
     if space in ("shared", "shared::cluster"):
-        if m.watch is not None and not atomic:
+        if m.watch is not None and not order.update:
             m.watch.shared_read(m, g, address, width * count)
         return m.shared.load(m, g, *m.place(g, address, space != "shared"), width, count)
     if space == "local":
@@ -94,19 +89,21 @@ def read(
     values = np.empty((len(address), count), UNSIGNED[width])
     for name, members, some in _resolve(m, g, address):
         home = "shared::cluster" if name == "shared" else name
-        values[members] = read(m, some, home, address[members] - WINDOWS[name], width, count, atomic=atomic)
+        values[members] = read(m, some, home, address[members] - WINDOWS[name], width, count, order)
     return values
 
 
 def write(
-    m: Machine, g: Threads, space: str, address: np.ndarray, values: np.ndarray, *, atomic: bool = False
+    m: Machine, g: Threads, space: str, address: np.ndarray, values: np.ndarray, order: Order = WEAK
 ) -> None:
     """Store values (n, count) per thread."""
     if space == "global":
+        if m.watch is not None:
+            m.watch.global_write(m, g, address, values, order)
         m.memory.store(m, g, address, values)
     elif space in ("shared", "shared::cluster"):
         if m.watch is not None:
-            m.watch.shared_write(m, g, address, values, atomic)
+            m.watch.shared_write(m, g, address, values, order.update)
         m.shared.store(m, g, *m.place(g, address, space != "shared"), values)
     elif space == "local":
         m.local.store(m, g, g.flat, address, values)
@@ -115,7 +112,7 @@ def write(
     else:
         for name, members, some in _resolve(m, g, address):
             home = "shared::cluster" if name == "shared" else name
-            write(m, some, home, address[members] - WINDOWS[name], values[members], atomic=atomic)
+            write(m, some, home, address[members] - WINDOWS[name], values[members], order)
 
 
 def _resolve(m: Machine, g: Threads, address: np.ndarray) -> list[tuple[str, np.ndarray, Threads]]:
@@ -134,9 +131,18 @@ def _resolve(m: Machine, g: Threads, address: np.ndarray) -> list[tuple[str, np.
     return found
 
 
+def _order(x: Operation, default: str, **more: bool) -> Order:
+    """How an access is ordered. Scopes below the GPU's are as good as none between CTAs."""
+    kind = x.one_of(*ORDERINGS, default=default)
+    scope = x.one_of(*SCOPES, default="gpu")
+    if kind == "weak" or scope in ("cta", "cluster"):
+        return Order(**more)
+    return Order(True, kind in ("acquire", "acq_rel"), kind in ("release", "acq_rel"), **more)
+
+
 def _form(x: Operation) -> tuple[str, int, str]:
     """(space, vector length, type) after consuming hints."""
-    x.without_effect(*CACHE_HINTS, *ORDERINGS)
+    x.without_effect(*CACHE_HINTS)
     space = x.one_of(*SPACES, default="")
     count = {"": 1, "v2": 2, "v4": 4, "v8": 8}[x.one_of("v2", "v4", "v8", default="")]
     return space, count, x.type(*TYPES)
@@ -146,6 +152,7 @@ def _form(x: Operation) -> tuple[str, int, str]:
 def ld(x: Operation) -> Callable:
     """Load one value or a vector; narrow types are extended into wider registers."""
     hinted = x.flag("L2::cache_hint")
+    order = _order(x, "weak", lasting="nc" in x.modifiers)
     space, count, kind = _form(x)
     if hinted:
         x.source(2, "u64")
@@ -161,7 +168,7 @@ def ld(x: Operation) -> Callable:
     where = access.space
 
     def step(m: Machine, g: Threads) -> None:
-        values = read(m, g, where, access.of(m, g), width, count)
+        values = read(m, g, where, access.of(m, g), width, count, order)
         if signed:
             values = values.view(f"i{width}")
         for k, (d, target) in enumerate(targets):
@@ -174,6 +181,7 @@ def ld(x: Operation) -> Callable:
 def st(x: Operation) -> Callable:
     """Store one value or a vector; a wider register gives its low bits."""
     hinted = x.flag("L2::cache_hint")
+    order = _order(x, "weak")
     space, count, kind = _form(x)
     if hinted:
         x.source(2, "u64")
@@ -190,7 +198,7 @@ def st(x: Operation) -> Callable:
         values = np.empty((g.size, count), UNSIGNED[width])
         for k, (a, have) in enumerate(sources):
             values[:, k] = m.rows[have][a][g.index].reshape(-1)
-        write(m, g, where, access.of(m, g), values)
+        write(m, g, where, access.of(m, g), values, order)
 
     return step
 
@@ -198,14 +206,15 @@ def st(x: Operation) -> Callable:
 @operation("atom", "red")
 def atom(x: Operation) -> Callable:
     """Read-modify-write; threads that meet at one address take turns, by warp, CTA and lane."""
-    x.without_effect(*ORDERINGS, "noftz")
+    returns = x.name == "atom"
+    order = _order(x, "relaxed", update=True, returns=returns)
+    x.without_effect("noftz")
     space = x.one_of("global", "shared", "shared::cta", default="")
     name = x.one_of(*UPDATES)
     kind = x.type("b16", "b32", "b64", "u32", "u64", "s32", "s64", "f32", "f64")
     if (kind == "b16" and name != "cas") or (kind[0] == "f" and name != "add"):
         raise x.unmodelled(f".{name}.{kind}")
     view = kind if kind[0] != "b" else f"u{kind[1:]}"
-    returns = x.name == "atom"
     access = Access(x, int(returns), space, int(kind[1:]) // 8)
     d = x.dest(0, view) if returns else None
     sources = [x.source(int(returns) + 1 + k, view) for k in range(2 if name == "cas" else 1)]
@@ -216,10 +225,10 @@ def atom(x: Operation) -> Callable:
         address = access.of(m, g)
         operands = [np.ascontiguousarray(m.rows[view][a][g.index].reshape(-1)) for a in sources]
         dtype = operands[0].dtype
-        found = read(m, g, access.space, address, dtype.itemsize, 1, atomic=True).view(dtype)[:, 0]
+        found = read(m, g, access.space, address, dtype.itemsize, 1, order).view(dtype)[:, 0]
         old, new = in_turn(_places(m, g, access.space, address), found, operands, update)
         words = np.ascontiguousarray(new).view(UNSIGNED[dtype.itemsize])
-        write(m, g, access.space, address, words[:, None], atomic=True)
+        write(m, g, access.space, address, words[:, None], order)
         if d is not None:
             m.rows[view][d][g.index] = old.reshape(g.shape)
 
@@ -305,8 +314,14 @@ def createpolicy(x: Operation) -> Callable:
 @operation("membar", "fence")
 def fence(x: Operation) -> Callable:
     """Memory is sequentially consistent here: only observers learn of a fence."""
-    x.without_effect("cta", "gl", "gpu", "sys", "cluster", "sc", "acq_rel", "acquire", "release")
-    return lambda m, g: None
+    kind = x.one_of("sc", "acq_rel", "acquire", "release", default="sc")
+    far = x.one_of(*SCOPES) not in ("cta", "cluster")
+
+    def step(m: Machine, g: Threads) -> None:
+        if m.watch is not None and far:
+            m.watch.global_fence(m, g, kind != "release", kind != "acquire")
+
+    return step
 
 
 @operation("fence.proxy.async", "fence.mbarrier_init.release.cluster")

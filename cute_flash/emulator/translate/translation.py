@@ -62,7 +62,8 @@ class Translation:
         self.entry = entry
         self.layout = Layout({width: len(registers) for width, registers in entry.registers.items()})
         self.scratch = {width: self.layout.new_row(width) for width in (1, 8, 16, 32, 64)}
-        self.shared_granule = 16  # bytes of the narrowest access that may touch shared memory
+        # Bytes of the narrowest access that may touch shared memory, and global memory.
+        self.shared_granule = self.global_granule = 16
         self.cta_group: int | None = None  # that of the kernel's tcgen05 instructions, once there is one
         self.link: list[int] = []  # instruction number -> step number, filled when all steps exist
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..base.errors import BarrierError, EmulatorError, Misaligned, OutOfBounds
 from ..base.formats import bf16_to_f32, f32_to_bf16
 from ..core.engine import Engine, Operation
-from ..core.events import Span, Unit
+from ..core.events import Rows, Span, Unit
 from ..core.machine import Machine, Part
 from ..core.memory import POISON
 from .mbarrier import MBarriers
@@ -60,6 +60,10 @@ class Load(Operation):
         """The bytes, uint8 (nbytes,)."""
         raise NotImplementedError
 
+    def rows(self) -> Rows:
+        """The places in global memory that it reads."""
+        return Rows(np.zeros(0, np.int64), 0)
+
     def chunks(self, address: int) -> np.ndarray:
         """Where the 16-byte chunks of a copy to `address` go."""
         return np.arange(address, address + self.nbytes, 16)
@@ -75,6 +79,9 @@ class Load(Operation):
             span = slice(target.address, target.address + self.nbytes)
             m.shared.bytes[target.cta, span] = POISON
             m.shared.written[target.cta, span] = 0
+        if m.watch is not None:
+            issuer = (self.issuer.cta, self.issuer.warp)
+            m.watch.bulk_read(m, issuer, self.targets[0].barrier, self.rows())
         m.part(Engine).issue(self)
 
     def land(self, m: Machine) -> None:
@@ -103,6 +110,9 @@ class BoxLoad(Load):
     def source(self, m: Machine) -> np.ndarray:
         return self.tensor.read(m.memory, self.at)
 
+    def rows(self) -> Rows:
+        return self.tensor.rows(self.at)
+
     def chunks(self, address: int) -> np.ndarray:
         return self.tensor.chunks(address)
 
@@ -115,6 +125,9 @@ class BytesLoad(Load):
 
     def source(self, m: Machine) -> np.ndarray:
         return global_bytes(m, self.address, self.nbytes)
+
+    def rows(self) -> Rows:
+        return Rows(np.array([self.address]), self.nbytes)
 
 
 @dataclass(eq=False)
@@ -151,6 +164,7 @@ class Store(Operation):
         if m.watch is not None:
             unit = m.part(BulkGroups).unit(self.issuer, group)
             m.watch.async_read(m, unit, self.issuer.cta, self.chunks(), 16)
+            m.watch.bulk_write(m, unit, self.rows(), self.combine is not None)
         m.part(Engine).issue(self)
 
     def read(self, m: Machine) -> None:
@@ -161,6 +175,10 @@ class Store(Operation):
     def land(self, m: Machine) -> None:
         self.read(m)
         self.write(m, self.data)
+
+    def rows(self) -> Rows:
+        """The places in global memory that it writes."""
+        raise NotImplementedError
 
     def write(self, m: Machine, data: np.ndarray) -> None:
         """Bring the bytes to global memory."""
@@ -182,6 +200,9 @@ class BoxStore(Store):
     def chunks(self) -> np.ndarray:
         return self.tensor.chunks(self.address)
 
+    def rows(self) -> Rows:
+        return self.tensor.rows(self.at)
+
     def write(self, m: Machine, data: np.ndarray) -> None:
         tensor = self.tensor
         inside = tensor.clip(self.at)
@@ -197,6 +218,9 @@ class BytesStore(Store):
     """To consecutive bytes."""
 
     target: int = 0
+
+    def rows(self) -> Rows:
+        return Rows(np.array([self.target]), self.nbytes)
 
     def write(self, m: Machine, data: np.ndarray) -> None:
         target = global_bytes(m, self.target, self.nbytes)
@@ -263,6 +287,8 @@ class BulkGroups(Part):
                 self.open[issuer] = [entry for entry in self.open[issuer] if entry[0] > last]
             if m.watch is not None and issuer in self.open:
                 m.watch.unit_done(m, (issuer.cta, issuer.warp), self.unit(issuer, last))
+                if not reading:
+                    m.watch.bulk_written(m, (issuer.cta, issuer.warp), self.unit(issuer, last))
 
 
 def issuers(g: Threads) -> list[Issuer]:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..base.errors import EmulatorError, OutOfBounds, UnmodelledInstruction
+from ..core.events import Rows
 from ..core.memory import GlobalMemory
 
 # Element format -> (bytes per element, name)
@@ -78,6 +79,16 @@ class TensorMap:
             raise OutOfBounds(f"a tensor copy at {at} touches [{first:#x}, {first + span:#x}): {where}")
         typed = region.bytes[first - region.origin :][:span].view(f"u{self.element}")
         return np.lib.stride_tricks.as_strided(typed, shape, list(reversed(strides)))
+
+    def rows(self, at: tuple[int, ...]) -> Rows:
+        """The rows along dimension 0 of the clipped box at `at`."""
+        *outer, inner = self.clip(at)
+        address = np.array([self.address + (at[0] + inner.start) * self.element])
+        for part, first, stride in zip(outer, reversed(at[1:]), reversed(self.strides), strict=True):
+            steps = (first + np.arange(part.start, part.stop)) * stride
+            address = (address[:, None] + steps).reshape(-1)
+        nbytes = (inner.stop - inner.start) * self.element
+        return Rows(address if nbytes > 0 else address[:0], nbytes)
 
     def read(self, memory: GlobalMemory, at: tuple[int, ...]) -> np.ndarray:
         """The bytes of the box at `at`, uint8 (nbytes,), zeros outside the tensor."""
