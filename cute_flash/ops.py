@@ -179,6 +179,7 @@ def register(name: str, schema: str, run: Callable, fake: Callable) -> None:
         LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"cute_flash::{name}", fake, lib=LIBRARY)
     torch.library.register_vmap(f"cute_flash::{name}", _no_vmap, lib=LIBRARY)
+    LIBRARY.impl(name, _no_vmap, "Batched")  # the older vmap, which autograd.grad(is_grads_batched=True) uses
 
 
 register("forward", f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake)

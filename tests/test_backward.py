@@ -143,6 +143,44 @@ def test_a_constant_gradient_is_read(leaves):
         torch.testing.assert_close(one, other)
 
 
+STRIDES = {
+    "heads_first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "rows_last": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "unaligned": lambda x: torch.cat([x[..., :1], x], -1)[..., 1:],
+    "every_other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_a_gradient_of_any_strides_is_read(leaves, name):
+    """In place or by a copy: its maker is autograd, not the user."""
+    out = cute_flash.flash_attn_func(*leaves)
+    given = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    expected = torch.autograd.grad(out, leaves, given, retain_graph=True)
+    for one, other in zip(torch.autograd.grad(out, leaves, STRIDES[name](given)), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_add_up_over_a_graph_that_is_kept(leaves):
+    out = cute_flash.flash_attn_func(*leaves, 0.3)
+    once = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+    out.sum().backward(retain_graph=True)
+    out.sum().backward()
+    for x, gradient in zip(leaves, once, strict=True):
+        torch.testing.assert_close(x.grad, 2 * gradient)
+
+
+def test_gradients_under_autocast_have_the_dtype_of_the_leaves(leaves):
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = cute_flash.flash_attn_func(*wide)
+    out.sum().backward()
+    cute_flash.flash_attn_func(*leaves).sum().backward()
+    for one, other in zip(wide, leaves, strict=True):
+        assert one.grad.dtype == torch.float32 and one.grad.any()
+        torch.testing.assert_close(one.grad, other.grad.float())
+
+
 def test_gradients_of_the_log_sum_exp_alone(leaves):
     q, k, _ = leaves
     _, lse = cute_flash.flash_attn_func(*leaves, return_lse=True)
@@ -184,10 +222,14 @@ def test_a_checkpoint_computes_the_forward_pass_again(leaves):
 
 
 def test_nothing_is_kept_without_a_gradient(leaves):
-    with torch.no_grad():
-        assert cute_flash.flash_attn_func(*leaves).grad_fn is None
-    detached = [x.detach() for x in leaves]
-    assert cute_flash.flash_attn_func(*detached).grad_fn is None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.no_grad():
+            assert cute_flash.flash_attn_func(*leaves).grad_fn is None
+        assert cute_flash.flash_attn_func(*(x.detach() for x in leaves)).grad_fn is None
+        assert not kept
+        cute_flash.flash_attn_func(*leaves)
+        assert kept
 
 
 def test_what_is_kept_grows_with_the_rows(leaves):
@@ -212,7 +254,22 @@ def test_a_training_step_is_one_graph(leaves):
         torch.testing.assert_close(one.grad, other)
 
 
+def batched(q, k, v):
+    """Several gradients of one graph at once: vmap over the backward pass."""
+    out = cute_flash.flash_attn_func(q, k, v)
+    torch.autograd.grad(out, q, torch.stack([out, out]).detach(), is_grads_batched=True)
+
+
 REFUSED = {
+    "batched": (batched, "torch.vmap over cute_flash does not exist"),
+    "vmap": (
+        lambda q, k, v: torch.vmap(cute_flash.flash_attn_func)(*(torch.stack([x, x]) for x in (q, k, v))),
+        "torch.vmap over cute_flash does not exist|a transform of torch.func",
+    ),
+    "tangent": (
+        lambda q, k, v: torch.func.jvp(lambda q: cute_flash.flash_attn_func(q, k, v), (q,), (q,)),
+        "q has a tangent",
+    ),
     "second": (
         lambda q, k, v: torch.autograd.grad(
             torch.autograd.grad(cute_flash.flash_attn_func(q, k, v).sum(), q, create_graph=True)[0].sum(), q
