@@ -12,12 +12,14 @@ reference, draw the same mask.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, Uint64
 
 from ..elementwise import where
+from ..problem import Problem
+from .sequence import Sequence
 
 ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -46,11 +48,14 @@ class Dropout(NamedTuple):
     keep_threshold: Int32
 
     @staticmethod
-    def of(rng_state: cute.Tensor, batch_and_head: Int32, keep_threshold: Int32) -> Dropout:
-        """rng_state: int64 (2,), seed and offset; batch_and_head: batch * num_heads_q + head."""
-        seed, offset = Uint64(rng_state[0]), Uint64(rng_state[1])
+    def of(problem: Problem, call: Any, sequence: Sequence, head: Int32) -> Dropout | None:
+        """Those of a call, whose operands `call` are, for one head; None where the problem has no dropout."""
+        if not problem.dropout:
+            return None
+        batch_and_head = sequence.batch * call.q.shape[-2] + head
+        seed, offset = Uint64(call.rng_state[0]), Uint64(call.rng_state[1])
         key = (Uint32(seed), Uint32(seed >> 32) ^ Uint32(offset >> 32))
-        return Dropout(key, Uint32(batch_and_head), Uint32(offset), keep_threshold)
+        return Dropout(key, Uint32(batch_and_head), Uint32(offset), call.keep_threshold)
 
     def apply(self, p: cute.Tensor, row_of, first_key: Int32, lane: Int32) -> None:
         """Zero what is dropped of P (rows, columns), one thread's part of an mma accumulator.

@@ -226,16 +226,12 @@ class ForwardKernel:
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
         scale = 1.0 if self.problem.score else call.softmax_scale
         rows = cute.size(rows_by_columns(acc_o), mode=[0])
-        dropout = None
-        if self.problem.dropout:
-            place = block.sequence.batch * call.q.shape[-2] + block.head
-            dropout = Dropout.of(call.rng_state, place, call.keep_threshold)
         return Walk(
             mma=mma,
             block=block,
             stream=stream,
             rules=rules,
-            dropout=dropout,
+            dropout=Dropout.of(self.problem, call, block.sequence, block.head),
             q=Pieces.a(tiles.q, thread),
             q_registers=self.q_registers(),
             k=Pieces.b(tiles.k, thread),

@@ -21,7 +21,7 @@ from ...problem import Problem
 from ..group import Group
 from ..tmem import Plan, columns, load, load_with_max, registers, some_columns, store, stored
 from ..tuning import TILE_M, Config
-from .job import Job, Work, row_of_thread, turns_of, visits_of
+from .job import Work, row_of_thread, turns_of, visits_of
 from .output import Partial, Result
 from .rows import accumulate, add_up, exponentials, largest, raise_max, sums_of, take_in
 
@@ -190,15 +190,7 @@ class Softmax:
             thread=thread,
             softmax=OnlineSoftmax.create(1, scale * LOG2_E, ()),
             rules=Rules.of(self.problem, call, job.sequence, head),
-            dropout=self.dropout(job, head),
+            dropout=Dropout.of(self.problem, call, job.sequence, head),
             tensor=memory.tensor,
             factors=memory.factors[thread, None, tile],
         )
-
-    def dropout(self, job: Job, head: Int32) -> Dropout | None:
-        """The random numbers of a head, where the problem has dropout."""
-        if not self.problem.dropout:
-            return None
-        call = job.call
-        place = job.sequence.batch * call.q.shape[-2] + head
-        return Dropout.of(call.rng_state, place, call.keep_threshold)

@@ -321,17 +321,13 @@ class BackwardKernel:
         grid_v = Grid(*config.grid_k, config.tile_n, self.dim_v, thread)
         grid_q = Grid(*config.grid_q(self.dim), config.tile_m, self.dim, thread)
         scale = Float32(1.0) if self.problem.score else Float32(block.call.softmax_scale)
-        dropout = None
-        if self.problem.dropout:
-            place = block.sequence.batch * block.call.q.shape[-2] + block.head
-            dropout = Dropout.of(block.call.rng_state, place, block.call.keep_threshold)
         return Walk(
             mma=tiled_mma(self.dtype, config.warps),
             block=block,
             tiles=tiles,
             stream=QueryStream(block, tiles, visits),
             rules=rules,
-            dropout=dropout,
+            dropout=Dropout.of(self.problem, block.call, block.sequence, block.head),
             grid_s=grid_s,
             grid_k=grid_k,
             grid_v=grid_v,

@@ -192,12 +192,8 @@ class Compute:
         )
 
     def share(self, job: Job, head: Int32) -> Share:
-        call, known = job.call, job.heads.known(self.config.heads, head)
-        dropout = None
-        if self.problem.dropout:
-            place = job.sequence.batch * call.q.shape[-2] + known
-            dropout = Dropout.of(call.rng_state, place, call.keep_threshold)
-        return Share(head, Rules.of(self.problem, call, job.sequence, known), dropout)
+        of = self.problem, job.call, job.sequence, job.heads.known(self.config.heads, head)
+        return Share(head, Rules.of(*of), Dropout.of(*of))
 
     def qk(self) -> cute.TiledMma:
         return tiled_mma(self.dtype, self.config.tile_n, a_in_registers=False, b_transposed=False)
