@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,33 +13,17 @@ import cute_flash
 from cute_flash import ALiBi, dispatch
 from cute_flash.arch.backward import BackwardProblem, first_scratch_row, scratch_columns, scratch_rows
 from cute_flash.arch.problem import Problem
+from cute_flash.arch.sm80.backward.tuning import BACKWARD, Row
+from cute_flash.arch.sm80.tuning import register_pressure
 from cute_flash.dispatch import EMULATED
-from tests.cases import CASES, Case
-from tests.harness import Call, answer_for
-from tests.test_resources import EXTREMES, assert_in_registers
+from tests.cases import CASES, PAIRED, Case
+from tests.gradient_cases import PAIRS, ROWS, SINGLES, main_step, of_row, steps_of
+from tests.harness import Call
+from tests.test_resources import assert_in_registers
 
-# Every feature with every other, and every way in which a tile is not whole.
-NAMES = (
-    "float16", "softmax_scale", "dims_128_8", "dims_64_256", "lengths_1_1", "lengths_200_1_causal",
-    "lengths_5_0", "lengths_0_5", "lengths_63_64_causal", "lengths_127_257_causal", "lengths_257_129",
-    "batch_0", "batch_5", "mask_window", "mask_diagonal", "mask_own", "mask_function", "mask_by_head",
-    "heads_6_2", "heads_4_1", "layout_sliced_varlen", "layout_interleaved", "varlen_causal",
-    "used_qk_causal", "dropout_0.5", "sink", "sink_without_keys", "keys_unseen", "rows_without_keys",
-    "sink_alone", "scores_near_overflow", "split", "score_softcap", "score_alibi_per_batch",
-    "score_function", "score_hides", "blocks_causal", "blocks_function", "blocks_small", "blocks_taller",
-    "blocks_random_causal", "blocks_all", "blocks_nothing", "blocks_gqa", "blocks_lengths_257_127",
-    "blocks_dropout_128", "blocks_score",
-    *(name for name in CASES if name.startswith("pair_")),
-)  # fmt: skip
-STRICT = ("float16", "dims_40_40", "used_qk_causal", "heads_6_2", "dropout_0.5", "blocks_random_causal")
-# What each row of the table of tiles serves, with the most that a call can ask for (see test_resources.py).
-ROWS = (
-    *(("sm80", "light", dims) for dims in ((64, 64), (128, 128), (192, 192), (256, 256))),
-    *(("sm80", "heavy", dims) for dims in ((64, 64), (128, 128), (192, 192), (256, 256))),
-    *(("sm86", "light", dims) for dims in ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256))),
-    *(("sm86", "heavy", dims) for dims in ((96, 96), (128, 128), (192, 192), (256, 256))),
-    ("sm80", "blocks_heavy", (128, 128)), ("sm80", "blocks_light", (128, 128)),
-)
+NAMES = (*SINGLES, *PAIRS)
+PADDED = next(name for name in PAIRS if "_40_40_" in name)  # head dims that are no whole columns
+STRICT = ("float16", PADDED, "used_qk_causal", "heads_6_2", "dropout_0.5", "blocks_random_causal")
 PLAIN = Case("plain", ((65, 70),), heads=(2, 2))
 
 
@@ -52,7 +35,7 @@ def test_gradients(name):
 @pytest.mark.parametrize("device, extreme, dims", ROWS)
 def test_every_row_of_the_table(device, extreme, dims, tmp_path):
     """Right, and without a spilled register."""
-    case = replace(EXTREMES[extreme], dims=dims)
+    case = of_row(extreme, dims)
     Call.make(case).check_gradients(device)
     assert_no_spills(case, device, tmp_path)
 
@@ -87,11 +70,31 @@ def assert_no_spills(case: Case, device: str, folder: Path) -> None:
         assert_in_registers(step, EMULATED[device], folder / "kernel.cubin")
 
 
-def steps_of(case: Case, device: str) -> tuple:
-    """The launches of a case's gradients."""
-    asked = BackwardProblem(replace(answer_for(case, device).problem, split_kv=False))
-    kernel, config = dispatch.dispatch(asked, EMULATED[device])
-    return kernel.steps(asked, EMULATED[device], config).steps
+def test_every_row_of_the_table_has_a_case():
+    """One that it serves, at the largest head dims that it is for."""
+    served = {
+        row_that_serves(case, device)
+        for case, device in ((of_row(extreme, dims), device) for device, extreme, dims in ROWS)
+    }
+    assert served == set(BACKWARD)
+
+
+def row_that_serves(case: Case, device: str) -> Row | None:
+    """The row of the table whose config a case gets, if it has the largest head dims that the row is for."""
+    main, largest = main_step(case, device), max(case.dims)
+    pressure = register_pressure(main.problem.forward, EMULATED[device])
+    fitting = (row for row in BACKWARD if row.config == main.config and pressure <= row.pressure)
+    row = next(row for row in fitting if largest <= row.head_dim)
+    return row if row.head_dim == largest else None
+
+
+def test_the_cases_have_what_they_are_to_have():
+    """Every value that is paired, and every head dim in a pair."""
+    cases = [CASES[name] for name in NAMES]
+    for name in ("mask", "score", "dropout", "sink", "dtype", "dims", "layout"):
+        assert {getattr(case, name) for case in cases} >= set(PAIRED[name]), name
+    rows = {(False, ""), (True, ""), (True, "k"), (True, "qk")}
+    assert {(case.varlen, case.used) for case in cases} >= rows
 
 
 @pytest.mark.parametrize("lengths", list(itertools.product((0, 1, 127, 128, 129, 300), repeat=3)), ids=str)
