@@ -157,6 +157,29 @@ def test_decoders_with_padding(family, side):
     Trio(family).hold(logits(attention_mask=real, use_cache=False), real.bool())
 
 
+def test_training():
+    """Gradients of every parameter, through padding, held to the rule as logits are."""
+    models = Trio("llama")
+    labels = TOKENS.masked_fill(REAL == 0, -100)
+    gradients = []
+    for model in (models.ours, models.exact, models.theirs):
+        place = moved(torch.empty(0), MACHINE).device
+        told = {"input_ids": TOKENS, "attention_mask": REAL, "labels": labels}
+        with where(MACHINE):
+            model.to(place)(**{name: x.to(place) for name, x in told.items()}).loss.backward()
+        gradients.append({name: x.grad.float().cpu() for name, x in model.named_parameters()})
+    for name, exact in gradients[1].items():
+        atol = torch.finfo(torch.float16).eps / 2 * exact.abs().max().item()
+        hold(name, gradients[0][name], exact, gradients[2][name], atol)
+
+
+def test_a_bias_that_learns_is_refused():
+    query, key, value = (moved(torch.zeros(1, 2, 21, 64).half(), MACHINE) for _ in range(3))
+    bias = moved(torch.zeros(1, 2, 21, 21).half(), MACHINE).requires_grad_()
+    with pytest.raises(NotImplementedError, match="a rule's tensors get none"), where(MACHINE):
+        integration.attention(torch.nn.Module(), query, key, value, None, position_bias=bias)
+
+
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_encoder_and_decoder(family):
     """Cross attention to padded keys; T5's bias is added to scores, by head and distance."""
