@@ -264,7 +264,8 @@ class BackwardKernel:
         if const_expr(self.problem.dropout):
             for i in cutlass.range_constexpr(cute.size(walk.acc_v)):
                 walk.acc_v[i] = walk.acc_v[i] * block.call.keep_scale
-        cute.arch.barrier()
+        if const_expr(self.config.stages > 1):  # a visit with one stage ends with a barrier
+            cute.arch.barrier()
         walk.grid_k.of(block.thread).store(rounded(walk.acc_k, self.dtype), tiles.k)
         walk.grid_v.of(block.thread).store(rounded(walk.acc_v, self.dtype), tiles.v)
         cute.arch.barrier()

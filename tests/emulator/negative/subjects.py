@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cute_flash.arch.backward import PREPROCESS
+from cute_flash.arch.combine import COMBINE
+from cute_flash.arch.sm80 import BACKWARD, POSTPROCESS
 from cute_flash.arch.sm80 import tuning as sm80
 from cute_flash.arch.sm90 import tuning as sm90
 from cute_flash.arch.sm100 import tuning as sm100
@@ -23,6 +26,8 @@ MANY_SPLITS = replace(FULL, seqlens=((2, 1200),), splits=19)
 LEAVING = {name: TMA[name] for name in ("no wait for an mbarrier", "no arrival", "no barrier")}
 LEAVING_TENSOR_MEMORY = {name: TCGEN05[name] for name in ("no commit of a product", "no wait for a load")}
 COPYING_OUT = {name: TMA[name] for name in ("no fence", "no commit of a store", "no wait for a store")}
+# Gradients by way of two key tiles that three query tiles see, of which one is not whole.
+GRADIENTS = Case("", ((130, 200),), heads=(1, 1), mask="causal")
 # What the CTAs of a pair tell each other; inside each, roles work as they do alone.
 BETWEEN = CLUSTER | {
     name: (TMA | TCGEN05)[name]
@@ -71,6 +76,18 @@ SUBJECTS = {
     ),
     ("sm80", "full"): Subject(FULL, sm80.Config(tile_m=128, tile_n=64, warps=4, stages=2), COPIES | MASKS),
     ("sm80", "split"): Subject(SPLIT, sm80.Config(tile_m=128, tile_n=64, warps=4, stages=2), COPIES),
+    ("sm80", "gradients"): Subject(GRADIENTS, None, COPIES, kernel=BACKWARD),
+    ("sm86", "gradients in one stage"): Subject(
+        replace(GRADIENTS, dims=(128, 128), mask="full"), None, COPIES, kernel=BACKWARD
+    ),
+    ("sm80", "gradients of a shared head"): Subject(
+        replace(GRADIENTS, heads=(2, 1)), None, {name: COPIES[name] for name in ("no wait", "no barrier")},
+        kernel=BACKWARD,
+    ),
+    ("sm80", "before gradients"): Subject(replace(GRADIENTS, sink=True), None, LANES, kernel=PREPROCESS),
+    ("sm80", "after gradients"): Subject(
+        GRADIENTS, None, {"no barrier": COPIES["no barrier"]}, kernel=POSTPROCESS
+    ),
     ("sm90", "window"): Subject(
         replace(WINDOW, seqlens=((100, 500),)), sm90.Config(**HOPPER, tile_n=32), TMA | WGMMA | MASKS
     ),
@@ -85,7 +102,7 @@ SUBJECTS = {
         TMA | WGMMA,
     ),
     ("sm90", "split"): Subject(SPLIT, sm90.Config(**HOPPER, tile_n=64), LEAVING),
-    ("sm90", "combine"): Subject(MANY_SPLITS, sm90.Config(**HOPPER, tile_n=64), LANES, combine=True),
+    ("sm90", "combine"): Subject(MANY_SPLITS, sm90.Config(**HOPPER, tile_n=64), LANES, kernel=COMBINE),
     ("sm100", "window"): Subject(
         replace(WINDOW, seqlens=((200, 340),)),
         sm100.Config(**TWO_TILES, tile_n=32),

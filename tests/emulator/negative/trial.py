@@ -14,16 +14,17 @@ from unittest import mock
 
 import torch
 
+import cute_flash
 from cute_flash import executable, objectfile, repeat
 from cute_flash.arch.combine import COMBINE
-from cute_flash.arch.kernel import Step
+from cute_flash.arch.kernel import Kernel, Step
 from cute_flash.arch.problem import Device
 from cute_flash.cache import Artifact
 from cute_flash.dispatch import EMULATED
 from cute_flash.emulated_kernel import EmulatedKernel
 from cute_flash.emulator import EmulatorError
 from tests import accuracy, harness, proofs, reference
-from tests.accuracy import assert_accurate
+from tests.accuracy import assert_accurate, assert_gradients_accurate
 from tests.cases import Case
 from tests.harness import Call
 
@@ -43,18 +44,33 @@ ATTEMPTS = (
 class Subject:
     """A kernel to change. config: of its own, so that tuning does not move the sites; None: tuning's.
 
-    combine: not the forward kernel is changed but the one that combines its splits. options: of the
-    emulator, besides an attempt's. also: more calls of the same kernel. multiprocessors: of the device; None:
-    as many as it has.
+    kernel: the one of the call's that is changed; None: the forward kernel. options: of the emulator,
+    besides an attempt's. also: more calls of the same kernel. multiprocessors: of the device; None: as many
+    as it has.
     """
 
     case: Case
     config: Any
     mutations: dict[str, Mutation]
-    combine: bool = False
+    kernel: Kernel | None = None
     options: dict[str, Any] = field(default_factory=dict)
     also: tuple[Case, ...] = ()
     multiprocessors: int | None = None
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it is the gradients of the call that show what is changed."""
+        return self.kernel not in (None, COMBINE)
+
+    def changes(self, kernel: Kernel) -> bool:
+        """Whether this is the one of the call's kernels that is changed."""
+        return kernel.operation == "forward" if self.kernel is None else kernel is self.kernel
+
+    def run(self, call: Call, device: str, **options: Any) -> tuple[torch.Tensor, ...]:
+        """What a call of its own results in: out and lse, or the gradients."""
+        if self.gradients:
+            return call.run_backward(*call.cotangents(), device, **options, **self.options)
+        return call.run(device, **options, **self.options)
 
     def served(self, device: str, executable: Callable) -> contextlib.ExitStack:
         """Within this context calls launch the kernels that `executable` gives, on the subject's device.
@@ -75,42 +91,59 @@ def objection(
 ) -> str:
     """What is first said against a subject's kernel when its PTX is changed; empty where nothing is.
 
-    The change runs until something objects: an EmulatorError, or the accuracy rule.
+    The change runs until something objects: an EmulatorError, or the accuracy rule. The call's other kernels
+    run without any of the attempts' options.
     """
 
     @cache
-    def changed(kernel, problem, tuned, device, route):
-        if (kernel is COMBINE) != subject.combine:
-            return unchanged(subject, Step(kernel, problem, tuned), device)
-        artifact = compiled(subject, Step(kernel, problem, tuned), device)
+    def changed(kernel, problem, tuned, gpu, route):
+        if not subject.changes(kernel):
+            return plainly(unchanged(subject, Step(kernel, problem, tuned), gpu), device)
+        artifact = compiled(subject, Step(kernel, problem, tuned), gpu)
         ptx = change(artifact.ptx.decode())
-        return EmulatedKernel(artifact._replace(ptx=ptx.encode()), device)
+        return EmulatedKernel(artifact._replace(ptx=ptx.encode()), gpu)
 
     calls = [Call.make(case) for case in (subject.case, *subject.also)]
     with subject.served(device, changed):
         for options, call in product(attempts, calls):
             try:
-                check(call, *call.run(device, **options, **subject.options))
+                check(subject, call, *subject.run(call, device, **options))
             except (EmulatorError, AssertionError) as error:
                 return f"{type(error).__name__}: {error}"
     return ""
 
 
-RIGHT: dict[Case, tuple[torch.Tensor, torch.Tensor]] = {}
+RIGHT: dict[tuple[Case, bool], tuple[torch.Tensor, ...]] = {}
 
 
-def check(call: Call, *results: torch.Tensor) -> None:
+def check(subject: Subject, call: Call, *results: torch.Tensor) -> None:
     """Hold results to the accuracy rule, unless they are those that have passed it before, bit for bit."""
-    right = RIGHT.get(call.case)
+    key = call.case, subject.gradients
+    right = RIGHT.get(key)
     if right is None or not all(torch.equal(a, b) for a, b in zip(results, right, strict=True)):
-        assert_accurate(*results, tuple(call.tensors.values()), **call.arguments)
-        RIGHT[call.case] = results
+        tensors = tuple(call.tensors.values())
+        if subject.gradients:
+            assert_gradients_accurate(results, tensors, *call.cotangents(), **call.arguments)
+        else:
+            assert_accurate(*results, tensors, **call.arguments)
+        RIGHT[key] = results
 
 
 def compiled(subject: Subject, step: Step, device: Device) -> Artifact:
     """A kernel of a subject's call."""
-    config = step.config if step.kernel is COMBINE or subject.config is None else subject.config
+    own = subject.config is not None and step.kernel.operation == "forward"
+    config = subject.config if own else step.config
     return executable.artifact(step.kernel, step.problem, config, device)
+
+
+def plainly(kernel: EmulatedKernel, device: str) -> Callable[..., None]:
+    """A kernel that is not on trial, as users emulate it."""
+
+    def run(*operands: Any) -> None:
+        with cute_flash.emulated(device, contract="ptxas"):
+            kernel(*operands)
+
+    return run
 
 
 unchanged = cache(lambda *asked: EmulatedKernel(compiled(*asked), asked[-1]))
@@ -160,7 +193,7 @@ def launches(subject: Subject, device: str) -> list[Launch]:
     with subject.served(device, recorded):
         for case in (subject.case, *subject.also):
             torch.manual_seed(1)  # which dropout's operands come from
-            Call.make(case).run(device)
+            subject.run(Call.make(case), device)
     return found
 
 
@@ -170,7 +203,8 @@ def dependencies(subject: Subject, device: str) -> Iterator[bytes]:
     for module in (accuracy, harness, reference):
         yield proofs.meaning(Path(module.__file__))
     yield proofs.meaning(Path(__file__))
-    yield repr((EMULATED[device], subject.case, subject.also, subject.options, subject.combine)).encode()
+    kernel = subject.kernel and subject.kernel.name
+    yield repr((EMULATED[device], subject.case, subject.also, subject.options, kernel)).encode()
     for launch in launches(subject, device):
         yield from launch.digested()
 
@@ -178,7 +212,7 @@ def dependencies(subject: Subject, device: str) -> Iterator[bytes]:
 def ptx_of(subject: Subject, device: str) -> str:
     """The PTX of the kernel that is changed."""
     found = launches(subject, device)
-    ptx = next(one.artifact.ptx for one in found if (one.kernel is COMBINE) == subject.combine)
+    ptx = next(one.artifact.ptx for one in found if subject.changes(one.kernel))
     # The compiler leaves millions of objects; collections would look through them for every change.
     gc.collect()
     gc.freeze()
