@@ -1,6 +1,7 @@
 """What each unit of a GPU allows per KV tile: counts from the emulator, over rates from `rates.py`.
 
-    python -m profiling cycles                          d64, d128, d192_128, d256; every GPU of rates.py
+    python -m profiling cycles                          d64, d128, d192_128, d256; every GPU of rates.py;
+                                                        gradients on an A100
     python -m profiling cycles --case d128 --gpu H200
     python -m profiling cycles --write                  keep the rows in results/cycles.json and cycles.md
 
@@ -9,6 +10,7 @@ the time. One cluster of CTAs runs on the emulator over some KV tiles and over t
 is the steady cost of a tile. Matrix FLOP, exponentials, shared memory and barriers are counted there; FP32
 and integer issue slots are those of the hot loops' machine code, because the compiler fuses what PTX has
 apart. Warps outside these loops (copies, rescaling by warps of their own) take slots that are not counted.
+Of gradients, a tile is one of queries: a CTA of the main kernel keeps its keys and walks the queries.
 
     ceiling   the slowest unit alone: everything overlaps perfectly
     in turn   the tensor cores wait for the rest of the tile, and that for them: nothing overlaps
@@ -35,11 +37,13 @@ from cute_flash.emulator.checks.counters import BankConflicts
 from cute_flash.emulator.execution.launch import Driver
 from cute_flash.objectfile import ObjectFileError
 
-from . import flash_attn_4, sass
+from . import flash_attn_4, flash_attn_4_backward, gradients, sass
 from .rates import GPUS, PARTITIONS, WARP, Gpu
 from .static import CASES, Case, in_words
 
-DEFAULT = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
+FORWARD = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
+BACKWARD = tuple(name for name, case in CASES.items() if case.backward and case.rules == "plain")
+DEFAULT = (*FORWARD, *BACKWARD)
 # The emulator runs so many KV tiles, and twice as many. Few: after many turns it lets other warps go first,
 # and lanes of a warp that then run apart count twice.
 TILES = 4
@@ -53,6 +57,7 @@ KINDS = {
     "shuffle": re.compile(r"(shfl|vote|redux|match)\b.*"),
     "barrier": re.compile(r"(bar|barrier)(\.cta)?\.(sync|red|arrive)\b.*|mbarrier\.(try|test)_wait\b.*"),
     "shared": re.compile(r"(ld|st|atom|red)\.(\w+\.)*shared\b.*|(ld|st)matrix\b.*"),
+    "reduction": re.compile(r"(red|atom)\.(\w+\.)*global\b.*"),
     "copy": re.compile(r"cp\.(async|reduce\.async)\.(ca|cg|bulk)\b.*"),
     "other": re.compile(r".*"),
 }
@@ -165,13 +170,15 @@ class Totals:
 
 
 def by_kind(opcodes: Counter) -> Counter:
-    """Counts by KINDS, and "flops" of the matrix instructions."""
+    """Counts by KINDS, "flops" of the matrix instructions, and bytes "reduced" in global memory."""
     found: Counter = Counter()
     for opcode, count in opcodes.items():
         kind = next(kind for kind, pattern in KINDS.items() if pattern.fullmatch(opcode))
         found[kind] += count
         if kind == "matrix":
             found["flops"] += count * matrix_flops(opcode)
+        if kind == "reduction":
+            found["reduced"] += count * gradients.bytes_added(opcode)
     return found
 
 
@@ -190,10 +197,10 @@ def matrix_flops(opcode: str) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one KV tile asks of the units of an SM. flops: of matrix products, by mma.sync or not.
+    """What one tile asks of the units of an SM. flops: of matrix products, by mma.sync or not.
 
     mufu, fma, alu: lanes; issue: warp instructions; shared: bytes through the L1 data path, which shared
-    memory and spills take.
+    memory and spills take; reduced: bytes added to global memory, of which no rate is known.
     """
 
     flops: float
@@ -203,6 +210,7 @@ class Cost:
     alu: float
     issue: float
     shared: float
+    reduced: float = 0.0
 
     def cycles(self, gpu: Gpu) -> dict[str, float]:
         """Clocks that each unit of one SM needs for it."""
@@ -226,7 +234,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Tile:
-    """One KV tile of one CTA of a kernel: tile_m rows, tile_n keys.
+    """One tile of one CTA of a kernel: tile_m rows, tile_n keys.
 
     flops: by the algorithm. From machine code: fma, alu: lanes; issue: warp instructions; local: bytes of
     spills.
@@ -259,6 +267,7 @@ class Tile:
             alu=self.alu,
             issue=self.issue,
             shared=self.totals.wavefronts * 128 + self.local,
+            reduced=kinds["reduced"],
         )
 
 
@@ -266,18 +275,11 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
     """A tile of a kernel that serves a case. Raises NotImplementedError, or an EmulatorError."""
     if not answer:
         raise NotImplementedError(str(answer))
-    config, (dim, dim_v) = answer.config, case.dims
+    config, make = answer.config, gradients.operands if case.backward else _operands
     run = executable.executable(answer.kernel, answer.problem, config, answer.device, "emulator")
 
     def watched(tiles: int) -> Watch:
-        generator = torch.Generator().manual_seed(0)
-        keys = tiles * config.tile_n
-        shapes = ((config.tile_m, dim), (keys, dim), (keys, dim_v), (config.tile_m, dim_v))
-        q, k, v, out = (torch.randn(1, n, 1, d, generator=generator).bfloat16() for n, d in shapes)
-        absent = dict.fromkeys(Operands._fields)
-        given = {"q": q, "k": k, "v": v, "out": out, "lse": torch.empty(1, 1, config.tile_m)}
-        given |= {"softmax_scale": dim**-0.5, "multiprocessors": answer.device.multiprocessors}
-        operands = Operands(**absent | given)
+        operands = make(answer, case.dims, tiles)
         watch = Watch()
         with cute_flash.emulated(arch, observers=(watch,)):
             run(*operands)
@@ -291,18 +293,35 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
     return tile(answer.kernel.name, shape, case, many.totals().per_tile(few.totals(), TILES), loops_of(cubin))
 
 
+def _operands(answer: Answer, dims: tuple[int, int], tiles: int) -> Operands:
+    """Of our kernel, for one tile of rows that sees `tiles` tiles of keys. Random normal."""
+    config, (dim, dim_v) = answer.config, dims
+    generator = torch.Generator().manual_seed(0)
+    keys = tiles * config.tile_n
+    shapes = ((config.tile_m, dim), (keys, dim), (keys, dim_v), (config.tile_m, dim_v))
+    q, k, v, out = (torch.randn(1, n, 1, d, generator=generator).bfloat16() for n, d in shapes)
+    absent = dict.fromkeys(Operands._fields)
+    given = {"q": q, "k": k, "v": v, "out": out, "lse": torch.empty(1, 1, config.tile_m)}
+    given |= {"softmax_scale": dim**-0.5, "multiprocessors": answer.device.multiprocessors}
+    return Operands(**absent | given)
+
+
 def peers(case: Case, target: str) -> Tile:
     """A tile of the peer's kernel. Raises flash_attn_4.Missing, or an EmulatorError."""
-    peer = flash_attn_4.compiled(case.peer(), target)
+    module = flash_attn_4_backward if case.backward else flash_attn_4
+    peer = module.compiled(case.peer(), target)
     rows, tile_n = peer.kernel.tile
     driver = Driver(emulator.Program(peer.kernel.ptx), flash_attn_4.LARGEST_SHARED_MEMORY)
 
+    def lengths(tiles: int) -> tuple[int, int]:
+        return (tiles * rows, tile_n) if case.backward else (rows, tiles * tile_n)
+
     def watched(tiles: int) -> Watch:
-        shape = replace(peer.kernel.case, seqlens_q=(rows,), seqlens_k=(tiles * tile_n,))
+        operands = module.tensors_of(peer.kernel.case, *lengths(tiles))
         watch = Watch()
         # It reads rows of Q's tile that it never filled, and drops the results.
         options = emulator.Options(observers=(watch,), uninitialized="poison")
-        flash_attn_4.call(peer.kernel, driver, driver.symbols, flash_attn_4.tensors(shape), options)
+        flash_attn_4.call(peer.kernel, driver, driver.symbols, operands, options)
         return watch
 
     few, many = watched(TILES), watched(2 * TILES)
@@ -343,7 +362,8 @@ def tile(
         slots["alu"] += WARP * n * sum(name in ALU for name in names)
         slots["local"] += WARP * n * sum(map(sass.local_bytes, loop.opcodes))
         slots["issue"] += n * loop.size
-    flops = 2 * math.prod(shape) * sum(case.dims)
+    (dim, dim_v), times = case.dims, (3, 2) if case.backward else (1, 1)
+    flops = 2 * math.prod(shape) * (times[0] * dim + times[1] * dim_v)
     return Tile(kernel, *shape, steady, flops, slots["fma"], slots["alu"], slots["issue"], slots["local"])
 
 
@@ -410,8 +430,8 @@ def row(what: NotYet, config: str, found: Tile) -> Row:
 def survey(cases: Iterable[str], gpus: Iterable[str], peer: bool) -> Iterator[Row | NotYet]:
     """Every kernel of ours and the peer's, for each case and each target of these GPUs."""
     for target, gpu in {GPUS[name].device.target: GPUS[name] for name in gpus}.items():
-        for case in (CASES[name] for name in cases):
-            for answer in case.answers(gpu.device):
+        for case in (CASES[name] for name in cases if CASES[name].is_on(gpu.arch)):
+            for answer in case.with_products(gpu.device):
                 name = answer.kernel.name if answer else "cute_flash"
                 config = in_words(answer.config) if answer else ""
                 make = functools.partial(ours, case, answer, gpu.arch)

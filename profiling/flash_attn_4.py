@@ -82,11 +82,11 @@ def version() -> str:
 def compiled(case: Case, target: str) -> Peer:
     """The kernel that its interface chooses for `case` on `target`. Raises Missing where it has none."""
     prepare([case], target)
-    stem = _directory(target) / _kept(case).name
+    stem = directory_of(target) / _kept(case).name
     if (refusal := stem.with_suffix(".refused")).exists():
         raise Missing(f"does not compile for {target}: {refusal.read_text()}")
     kernel = Kernel.load(case, stem)
-    shape = launch_shape(kernel)
+    shape = launch_shape(kernel, tensors(case))
     if shape.shared_memory > (has := _SHARED_MEMORY.get(target, LARGEST_SHARED_MEMORY)):
         raise Missing(f"asks for {shape.shared_memory} bytes of shared memory, {target} has {has}")
     return Peer(kernel, sass.embedded_cubin(kernel.object_file.read_bytes()), shape)
@@ -94,7 +94,7 @@ def compiled(case: Case, target: str) -> Peer:
 
 def prepare(cases: Iterable[Case], target: str) -> None:
     """Compile what is not there yet, all in one process. Raises Missing where that process dies."""
-    directory = _directory(target)
+    directory = directory_of(target)
     directory.mkdir(parents=True, exist_ok=True)
     found = {path.stem for pattern in ("*.json", "*.refused") for path in directory.glob(pattern)}
     todo = [asdict(kept) for kept in map(_kept, cases) if kept.name not in found]
@@ -109,9 +109,12 @@ def prepare(cases: Iterable[Case], target: str) -> None:
         raise Missing(f"its compiler died for {target}: {lines[-1] if lines else done.returncode}")
 
 
-def _directory(target: str) -> Path:
-    """Where compiled kernels are kept; named after all that decides what they are, the case apart."""
-    sources = [Path(file).read_text() for file in (__file__, flash_attn_4.__file__)]
+def directory_of(target: str, *more: str) -> Path:
+    """Where compiled kernels are kept; named after all that decides what they are, the case apart.
+
+    more: files that do besides the forward kernels'.
+    """
+    sources = [Path(file).read_text() for file in (__file__, flash_attn_4.__file__, *more)]
     digest = hashlib.sha256(repr((version(), cache.versions(), sources)).encode()).hexdigest()
     kept = cache.cache_directory() or Path(tempfile.gettempdir())
     return kept / f"flash_attn_4-{version()}-{digest[:12]}" / target
@@ -122,7 +125,7 @@ def _kept(case: Case) -> Case:
     return replace(case, name=f"{case.name}-{hashlib.sha256(repr(case).encode()).hexdigest()[:8]}")
 
 
-def launch_shape(kernel: Kernel) -> Shape:
+def launch_shape(kernel: Kernel, operands: dict[str, torch.Tensor]) -> Shape:
     """Grid, block and dynamic shared memory of the kernel's one launch, read from its host code."""
     shapes: list[Shape] = []
 
@@ -139,10 +142,15 @@ def launch_shape(kernel: Kernel) -> Shape:
     silent = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(lambda text: 0)
     own = {"_cudaLaunchKernelEx": record, "printf": silent}
     symbols = driver.symbols | {name: objectfile.address_of(function) for name, function in own.items()}
-    call(kernel, driver, symbols, tensors(kernel.case), SimpleNamespace())
+    call(kernel, driver, symbols, operands, SimpleNamespace())
     if len(shapes) != 1:
         raise Missing(f"one launch expected, found {len(shapes)}")
     return shapes[0]
+
+
+def tensors_of(case: Case, seqlen_q: int, seqlen_k: int) -> dict[str, torch.Tensor]:
+    """Operands of a case with other lengths."""
+    return tensors(replace(case, seqlens_q=(seqlen_q,), seqlens_k=(seqlen_k,)))
 
 
 def tensors(case: Case) -> dict[str, torch.Tensor]:
@@ -150,7 +158,7 @@ def tensors(case: Case) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = {}
     for name, (shape, dtype) in case.shapes().items():
-        if name in ("q", "k", "v"):
+        if name in ("q", "k", "v", "dout"):
             made[name] = torch.randn(shape, generator=generator).to(getattr(torch, dtype))
         else:
             made[name] = torch.zeros(shape, dtype=getattr(torch, dtype))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import cycles_table, static_table
-from .cycles import Row
+from .cycles import BACKWARD, Row
+from .cycles_table import asks_more
 from .rates import GPUS
 from .record import RESULTS, reports, write_whole
 from .stages import speed
@@ -81,12 +82,24 @@ def _without_hardware(results: Path) -> list[str]:
     ]
     for gpu in GPUS:
         target = GPUS[gpu].device.target
-        kernels = dict.fromkeys(row.kernel for row in counted if row.target == target)
+        kernels = dict.fromkeys(row.kernel for row in counted if row.target == target and row.case in SHOWN)
         for kernel in kernels:
             mine = {row.case: row for row in counted if (row.target, row.kernel) == (target, kernel)}
             cells = (_ceiling(mine[name], gpu) if name in mine else "–" for name in SHOWN)
             lines.append(f"| {gpu}: {kernel} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", *_gradients([row for row in counted if row.case in BACKWARD and row.config])]
+
+
+def _gradients(ours: list[Row]) -> list[str]:
+    """What our main kernels of gradients ask for, beside FlashAttention-2's tiles."""
+    more = {row.case.removesuffix("_backward"): asks_more(row) for row in ours}
+    no_more = ", ".join(case for case, units in more.items() if not units)
+    beyond = (f"{case} ({', '.join(units)})" for case, units in more.items() if units)
+    return [
+        "Gradients on an A100, counted the same way, ask no more products, exponentials, shared memory and",
+        f"fp32 sums in global memory than FlashAttention-2's published tiles at {no_more}; more at",
+        f"{', '.join(beyond)}: `cycles.md` says what in the tiles makes it so.",
+    ]
 
 
 def _ceiling(row: Row, gpu: str) -> str:

@@ -294,8 +294,10 @@ def hot_loops(sass: str) -> tuple[Loop, ...]:
     another set of warps does the softmax, the one with the exponentials. Less the loops nested in them: waits
     that turn, and what is seldom due.
 
-    Raises ValueError when no loop holds a matrix instruction.
+    None of a kernel without matrix instructions. Raises ValueError where none of them is in a loop.
     """
+    if all(classify(instruction.opcode) != "mma" for instruction in parse(sass)):
+        return ()
     found = loops(sass)
     hot = dict.fromkeys((hottest(found, "mma"), hottest(found, "mufu", least=0.25)))
     return tuple(loop.alone(found) for loop in hot)

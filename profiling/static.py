@@ -7,14 +7,18 @@
 
 No GPU is needed. The hot loop is the steady loop over K and V without masking, and where other warps do the
 softmax, theirs as well; counts are instructions of one warp and one iteration. "slots" are all of them per
-4096 FLOP of matrix product, which is one mma.sync m16n8k16: what is issued to feed the tensor cores.
+4096 FLOP of matrix product, which is one mma.sync m16n8k16: what is issued to feed the tensor cores. A case
+of gradients has all launches of a call; the hot loop of its main kernel is the one over Q and dO.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +27,11 @@ import torch
 import cute_flash
 from cute_flash import arch as trees
 from cute_flash import cache, executable
+from cute_flash.arch.backward import BackwardProblem
 from cute_flash.arch.problem import Device
 from cute_flash.dispatch import EMULATED, Answer, select
 
-from . import flash_attn_4, rates, sass
+from . import cudnn_frontend, flash_attn_4, flash_attn_4_backward, rates, sass
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "static.json"
@@ -36,24 +41,40 @@ WINDOW = (256, 0)  # keys to the left and to the right
 
 @dataclass(frozen=True)
 class Case:
-    """What a kernel is compiled for, in bf16 with the log-sum-exp. rules: a key of RULES."""
+    """What a kernel is compiled for, in bf16 with the log-sum-exp. rules: a key of RULES.
+
+    backward: for the gradients of such a call.
+    """
 
     name: str
     dims: tuple[int, int]
     rules: str = "plain"
+    backward: bool = False
+
+    def is_on(self, arch: str) -> bool:
+        """Whether the tables have it there."""
+        return not self.backward or arch in GRADIENTS_ON
 
     def answers(self, device: Device) -> tuple[Answer, ...]:
-        """Every kernel that serves it on a device with its config, first choice first.
+        """Every kernel that serves it on a device with its config, first choice first; of gradients every
+        kernel and config among the launches, in their order.
 
         Where there is none, the one answer that says why.
         """
         any_arch, given = next(iter(EMULATED)), RULES[self.rules]()
         problem = cute_flash.supports("bfloat16", *self.dims, device=any_arch, lse=True, **given).problem
+        if self.backward:
+            return _launches(select(BackwardProblem(problem), device))
         serving = [kernel for kernel in trees.load(device) if not kernel.reasons(problem, device)]
         found = (Answer(problem, device, kernel, kernel.config(problem, device)) for kernel in serving)
         return tuple(found) or (select(problem, device),)
 
-    def peer(self) -> flash_attn_4.Case:
+    def with_products(self, device: Device) -> tuple[Answer, ...]:
+        """Of `answers` those whose kernel has matrix products, or the one that says why there is none."""
+        beside = ("preprocess", "postprocess")
+        return tuple(a for a in self.answers(device) if not a or a.kernel.operation not in beside)
+
+    def peer(self) -> flash_attn_4.Case | flash_attn_4_backward.Case:
         """The same problem in the peer's words. Raises Missing where it is not asked for it."""
         if self.rules == "everything":
             raise flash_attn_4.Missing("not asked for this problem")
@@ -62,7 +83,19 @@ class Case:
         shape["causal"] = self.rules == "causal"
         if self.rules == "window":
             shape["window"] = WINDOW
-        return flash_attn_4.Case(self.name, (1024,), (1024,), **shape)
+        made = flash_attn_4_backward.Case if self.backward else flash_attn_4.Case
+        return made(self.name, (1024,), (1024,), **shape)
+
+
+def _launches(answer: Answer) -> tuple[Answer, ...]:
+    """Of a call's launches, each kernel with each of its configs once."""
+    if not answer:
+        return (answer,)
+    found: dict[tuple, Answer] = {}
+    for step in answer.kernel.steps(answer.problem, answer.device, answer.config).steps:
+        each = Answer(step.problem, answer.device, step.kernel, step.config)
+        found.setdefault((step.kernel.name, step.config), each)
+    return tuple(found.values())
 
 
 def _everything() -> dict[str, Any]:
@@ -87,12 +120,24 @@ def _cases() -> Iterator[Case]:
     """Head dims of every row of the tuning tables, with each of RULES; windows at the commonest ones."""
     squares = (32, 64, 96, 128, 160, 192, 224, 256)
     for dims in (*((dim, dim) for dim in squares), (192, 128)):
-        name = f"d{dims[0]}" if dims[0] == dims[1] else f"d{dims[0]}_{dims[1]}"
         for rules in RULES:
             if rules != "window" or dims in COMMON:
-                yield Case(name if rules == "plain" else f"{name}_{rules}", dims, rules)
+                yield Case(_name_of(dims, rules), dims, rules)
+    for dims in (*((dim, dim) for dim in (32, 64, 96, 128, 192, 256)), (192, 128)):
+        yield Case(_name_of(dims, "backward"), dims, backward=True)
+    for dims in ((64, 64), (256, 256)):
+        yield Case(_name_of(dims, "everything", "backward"), dims, "everything", backward=True)
+    yield Case("d128_causal_backward", (128, 128), "causal", backward=True)
 
 
+def _name_of(dims: tuple[int, int], *words: str) -> str:
+    known = dims[:1] if dims[0] == dims[1] else dims
+    return "_".join(["d" + "_".join(map(str, known)), *(word for word in words if word != "plain")])
+
+
+# Gradients are looked at where their kernels are those of the architecture's own tree, with the most shared
+# memory. On others the same kernels serve.
+GRADIENTS_ON = ("sm80",)
 COMMON = ((64, 64), (128, 128), (192, 128), (256, 256))
 CASES = {case.name: case for case in _cases()}
 
@@ -100,7 +145,7 @@ CASES = {case.name: case for case in _cases()}
 FOLLOWED = (
     ("sm80", "d64"), ("sm80", "d64_causal"), ("sm80", "d128"), ("sm80", "d128_causal"), ("sm80", "d256"),
     ("sm86", "d128"), ("sm90", "d64_causal"), ("sm90", "d128"), ("sm90", "d192_128"), ("sm90", "d256"),
-    ("sm100", "d128"), ("sm100", "d192_128"),
+    ("sm100", "d128"), ("sm100", "d192_128"), ("sm80", "d64_backward"),
 )  # fmt: skip
 
 
@@ -154,8 +199,14 @@ def figures(case: Case, answer: Answer, arch: str) -> Figures:
     if not answer:
         raise NotImplementedError(str(answer))
     built = executable.artifact(answer.kernel, answer.problem, answer.config, answer.device)
-    config = answer.config
-    return read(source(case, answer, arch), built.cubin, config.threads, config.shared_memory(answer.problem))
+    shared_memory = answer.config.shared_memory(answer.problem)
+    return read(source(case, answer, arch), built.cubin, threads_of(built.ptx), shared_memory)
+
+
+def threads_of(ptx: bytes) -> int:
+    """Of a CTA of the one kernel in a PTX module."""
+    ((*dims,),) = re.findall(rb"\.reqntid (\d+), (\d+), (\d+)", ptx)
+    return math.prod(map(int, dims))
 
 
 def source(case: Case, answer: Answer, arch: str) -> Source:
@@ -172,9 +223,10 @@ def unreached(arch: str) -> list[str]:
     """Configs that some head dim gets on an architecture and none of CASES: a case is missing."""
     told: dict[str, str] = {}
     for dim in range(256, 0, -8):
-        for rules in RULES:
-            case = Case(f"head dim {dim} {rules}", (dim, dim), rules)
-            told |= {_name(answer): case.name for answer in case.answers(EMULATED[arch]) if answer}
+        for rules, backward in product(RULES, (False, True)):
+            case = Case(f"head dim {dim} {rules}{' backward' * backward}", (dim, dim), rules, backward)
+            if case.is_on(arch):
+                told |= {_name(answer): case.name for answer in case.answers(EMULATED[arch]) if answer}
     for case in CASES.values():
         for answer in case.answers(EMULATED[arch]):
             if answer:
@@ -192,8 +244,9 @@ def peer_source(case: Case, arch: str) -> Source:
 
 
 def peer_figures(case: Case, arch: str) -> Figures:
-    """The peer's, on the same architecture. Raises flash_attn_4.Missing."""
-    peer = flash_attn_4.compiled(case.peer(), EMULATED[arch].target)
+    """The peer's, on the same architecture; of gradients its main kernel. Raises flash_attn_4.Missing."""
+    peers = flash_attn_4_backward if case.backward else flash_attn_4
+    peer = peers.compiled(case.peer(), EMULATED[arch].target)
     return read(peer_source(case, arch), peer.cubin, peer.shape.threads, peer.shape.shared_memory)
 
 
@@ -256,16 +309,26 @@ def golden() -> dict[str, Any]:
     return {"versions": cache.versions(), "rows": rows}
 
 
+OWNERS = ("", flash_attn_4.NAME, cudnn_frontend.NAME)
+
+
+def whose(kernel: str) -> str:
+    """The peer that a kernel is of, one of OWNERS; "" of ours."""
+    return next((name for name in OWNERS[1:] if kernel.startswith(name)), "")
+
+
 def survey(arches: Iterable[str], cases: Iterable[str], peer: bool) -> Iterator[Figures | Absent]:
     """Every kernel of ours and the peer's for every case, architecture by architecture."""
-    chosen = [CASES[name] for name in cases]
     for arch in arches:
+        chosen = [CASES[name] for name in cases if CASES[name].is_on(arch)]
         if peer:
             _prepare_peers(chosen, arch)
         for case in chosen:
             yield from (_ours(case, answer, arch) for answer in case.answers(EMULATED[arch]))
             if peer and case.rules != "everything":
                 yield _peers(case, arch)
+            if peer and cudnn_frontend.has(case):
+                yield _cudnn_s(case, arch)
 
 
 def _ours(case: Case, answer: Answer, arch: str) -> Figures | Absent:
@@ -282,9 +345,19 @@ def _peers(case: Case, arch: str) -> Figures | Absent:
         return Absent(arch, case.name, flash_attn_4.NAME, "", str(error))
 
 
+def _cudnn_s(case: Case, arch: str) -> Figures | Absent:
+    try:
+        peer = cudnn_frontend.compiled(case.peer())
+        what = Source(arch, case.name, cudnn_frontend.full_name(), "")
+        return read(what, peer.cubin, peer.shape.threads, peer.shape.shared_memory)
+    except flash_attn_4.Missing as error:
+        return Absent(arch, case.name, cudnn_frontend.NAME, "", str(error))
+
+
 def _prepare_peers(cases: Iterable[Case], arch: str) -> None:
     """Compile the peer's kernels in one process; what is missing says so when it is asked for."""
+    asked = [case.peer() for case in cases if case.rules != "everything" and not case.backward]
     try:
-        flash_attn_4.prepare([c.peer() for c in cases if c.rules != "everything"], EMULATED[arch].target)
+        flash_attn_4.prepare(asked, EMULATED[arch].target)
     except flash_attn_4.Missing:
         return

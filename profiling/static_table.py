@@ -12,7 +12,7 @@ from typing import Any
 from cute_flash import cache
 from cute_flash.dispatch import EMULATED
 
-from . import flash_attn_4, sass, static
+from . import sass, static
 from .record import RESULTS, write_whole
 from .static import CASES, Absent, Figures
 
@@ -38,6 +38,8 @@ def lines(rows: Iterable[Figures | Absent]) -> Iterator[str]:
             continue
         left: list[Any] = [row.arch, row.case, row.kernel, row.registers, row.stack, row.local]
         left += [row.shared_memory, row.threads, row.ctas, row.bound]
+        if not row.loops:
+            yield f"{_cells(left, _LEFT)} | no matrix product  {row.config}"
         for i in range(len(row.loops)):
             shown = left if i == 0 else [""] * len(left)
             yield f"{_cells(shown, _LEFT)} | {_cells(_counts(row, i), _LOOP)}  {row.config}"
@@ -71,21 +73,28 @@ def in_short(rows: Iterable[Figures | Absent]) -> str:
     configs = {(row.arch, row.kernel, row.config) for row in ours}
     text = f"{len(ours)} kernels of ours, {len(configs)} configs; with stack or local memory: "
     text += ", ".join(spilling(ours)) or "none"
-    if peers:
-        text += f". {flash_attn_4.NAME}: {sum(bool(p.stack or p.local) for p in peers)} of {len(peers)}"
+    for name in static.OWNERS[1:]:
+        theirs = [row for row in peers if static.whose(row.kernel) == name]
+        if theirs:
+            text += f". {name}: {sum(bool(row.stack or row.local) for row in theirs)} of {len(theirs)}"
     return text
 
 
 def write(rows: Iterable[Figures | Absent], path: Path = JSON) -> None:
-    """Put rows into the file and its Markdown; of the same architecture and case, those there go."""
+    """Put rows into the file and its Markdown; of the same architecture, case and owner, those there go."""
     fresh = list(rows)
-    done = {(row.arch, row.case) for row in fresh}
-    kept = [row for row in (read(path) if path.exists() else []) if (row.arch, row.case) not in done]
+    done = {(row.arch, row.case, static.whose(row.kernel)) for row in fresh}
+    kept = [
+        row for row in (read(path) if path.exists() else [])
+        if (row.arch, row.case, static.whose(row.kernel)) not in done
+    ]
     arches, cases = list(EMULATED), list(CASES)
-    ordered = sorted(
-        [*kept, *fresh],
-        key=lambda row: (arches.index(row.arch), cases.index(row.case) if row.case in cases else -1),
-    )
+
+    def place(row: Figures | Absent) -> tuple[int, int, int]:
+        case = cases.index(row.case) if row.case in cases else -1
+        return arches.index(row.arch), case, static.OWNERS.index(static.whose(row.kernel))
+
+    ordered = sorted([*kept, *fresh], key=place)
     told = [json.dumps(asdict(row), ensure_ascii=False) for row in ordered if row.case in CASES]
     versions = json.dumps(cache.versions())
     write_whole(path, f'{{"versions": {versions},\n "rows": [\n' + ",\n".join(told) + "\n]}\n")
@@ -105,12 +114,12 @@ def markdown(rows: list[Figures | Absent], versions: dict[str, Any]) -> str:
         "# What the machine code says", "",
         f"Written by `python -m profiling static --write`; {made_with}. Not a measurement of time.", "",
         in_short(rows) + ".", "",
-        "Instructions are those of one warp in one iteration of the steady loop over K and V, without",
-        "masking. Slots: all of them per 4096 FLOP of matrix product (one `mma.sync` m16n8k16); – where a",
-        "matrix instruction does not tell its shape. registers: per thread at launch, and what `setmaxnreg`",
-        "makes of them. stack, local: bytes per thread, spills or indexed arrays. Loop: `mma` has the",
-        "products, `softmax` the exponentials where other warps compute them. Our configs stand in the JSON",
-        "beside.",
+        "Instructions are those of one warp in one iteration of the steady loop over K and V, of gradients",
+        "over Q and dO, without masking. Slots: all of them per 4096 FLOP of matrix product (one `mma.sync`",
+        "m16n8k16); – where a matrix instruction does not tell its shape. registers: per thread at launch,",
+        "and what `setmaxnreg` makes of them. stack, local: bytes per thread, spills or indexed arrays.",
+        "Loop: `mma` has the products, `softmax` the exponentials where other warps compute them, none:",
+        "without products. Our configs stand in the JSON beside.",
     ]
     for arch in EMULATED:
         of_arch = [row for row in rows if row.arch == arch]
@@ -130,6 +139,8 @@ def _markdown_rows(row: Figures) -> Iterator[str]:
     registers = f"{row.registers}" + (f" → {', '.join(map(str, row.moved))}" if row.moved else "")
     left = [row.case, row.kernel, registers, f"{row.stack}, {row.local}", f"{row.shared_memory / 1024:g}"]
     left += [row.threads, f"{row.ctas} by {row.bound}"]
+    if not row.loops:
+        yield f"| {' | '.join(map(str, [*left, 'none', *['–'] * (len(_SHOWN) + 2)]))} |"
     for i, counts in enumerate(row.loops):
         role = "softmax" if i else "mma" if counts["mufu"] == 0 or len(row.loops) > 1 else "both"
         cells = [*(left if i == 0 else [""] * len(left)), role, *_counts(row, i)]

@@ -117,8 +117,8 @@ def test_every_pair_of_head_dims_has_tiles_that_warps_share_out(device):
         columns, columns_v = scratch_columns(dim), scratch_columns(dim_v)
         for (rows, across), tile in (
             (config.grid_s, (config.tile_m, config.tile_n)),
-            (config.grid_k, (config.tile_n, columns)),
-            (config.grid_k, (config.tile_n, columns_v)),
+            (config.grid_k(columns), (config.tile_n, columns)),
+            (config.grid_k(columns_v), (config.tile_n, columns_v)),
             (config.grid_q(columns), (config.tile_m, columns)),
         ):
             assert rows * across == config.warps

@@ -23,6 +23,7 @@ from tests import accuracy, proofs, reference
 from tests.accuracy import assert_gradients_accurate
 from tests.emulator import test_conformance as forward
 from tests.orders import RIGHT
+from tests.peers import cudnn_frontend
 from tests.peers import flash_attn_4_backward as peer
 from tests.peers.flash_attn_4_backward import AMPERE, GRADIENTS, HOPPER, Backward, Case
 
@@ -109,3 +110,12 @@ def test_an_error_in_the_kernel_is_an_error_in_the_gradients():
     assert wrong != main
     with pytest.raises(AssertionError, match="d[qkv]: error"):
         check(replace(call, launches=(first, wrong, *others)), forward.EAGER)
+
+
+@pytest.mark.skipif(not cudnn_frontend.installed(), reason="needs the wheel nvidia-cudnn-frontend")
+@pytest.mark.parametrize("case", cudnn_frontend.CASES, ids=lambda case: case.name)
+def test_cudnn_front_end_s_kernels(case):
+    """Not among the test's requirements, as it asks for a CUDA 13 compiler: where it is installed."""
+    directory = Path(os.environ["CUTE_FLASH_CACHE"]) / f"cudnn_frontend-{cudnn_frontend.digest()}"
+    directory.mkdir(parents=True, exist_ok=True)
+    check(cudnn_frontend.build([case], directory)[case.name], RACES)

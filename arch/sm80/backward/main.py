@@ -318,8 +318,8 @@ class BackwardKernel:
     def walk(self, block: KeyBlock, tiles: Tiles, visits: Range, rules: Rules) -> Walk:
         config, thread = self.config, block.thread
         grid_s = Grid(*config.grid_s, config.tile_m, config.tile_n, thread, joined=True)
-        grid_k = Grid(*config.grid_k, config.tile_n, self.dim, thread)
-        grid_v = Grid(*config.grid_k, config.tile_n, self.dim_v, thread)
+        grid_k = Grid(*config.grid_k(self.dim), config.tile_n, self.dim, thread)
+        grid_v = Grid(*config.grid_k(self.dim_v), config.tile_n, self.dim_v, thread)
         grid_q = Grid(*config.grid_q(self.dim), config.tile_m, self.dim, thread)
         scale = Float32(1.0) if self.problem.score else Float32(block.call.softmax_scale)
         return Walk(
@@ -343,7 +343,7 @@ class BackwardKernel:
         """The tiles as operands; those of one shape share their addresses but for the distance."""
         same = self.dim == self.dim_v
         q_as_a, k_as_b, q_as_b = s.a(tiles.q), s.b(tiles.k), k.b_transposed(tiles.q)
-        p_transposed = k.a_transposed(tiles.p)
+        p_transposed = v.a_transposed(tiles.p)
         return ProductOperands(
             q=q_as_a,
             k=k_as_b,
@@ -354,7 +354,8 @@ class BackwardKernel:
             else v.b_transposed(tiles.grad_out),
             ds=q.a(tiles.ds),
             k_as_b=q.b_transposed(tiles.k),
-            ds_transposed=p_transposed.shifted(distance(tiles.p, tiles.ds)),
+            ds_transposed=p_transposed.shifted(distance(tiles.p, tiles.ds)) if k.rows == v.rows
+            else k.a_transposed(tiles.ds),
             q_as_b=q_as_b,
         )
 

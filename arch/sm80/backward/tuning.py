@@ -45,15 +45,19 @@ class Config:
         rows = min(rows, self.tile_m // 16)
         return rows, self.warps // rows
 
-    @property
-    def grid_k(self) -> tuple[int, int]:
-        """Rows and columns of warps on dK and dV (tile_n, dim)."""
-        return self.warps // 2, 2
+    def grid_k(self, columns: int) -> tuple[int, int]:
+        """Rows and columns of warps on dK or dV (tile_n, columns): more on the longer side."""
+        across = 4 if columns > self.tile_n and self._by_four(columns) else 2
+        return self.warps // across, across
 
     def grid_q(self, columns: int) -> tuple[int, int]:
         """Rows and columns of warps on dQ (tile_m, columns): as square as they can."""
-        across = 4 if columns % 64 == 0 and self.warps == 8 else 2
+        across = 4 if self._by_four(columns) else 2
         return self.warps // across, across
+
+    def _by_four(self, columns: int) -> bool:
+        """Whether four warps side by side have whole pieces of so many columns, and another four go below."""
+        return columns % 64 == 0 and self.warps == 8
 
     def shares_out(self, columns: int) -> bool:
         """Whether every warp has a piece of dQ (tile_m, columns)."""
@@ -70,9 +74,10 @@ class PostprocessConfig:
     @staticmethod
     def of(problem: PostprocessProblem, main: Config) -> PostprocessConfig:
         """What follows a main kernel of this config."""
+        columns = scratch_columns(problem.head_dim)
         if problem.side == "q":
-            return PostprocessConfig(main.tile_m, main.grid_q(scratch_columns(problem.head_dim)))
-        return PostprocessConfig(main.tile_n, main.grid_k)
+            return PostprocessConfig(main.tile_m, main.grid_q(columns))
+        return PostprocessConfig(main.tile_n, main.grid_k(columns))
 
     @property
     def threads(self) -> int:

@@ -1,0 +1,51 @@
+"""flash-attn-4's main backward kernel, compiled for any target without a GPU, to be measured beside ours.
+
+    peer = compiled(Case("d64", (1024,), (1024,)), "sm_80")     its machine code, PTX, and launch
+
+What is compiled and how its launches are described is tests/peers/flash_attn_4_backward.py's.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+
+from tests.peers import flash_attn_4_backward
+from tests.peers.flash_attn_4_backward import Backward, Case
+
+from . import sass
+from .flash_attn_4 import Missing, Peer, directory_of, launch_shape, tensors, version
+
+__all__ = ["Case", "Missing", "compiled", "tensors_of"]
+
+
+@functools.cache
+def compiled(case: Case, target: str) -> Peer:
+    """The main kernel that its interface chooses for `case` on `target`. Raises Missing where it has none."""
+    call = _call(case := replace(case, arch=target))
+    shape = launch_shape(call.main, tensors_of(case, *case.seqlens_q, *case.seqlens_k))
+    return Peer(call.main, sass.embedded_cubin(call.main.object_file.read_bytes()), shape)
+
+
+@functools.cache
+def _call(case: Case) -> Backward:
+    version()
+    directory = directory_of(case.arch, flash_attn_4_backward.__file__)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        return flash_attn_4_backward.build([case], directory)[case.name]
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        raise Missing(f"does not compile for {case.arch}: {lines[-1][:300]}") from error
+
+
+def tensors_of(case: Case, seqlen_q: int, seqlen_k: int) -> dict[str, torch.Tensor]:
+    """Operands of a case's launches with other lengths, of whole tiles: the inputs normal, the rest 0."""
+    made = tensors(replace(case, seqlens_q=(seqlen_q,), seqlens_k=(seqlen_k,)))
+    for name, scratch in _call(case).scratch.items():
+        *outer, numbers = scratch.shape  # of all rows of Q
+        shape = (*outer, numbers * seqlen_q // max(case.seqlens_q))
+        made[name] = torch.zeros(shape, dtype=getattr(torch, scratch.dtype))
+    return made
