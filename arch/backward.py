@@ -52,12 +52,13 @@ class BackwardProblem:
     """What the gradients of a call depend on.
 
     forward: what was asked of the forward pass, keys unsplit. grad_lse: a gradient comes through the
-    log-sum-exp.
+    log-sum-exp. deterministic: sums are added in one order, whatever the order of events.
     """
 
     operation: ClassVar[str] = "backward"
     forward: Problem
     grad_lse: bool = False
+    deterministic: bool = False
 
     @property
     def dtype(self) -> str:
@@ -79,7 +80,7 @@ class BackwardProblem:
 
     def main(self) -> BackwardProblem:
         """What is left of it for the main kernel: the sink is in the log-sum-exp, whose gradient is in D."""
-        return BackwardProblem(replace(self.forward, sink=False, lse=True))
+        return replace(self, forward=replace(self.forward, sink=False, lse=True), grad_lse=False)
 
     def specs(self) -> BackwardOperands:
         """A Spec for every operand, None where there is none."""
@@ -88,9 +89,12 @@ class BackwardProblem:
         for name, last in (("block_counts", "two"), ("block_indices", "listed_rows")):
             if inherited[name] is not None:
                 dims = ("batch_or_1", "num_heads_q_or_1", "k_blocks", last)
-                values = "count listed_rows" if name == "block_counts" else "numbered"
+                values = "count listed_rows" if name == "block_counts" else "numbered -1"
                 inherited[name] = inherited[name]._replace(dims=dims, values=values)
-        shared_heads = self.forward.gqa
+        shared_heads, turns = self.forward.gqa, None
+        if self.deterministic and inherited["block_indices"] is not None:
+            meaning = "key blocks done before each listed one, from the first on"
+            turns = inherited["block_indices"]._replace(meaning=meaning, values="numbered -2")
         return BackwardOperands(
             **inherited,
             grad_out=_like(given.out, "gradient of the output"),
@@ -100,7 +104,10 @@ class BackwardProblem:
             grad_v=None if shared_heads else _like(given.v, "gradient of v", not self.forward.varlen),
             grad_k_sum=_sums("k", "head_dim", "dK before its scale, likewise") if shared_heads else None,
             grad_v_sum=_sums("k", "head_dim_v", "dV, likewise") if shared_heads else None,
+            turns_q=_turns("q") if self.deterministic else None,
+            turns_k=_turns("k") if self.deterministic and shared_heads else None,
             max_seqlen_k=_longest("k") if self.forward.varlen else None,
+            block_turns=turns,
         )
 
     def known_sizes(self) -> dict[str, int]:
@@ -131,6 +138,8 @@ class BackwardOperands(NamedTuple):
     grad_v: Any
     grad_k_sum: Any
     grad_v_sum: Any
+    turns_q: Any
+    turns_k: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     seqused_q: Any
@@ -142,6 +151,7 @@ class BackwardOperands(NamedTuple):
     max_seqlen_k: Any
     block_counts: Any
     block_indices: Any
+    block_turns: Any
     mask_values: Any
     score_values: Any
 
@@ -150,7 +160,7 @@ class BackwardOperands(NamedTuple):
 class PreprocessProblem(BesideAttention):
     """What the preprocess depends on; names as in `Problem`.
 
-    grad_lse: as in `BackwardProblem`.
+    grad_lse, deterministic: as in `BackwardProblem`.
     """
 
     operation: ClassVar[str] = "preprocess"
@@ -161,6 +171,7 @@ class PreprocessProblem(BesideAttention):
     seqused_q: bool = False
     sink: bool = False
     grad_lse: bool = False
+    deterministic: bool = False
 
     @staticmethod
     def of(problem: BackwardProblem) -> PreprocessProblem:
@@ -174,6 +185,7 @@ class PreprocessProblem(BesideAttention):
             seqused_q=asked.seqused_q,
             sink=asked.sink,
             grad_lse=problem.grad_lse,
+            deterministic=problem.deterministic,
         )
 
     def specs(self) -> PreprocessOperands:
@@ -191,6 +203,7 @@ class PreprocessProblem(BesideAttention):
             grad_lse=by_row._replace(meaning="gradient of the log-sum-exp") if self.grad_lse else None,
             **_statistics(written=True),
             grad_q_sum=_sums("q", "head_dim", "what dQ will be summed in, cleared", written=True),
+            turns_q=_turns("q", written=True) if self.deterministic else None,
             grad_sink_rows=sink if self.sink else None,
             cu_seqlens_q=asked.cu_seqlens_q,
             seqused_q=asked.seqused_q,
@@ -229,6 +242,7 @@ class PreprocessOperands(NamedTuple):
     lse_log2: Any
     delta: Any
     grad_q_sum: Any
+    turns_q: Any
     grad_sink_rows: Any
     cu_seqlens_q: Any
     seqused_q: Any
@@ -324,6 +338,8 @@ def steps_around(own: Step, device: Device, postprocess: Kernel, configured: Cal
     scratch = {"lse_log2": None, "delta": None, "grad_q_sum": None}
     if asked.gqa:
         scratch |= {"grad_k_sum": 0.0, "grad_v_sum": 0.0}
+    if problem.deterministic:
+        scratch |= {"turns_q": None, "turns_k": 0} if asked.gqa else {"turns_q": None}
     first = Step(PREPROCESS, before, PREPROCESS.config(before, device))
     sizes = {f"scratch_rows_{side}": _scratch_rows_of(side) for side in "qk"}
     return Steps((first, own._replace(problem=main), *after), scratch, sizes)
@@ -361,6 +377,13 @@ def _sums(side: str, dim: str, meaning: str, written: bool = False) -> Spec:
     """An accumulator. dim: the columns' name before they are padded."""
     heads = "num_heads_q" if side == "q" else "num_heads_kv"
     return Spec("float32", (heads, f"scratch_rows_{side}", f"{dim}_padded"), "strided", meaning, written)
+
+
+def _turns(side: str, written: bool = False) -> Spec:
+    """Numbers that warps take turns by (common/turns.py): those of a tile at its first rows."""
+    heads = "num_heads_q" if side == "q" else "num_heads_kv"
+    meaning = "how many of those who add to a tile are done, warp by warp"
+    return Spec("int32", (heads, f"scratch_rows_{side}"), "strided", meaning, written, values="is 0")
 
 
 def _longest(side: str) -> Spec:

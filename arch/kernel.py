@@ -140,7 +140,8 @@ class Steps:
         for name, fill in self.scratch.items():
             specs = [spec for bound, spec in self._bound if bound == name]
             kinds = {(spec.dtype, spec.dims) for spec in specs}
-            if len(specs) < 2 or len(kinds) != 1:
+            # What is filled at first may be between the CTAs of one launch.
+            if len(specs) < (2 if fill is None else 1) or len(kinds) != 1:
                 raise ValueError(f"{name} must be one tensor of two or more operands, which have {kinds}")
             if fill is None and not specs[0].written:
                 raise ValueError(f"{name} is read before a step writes it")

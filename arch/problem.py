@@ -261,7 +261,7 @@ class Spec(NamedTuple):
     or "scalar". written: the kernel writes it, whole. values: what a made-up operand must hold to be valid:
     "any" numbers; "is N"; "starts D", rising from 0 to the size of dimension D; "lengths S" of the sequences
     whose starts operand S holds, or each the size of a dimension S; "longest S" of them; "count D", the size
-    of D, then zeros; "numbered", 0, 1, … along the last dimension.
+    of D, then zeros; "numbered A", 0, 1, … along axis A.
     """
 
     dtype: str
@@ -332,7 +332,7 @@ def forward_specs(problem: Problem) -> Operands:
             listed, "int32", (*block_dims, "two"), "partial and full blocks to visit", "count listed"
         ),
         block_indices=optional(
-            listed, "int32", (*block_dims, "listed"), "partial ones, then full", "numbered"
+            listed, "int32", (*block_dims, "listed"), "partial ones, then full", "numbered -1"
         ),
         mask_values=_rule_specs(problem.mask, "mask"),
         score_values=_rule_specs(problem.score, "score"),

@@ -67,8 +67,10 @@ def flash_attn_func(
         -1 or None is unbounded. causal makes right 0.
     softcap: scores become softcap * tanh(score / softcap); 0.0 is off.
     alibi_slopes: float32 (heads,) or (batch, heads): slope * |distance| is taken off (Press et al. 2022).
-    deterministic: the same call gives the same bits either way. True: a row's bits depend on its sequence
-        alone, not on the batch, the heads or the other queries: num_splits, where it is left open, is 1.
+    deterministic: the same call gives the same bits of out and lse either way. True: a row's bits depend on
+        its sequence alone, not on the batch, the heads or the other queries: num_splits, where it is left
+        open, is 1; and gradients have the same bits whenever they are computed. Without it the order in which
+        CTAs add to dq, and to dk and dv where heads share k and v, is left to chance: last bits vary.
         (On compute capability 10.0 with causal or window_size the last bits may differ with the number of
         queries: blocks that are wholly visible to all of a tile's compute some exponentials by polynomials.)
     return_attn_probs: also return lse and S_dmask, the float32 softmax weights before dropout, (batch,

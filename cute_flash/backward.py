@@ -51,7 +51,7 @@ def check(call: Call) -> None:
 
 def asked(call: Call, grad_lse: torch.Tensor | None) -> BackwardProblem:
     """What the gradients of a checked call depend on."""
-    return BackwardProblem(problem_of(call), grad_lse is not None)
+    return BackwardProblem(problem_of(call), grad_lse is not None, call.deterministic)
 
 
 def gradients(given: Given, call: Call) -> Gradients:
@@ -74,6 +74,7 @@ def gradients(given: Given, call: Call) -> Gradients:
         "grad_lse": None if given.grad_lse is None else given.grad_lse.contiguous(),
         "block_counts": call.key_block_counts,
         "block_indices": call.key_block_indices,
+        "block_turns": call.key_block_turns,
         "grad_q": places["q"],
         "grad_k": places["k"],
         "grad_v": places["v"],

@@ -118,6 +118,19 @@ class BlockMask:
         pieces = zip(visit.split(step, -1), full.split(step, -1), strict=True)
         return _joined([_lists(some.mT, whole.mT) for some, whole in pieces])
 
+    @functools.cached_property
+    def turns(self) -> torch.Tensor:
+        """int32, like the indices of `transposed`: the order of key blocks that a listed row block visits.
+
+        1 + the last such key block before the list's own, 0 where there is none; built once.
+        """
+        (visit, _), (_, indices) = self.blocks(), self.transposed
+        number = torch.arange(1, self.k_blocks + 1, dtype=torch.int32, device=visit.device)
+        last = torch.where(visit, number, 0).cummax(-1).values  # up to and with each key block
+        # One row block more, so that unused places name one where there is none.
+        before = torch.nn.functional.pad(last, (1, 0, 0, 1))[..., :-1]
+        return before.mT.gather(-1, indices.long()).int().contiguous()
+
     def blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(visit, full) as `from_blocks` takes them, in four dimensions."""
         return blocks_of(self.counts, self.indices, self.k_blocks)

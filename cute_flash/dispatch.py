@@ -254,6 +254,7 @@ def supports(
     mask: Any = None,
     score: Any = None,
     backward: bool = False,
+    deterministic: bool = False,
     **features: Any,
 ) -> Answer:
     """Whether a kernel serves such a call: an object that is true or false and whose text says why.
@@ -261,9 +262,9 @@ def supports(
     device: an architecture ("sm80"), a CUDA device, or None for the one at hand, emulated or not.
     mask, score: a rule (`Causal()` for causal calls, `Softcap(...)` for softcap, ...), a plain function,
     or a list of them that apply together. backward: ask for the gradients of such a call; the answer says
-    what workspace they take. features: `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`,
-    `sink`, `lse`, `split_kv` (num_splits above 1), all False unless given; `block_size`, a block mask's
-    (block_q, block_k).
+    what workspace they take. deterministic: of gradients, whose sums are then added in one order. features:
+    `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`, `sink`, `lse`, `split_kv` (num_splits above 1), all
+    False unless given; `block_size`, a block mask's (block_q, block_k).
     """
     asked = problem(
         dtype=dtype,
@@ -273,7 +274,7 @@ def supports(
         **{"lse": False, **features},
     )
     if backward:
-        asked = BackwardProblem(asked)
+        asked = BackwardProblem(asked, deterministic=deterministic)
     if device is None:
         if emulation() is None and not torch.cuda.is_available():
             names = ", ".join(EMULATED)

@@ -36,7 +36,7 @@ class EmulatedKernel:
         # A row that a kernel forgets to write must not pass for a right one.
         for operand, written in zip(operands, self._written, strict=True):
             if written and operand is not None:
-                operand.fill_(torch.nan)
+                operand.fill_(torch.nan if operand.is_floating_point() else -1)
         views: list[View] = []
         args = tuple(
             self._argument(operand, name, views)

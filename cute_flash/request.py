@@ -83,9 +83,11 @@ class Call(NamedTuple):
     block_indices: torch.Tensor | None
     key_block_counts: torch.Tensor | None  # the same lists by blocks of keys, where a gradient is required
     key_block_indices: torch.Tensor | None
+    key_block_turns: torch.Tensor | None  # and in which order, where gradients are deterministic
     block_size: Annotated[list[int], "int[]"]
     lse: bool
     num_splits: int
+    deterministic: bool  # of gradients; the forward pass always is
 
 
 def parts_of(joint: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -189,6 +191,7 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
     backward = needs_gradient(q, k, v, options.learnable_sink)
     by_keys = _lists_by_keys(block_mask) if backward and block_mask is not None else (None, None)
+    deterministic = backward and bool(options.deterministic)
     splits = scalars.num_splits(options.num_splits, options.deterministic)
     joint = options.joint if backward else None
     if joint is not None:
@@ -211,9 +214,11 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
         block_indices=None if block_mask is None else block_mask.indices,
         key_block_counts=by_keys[0],
         key_block_indices=by_keys[1],
+        key_block_turns=None if block_mask is None or not deterministic else block_mask.turns,
         block_size=[] if block_mask is None else list(block_mask.block_size),
         lse=options.lse or backward,
         num_splits=splits,
+        deterministic=deterministic,
     )
 
 
@@ -407,11 +412,6 @@ def _check_derivatives(q, k, v, options: Options) -> None:
         raise NotImplementedError(
             "a gradient is required inside a transform of torch.func; allowed: backward() and "
             "torch.autograd.grad"
-        )
-    if wanted and options.deterministic:
-        raise NotImplementedError(
-            "deterministic is True where a gradient is required, and dq is summed in no fixed order; "
-            "allowed: False, or torch.no_grad()"
         )
 
 

@@ -287,10 +287,6 @@ REFUSED = {
         lambda q, k, v: cute_flash.flash_attn_func(q, k, v, score=ALiBi(torch.ones(2).requires_grad_())),
         "a rule's tensors get none",
     ),
-    "deterministic": (
-        lambda q, k, v: cute_flash.flash_attn_func(q, k, v, deterministic=True),
-        "deterministic is True where a gradient is required",
-    ),
 }
 
 

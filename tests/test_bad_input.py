@@ -200,9 +200,9 @@ DENSE = {
         "out begins at address",
     ),
     "q_requires_grad": (
-        {"q": tensor(2, 8, 4, 64).requires_grad_(), "deterministic": True},
+        {"q": tensor(2, 8, 4, 64).requires_grad_(), "out": tensor(2, 8, 4, 64)},
         NotImplementedError,
-        "deterministic is True where a gradient is required",
+        "out is given where a gradient is required",
     ),
     "sink_requires_grad": (
         {"learnable_sink": torch.zeros(4).requires_grad_(), "out": tensor(2, 8, 4, 64)},

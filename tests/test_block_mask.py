@@ -299,6 +299,19 @@ def test_transposed_lists(name, at_once, monkeypatch):
         check_transposed(cases.BLOCKS[name](sizes)["block_mask"])
 
 
+@pytest.mark.parametrize("name", [name for name in cases.BLOCKS if name != "none"])
+def test_turns_of_key_blocks(name):
+    """1 + the last key block before the list's own that visits the listed row block, or 0."""
+    for seqlens in ((600, 530), (0, 5), (5, 0)):
+        made = cases.BLOCKS[name](cases.Sizes(2, 3, *seqlens, torch.Generator().manual_seed(0)))["block_mask"]
+        planes = (x.flatten(0, 1).tolist() for x in (made.blocks()[0], *made.transposed, made.turns))
+        for visits, counts, indices, turns in zip(*planes, strict=True):
+            for block, (rows, found) in enumerate(zip(indices, turns, strict=True)):
+                for row, turn in list(zip(rows, found, strict=True))[: sum(counts[block])]:
+                    earlier = [other + 1 for other in range(block) if visits[row][other]]
+                    assert turn == max(earlier, default=0)
+
+
 def test_wrong_transposed_lists_are_found():
     made = create_block_mask(Causal(), 1, 1, 64, 64, block_size=16)
     assert made.transposed is made.transposed  # built once

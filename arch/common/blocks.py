@@ -76,6 +76,10 @@ class Range:
     def inside(self, place):
         return place >= self.end
 
+    def takes(self, block):
+        """Whether it is visited."""
+        return (block >= self.end) & (block <= self.start)
+
     def is_later(self, place):
         """Whether it is not the first visit."""
         return place < self.start
@@ -196,9 +200,13 @@ def visits_from_keys(
 
 def _lists(call: Operands, rules, first, size: int):
     """Counts and indices of the block, of this size, that a row or a key is in."""
-    batches, heads = call.block_counts.shape[:2]  # each may be 1: the same lists for all
-    row = minimum(rules.batch, batches - 1), minimum(rules.head, heads - 1), first // size
-    return tuple(table[(*row, None)] for table in (call.block_counts, call.block_indices))
+    return tuple(of_block(table, rules, first // size) for table in (call.block_counts, call.block_indices))
+
+
+def of_block(table, rules, block):
+    """What a table of a block mask has for a block of rows, or of keys."""
+    batches, heads = table.shape[:2]  # each may be 1: the same for all
+    return table[(minimum(rules.batch, batches - 1), minimum(rules.head, heads - 1), block, None)]
 
 
 def _rows(positions, sequence):

@@ -1,4 +1,4 @@
-"""The backward pass's preprocess: D = rowsum(dO * O) - dLSE, LSE for exponents of two, dQ's sums cleared.
+"""The backward pass's preprocess: D = rowsum(dO * O) - dLSE, LSE for exponents of two, sums and turns at 0.
 
 A CTA takes SCRATCH_TILE scratch rows of one head. Neighbouring lanes share a row of dO and O, 16 bytes each
 at a time, and add up among themselves. What special rows get: see `arch/backward.py`.
@@ -82,6 +82,8 @@ class PreprocessKernel:
             call.delta[head, place] = total
             lse_log2 = where(lse == -Float32.inf, 0.0, lse * LOG2_E)
             call.lse_log2[head, place] = lse_log2
+            if const_expr(self.problem.deterministic):
+                call.turns_q[head, place] = Int32(0)
             if const_expr(self.problem.sink):
                 self.sink(call, rows, head, row, -total * exp2(call.sink[head] * LOG2_E - lse_log2))
 

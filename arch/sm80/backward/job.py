@@ -12,6 +12,7 @@ from ...common.blocks import Range
 from ...common.dropout import Dropout
 from ...common.rules import Rules
 from ...common.sequence import Sequence
+from ...problem import Problem
 from ..mma import Pieces
 from .grid import Grid
 
@@ -76,6 +77,7 @@ class ProductOperands(NamedTuple):
 class Walk(NamedTuple):
     """What a thread needs at every query tile."""
 
+    problem: Problem
     mma: cute.TiledMma
     block: KeyBlock
     tiles: Tiles

@@ -7,7 +7,8 @@ query head that see them:
     P, dS to shared      dV += P^T dO      dQ = dS K, added to its sum      dK += dS^T Q
 
 Every warp takes part in every product, on another part of the tile each time: P and dS pass through shared
-memory. Where query heads share K and V, dK and dV are added to sums as dQ is.
+memory. Where query heads share K and V, dK and dV are added to sums as dQ is. What CTAs add to one sum comes
+in any order, or in turns (turns.py).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from .grid import Grid
 from .job import KeyBlock, ProductOperands, QueryStream, Tiles, Walk
 from .sums import SummedTile
 from .tuning import Config
+from .turns import AsTheyCome, InTurns
 
+LARGE_SUM = 64  # numbers of dQ that a thread holds
 STATISTICS = 4  # numbers of LSE or D that one copy brings
 
 
@@ -53,6 +56,9 @@ class BackwardKernel:
         self.config, self.dtype = config, element_type(self.problem.precision)
         dims = self.problem.head_dim, self.problem.head_dim_v
         self.dim, self.dim_v = map(scratch_columns, dims)
+        early = config.tile_m * self.dim // config.threads >= LARGE_SUM
+        tile = config.tile_m, config.tile_n
+        self.turns = InTurns(tile, early) if problem.deterministic else AsTheyCome()
         self.copy_q, self.copy_k = (
             TileCopy(self.dtype, rows, self.problem.head_dim, self.dim, config.threads)
             for rows in (config.tile_m, config.tile_n)
@@ -107,8 +113,11 @@ class BackwardKernel:
         # Found once more, so that no register holds through the products what only the end needs.
         block = self.block_of(block.call, schedule, group_size, hidden_zero(group_size))
         if const_expr(self.problem.gqa):
+            row, member = self.scratch_k(block), block.head % group_size
+            self.turns.wait_k(block, row, member)
             if visits.any():
-                self.add(walk, block)
+                self.add(walk, block, row)
+            self.turns.pass_k(block, row, member)
         else:
             self.store(walk, block)
 
@@ -146,10 +155,14 @@ class BackwardKernel:
             self.begin(walk.stream, following, walk.stream.visits.inside(following))
         cute.arch.barrier()
         self.multiply(walk, walk.acc_v, self.config.tile_m, walk.grid_v, ops.p_transposed, ops.grad_out_as_b)
+        turn = self.turns.turn_q(walk, place)
         acc_q = walk.grid_q.accumulator()
         self.multiply(walk, acc_q, self.config.tile_n, walk.grid_q, ops.ds, ops.k_as_b)
-        self.sums_q(walk, place).add(acc_q)
+        row = self.scratch_q(walk.block.sequence) + first_row
+        self.turns.wait_q(walk, place, row, turn)
+        self.sums_q(walk, place, row).add(acc_q)
         self.multiply(walk, walk.acc_k, self.config.tile_m, walk.grid_k, ops.ds_transposed, ops.q_as_b)
+        self.turns.pass_q(walk, place, row)
         if self.config.stages == 1:
             cute.arch.barrier()
             self.begin(walk.stream, following, walk.stream.visits.inside(following))
@@ -276,11 +289,8 @@ class BackwardKernel:
             chunks = copy.partition(tile, block.thread)[None, None, None, 0]
             copy.store(chunks, rows, block.thread, block.sequence.k_rows - block.first_key)
 
-    def add(self, walk: Walk, block: KeyBlock) -> None:
-        """dK and dV to the sums over the query heads that share them."""
-        sequence = block.sequence
-        row = scratch_row(self.problem.varlen, sequence.k_start, sequence.k_rows, sequence.batch)
-        row += block.first_key
+    def add(self, walk: Walk, block: KeyBlock, row: Int32) -> None:
+        """dK and dV to the sums over the query heads that share them, from scratch row `row` on."""
         for sums, acc in ((block.call.grad_k_sum, walk.acc_k), (block.call.grad_v_sum, walk.acc_v)):
             SummedTile.of(sums, block.kv_head, row, block.thread, self.config.threads).add(acc)
 
@@ -288,10 +298,15 @@ class BackwardKernel:
         """The sequence's first scratch row on the query side."""
         return scratch_row(self.problem.varlen, sequence.q_start, sequence.q_rows, sequence.batch)
 
-    def sums_q(self, walk: Walk, place: Int32) -> SummedTile:
-        """Where a visit's dQ is added."""
+    def scratch_k(self, block: KeyBlock) -> Int32:
+        """The keys' first scratch row."""
+        sequence = block.sequence
+        first = scratch_row(self.problem.varlen, sequence.k_start, sequence.k_rows, sequence.batch)
+        return first + block.first_key
+
+    def sums_q(self, walk: Walk, place: Int32, row: Int32) -> SummedTile:
+        """Where a visit's dQ is added, from scratch row `row` on."""
         block, zero = walk.block, hidden_zero(place)
-        row = self.scratch_q(block.sequence) + self.first_row(walk.stream, place)
         return SummedTile.of(block.call.grad_q_sum, block.head, row, block.thread + zero, self.config.threads)
 
     def tiles(self) -> Tiles:
@@ -323,6 +338,7 @@ class BackwardKernel:
         grid_q = Grid(*config.grid_q(self.dim), config.tile_m, self.dim, thread)
         scale = Float32(1.0) if self.problem.score else Float32(block.call.softmax_scale)
         return Walk(
+            problem=self.problem,
             mma=tiled_mma(self.dtype, config.warps),
             block=block,
             tiles=tiles,

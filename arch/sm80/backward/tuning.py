@@ -92,13 +92,15 @@ class PostprocessConfig:
 class Row:
     """A config for head dims up to `head_dim`, of Q and K or of V.
 
-    pressure: the highest `register_pressure` of a problem that leaves it registers enough.
+    pressure: the highest `register_pressure` of a problem that leaves it registers enough. turns: the same
+    where CTAs take turns.
     """
 
     head_dim: int
     pressure: int
     config: Config
     why: str
+    turns: int = HEAVY
 
 
 BACKWARD = (
@@ -114,6 +116,7 @@ BACKWARD = (
     Row(head_dim=128, pressure=HEAVY, config=Config(64, 64, stages=1), why="fits 100 KB"),
     Row(
         head_dim=192, pressure=HEAVY, config=Config(64, 64), why="dK and dV take 96 registers a thread",
+        turns=LIGHT,
     ),
     Row(
         head_dim=256, pressure=LIGHT, config=Config(64, 64, stages=1),
@@ -145,7 +148,8 @@ def fitting_configs(problem: BackwardProblem, device: Device) -> Iterator[Config
     for row in BACKWARD:
         reaches = largest <= row.head_dim and row.config.shares_out(scratch_columns(asked.head_dim))
         fits = row.config.shared_memory(problem) <= device.shared_memory
-        if reaches and fits and pressure <= row.pressure:
+        most = min(row.pressure, row.turns) if problem.deterministic else row.pressure
+        if reaches and fits and pressure <= most:
             yield row.config
 
 

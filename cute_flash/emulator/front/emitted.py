@@ -106,7 +106,7 @@ class Emitted:
             counts[..., 0] = self.sizes[of]
             return counts
         if kind == "numbered":
-            return np.broadcast_to(np.arange(shape[-1]), shape)
+            return np.indices(shape)[int(of)]
         raise ValueError(f"{name} holds {what!r}, which has no model")
 
 
