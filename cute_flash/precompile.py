@@ -50,9 +50,10 @@ _RULES: dict[str, dict[str, Any]] = {
 }
 _BLOCKS = {"block_mask": (128, 128)}  # a block mask's default block size
 # What training calls: the forward pass with its log-sum-exp, and gradients through the output, or both.
-_GRADIENTS = ("backward", "backward_lse")
-_DETERMINISTIC = "deterministic"  # of gradients
-WORDS = ("dense", *_FLAGS, *_RULES, *_BLOCKS, *_GRADIENTS, _DETERMINISTIC)
+# "deterministic" is said of gradients, with one of these words or alone.
+_DETERMINISTIC = "deterministic"
+_GRADIENTS = ("backward", "backward_lse", _DETERMINISTIC)
+WORDS = ("dense", *_FLAGS, *_RULES, *_BLOCKS, *_GRADIENTS)
 DEFAULT_FEATURES = ("dense", "causal", "varlen", "varlen,causal")
 PARTS = {"object": "kernel.o", "ptx": "kernel.ptx", "cubin": "kernel.cubin", "json": "kernel.json"}
 
@@ -123,7 +124,7 @@ def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Prob
             flags["lse"] = True
         elif word in _BLOCKS:
             flags["block_size"] = _BLOCKS[word]
-        elif word not in ("dense", _DETERMINISTIC):
+        elif word != "dense":
             raise ValueError(f"--features has {word!r}; allowed: {', '.join(WORDS)}")
     masks = rules.mask_of(given["causal"], given["window"], given["mask"])
     scores = rules.score_of(given["softcap"], given["alibi_slopes"], None)
@@ -140,8 +141,6 @@ def _refuse_contradictions(words: list[str]) -> None:
             if argument in said:
                 raise ValueError(f"--features has {said[argument]!r} and {word!r}: {argument} is given twice")
             said[argument] = word
-    if _DETERMINISTIC in words and not set(words) & set(_GRADIENTS):
-        raise ValueError(f"--features has 'deterministic' without gradients; add {' or '.join(_GRADIENTS)}")
 
 
 def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Device, Asked, str]]:
