@@ -25,7 +25,11 @@ RELAYS = {
 }
 NAMES = ("varlen_causal", "mask_by_head", "blocks_random_causal", "heads_6_2")
 # The rows of the table of tiles that leave fewest registers.
-FULLEST = (("sm80", "light", (64, 64)), ("sm80", "light", (128, 128)), ("sm80", "light", (256, 256)))
+FULLEST = (
+    *(("sm80", "light", dims) for dims in ((64, 64), (128, 128), (96, 256))),
+    ("sm80", "heavy", (256, 256)),
+    ("sm80", "heavy", (96, 256)),
+)
 SUMS = ("grad_q_sum", "grad_k_sum", "grad_v_sum")
 
 

@@ -88,12 +88,15 @@ class PostprocessConfig:
         return 2 * self.rows * scratch_columns(problem.head_dim)
 
 
+NEVER = LIGHT - 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A config for head dims up to `head_dim`, of Q and K or of V.
 
     pressure: the highest `register_pressure` of a problem that leaves it registers enough. turns: the same
-    where CTAs take turns.
+    where CTAs take turns, NEVER if none.
     """
 
     head_dim: int
@@ -120,7 +123,7 @@ BACKWARD = (
     ),
     Row(
         head_dim=256, pressure=LIGHT, config=Config(64, 64, stages=1),
-        why="dK and dV take 128 registers a thread; two stages take 192 KB",
+        why="dK and dV take 128 registers a thread; two stages take 192 KB", turns=NEVER,
     ),
     Row(
         head_dim=256, pressure=HEAVY, config=Config(32, 64),
@@ -129,6 +132,7 @@ BACKWARD = (
     Row(
         head_dim=256, pressure=HEAVY, config=Config(64, 64, stages=1),
         why="for the columns of Q and K of which 32 rows leave no piece for every warp: dK is small then",
+        turns=LIGHT,
     ),
     Row(head_dim=192, pressure=HEAVY, config=Config(32, 64, stages=1), why="fits 100 KB"),
     Row(head_dim=256, pressure=HEAVY, config=Config(32, 32, warps=4, stages=1), why="fits 100 KB"),
