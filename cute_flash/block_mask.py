@@ -94,6 +94,8 @@ class BlockMask:
         moved = replace(self, counts=self.counts.to(device), indices=self.indices.to(device), mask=mask)
         if "transposed" in vars(self):
             vars(moved)["transposed"] = tuple(lists.to(device) for lists in self.transposed)
+        if "turns" in vars(self):
+            vars(moved)["turns"] = self.turns.to(device)
         return moved
 
     def _for_training(self) -> BlockMask:

@@ -190,8 +190,11 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
     backward = needs_gradient(q, k, v, options.learnable_sink)
-    by_keys = _lists_by_keys(block_mask) if backward and block_mask is not None else (None, None)
     deterministic = backward and bool(options.deterministic)
+    by_keys, turns = (None, None), None
+    if backward and block_mask is not None:
+        by_keys = _by_keys(block_mask, "transposed")
+        turns = _by_keys(block_mask, "turns") if deterministic else None
     splits = scalars.num_splits(options.num_splits, options.deterministic)
     joint = options.joint if backward else None
     if joint is not None:
@@ -214,7 +217,7 @@ def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
         block_indices=None if block_mask is None else block_mask.indices,
         key_block_counts=by_keys[0],
         key_block_indices=by_keys[1],
-        key_block_turns=None if block_mask is None or not deterministic else block_mask.turns,
+        key_block_turns=turns,
         block_size=[] if block_mask is None else list(block_mask.block_size),
         lse=options.lse or backward,
         num_splits=splits,
@@ -272,15 +275,15 @@ def _check_block_mask(block_mask: Any, q: torch.Tensor, sizes: _Sizes) -> None:
         )
 
 
-def _lists_by_keys(block_mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the backward pass visits."""
-    if torch.compiler.is_compiling() and "transposed" not in block_mask.__dict__:
+def _by_keys(block_mask: BlockMask, name: str) -> Any:
+    """What the backward pass visits, or in which order."""
+    if torch.compiler.is_compiling() and name not in block_mask.__dict__:
         raise NotImplementedError(
-            "block_mask was made where no gradient is recorded, without the lists that a backward pass needs "
-            "and torch.compile cannot make; allowed: one made where gradients are enabled, or one whose "
-            "`transposed` was read before"
+            f"block_mask was made without `{name}`, which a backward pass needs and torch.compile cannot "
+            f"make; allowed: one whose `{name}` was read before. Where gradients are enabled it is made with "
+            "its `transposed`"
         )
-    return block_mask.transposed
+    return getattr(block_mask, name)
 
 
 def as_autocast_has_it(*tensors: Any) -> tuple:

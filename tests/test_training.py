@@ -66,13 +66,17 @@ def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.clone().requires_grad_() for x in tensors]
 
 
-def dense(q, k, v, sink, block_mask=None):
-    rules = {"causal": True, "softcap": 3.0} if block_mask is None else {"block_mask": block_mask}
+def dense(q, k, v, sink, block_mask=None, **rules):
+    rules |= {"causal": True, "softcap": 3.0} if block_mask is None else {"block_mask": block_mask}
     return cute_flash.flash_attn_func(q, k, v, 0.1, learnable_sink=sink, return_lse=True, **rules)
 
 
 def blocks(q, k, v, sink):
     return dense(q, k, v, sink, DOCUMENTS)
+
+
+def in_turns(q, k, v, sink):
+    return dense(q, k, v, sink, DOCUMENTS, deterministic=True)
 
 
 def varlen(q, k, v, sink):
@@ -81,7 +85,7 @@ def varlen(q, k, v, sink):
     return cute_flash.flash_attn_varlen_func(q, k, v, CU_Q, CU_K, 11, 20, **options)
 
 
-@pytest.mark.parametrize("call", [blocks, varlen])
+@pytest.mark.parametrize("call", [blocks, in_turns, varlen])
 def test_a_training_step_is_one_graph_with_the_same_launches(call, launched, monkeypatch):
     """Dropout, sink, lse, block mask: forward and backward pass, step after step, without lists made anew."""
     graphs = []
@@ -94,6 +98,7 @@ def test_a_training_step_is_one_graph_with_the_same_launches(call, launched, mon
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example)
 
+    assert DOCUMENTS.turns.shape == DOCUMENTS.transposed[1].shape  # made here, as torch.compile cannot
     monkeypatch.setattr(block_mask, "_lists", None)
     found = []
     for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
@@ -123,11 +128,12 @@ def test_a_block_mask_without_lists_by_keys():
     with torch.no_grad():
         made = create_block_mask(Causal(), 2, 4, 8, 16)
     step = torch.compile(dense, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="block_mask was made where no gradient"):
-        step(*leaves(Q, K, V, SINK), made)
-    dense(*leaves(Q, K, V, SINK), made)
-    step(*leaves(Q, K, V, SINK), made)
-    step(*leaves(Q, K, V, SINK), made.to("cpu"))
+    for rules, name in (({}, "transposed"), ({"deterministic": True}, "turns")):
+        with pytest.raises(Exception, match=f"block_mask was made without `{name}`"):
+            step(*leaves(Q, K, V, SINK), made, **rules)
+        dense(*leaves(Q, K, V, SINK), made, **rules)
+        step(*leaves(Q, K, V, SINK), made, **rules)
+        step(*leaves(Q, K, V, SINK), made.to("cpu"), **rules)
 
 
 def test_what_has_no_backward_says_so_before_anything_runs(launched):
