@@ -61,15 +61,36 @@ def test_the_table_adds_up():
     ]
 
 
+class Kernels:
+    """Stands for the function that remembers kernels. counts: what it has been asked for, test by test."""
+
+    def __init__(self, *counts: int) -> None:
+        self.counts, self.cleared = list(counts), 0
+
+    def cache_info(self) -> SimpleNamespace:
+        return SimpleNamespace(misses=self.counts[0], currsize=self.counts[0])
+
+    def cache_clear(self) -> None:
+        self.cleared += 1
+        self.counts[0] = 0
+
+
 def test_translated_kernels_are_not_looked_through(monkeypatch):
-    """After a test that asked for another kernel, and after no other."""
-    asked, frozen = iter((0, 3, 3, 1)), []
-    known = SimpleNamespace(cache_info=lambda: SimpleNamespace(misses=next(asked)))
+    """After a test that asked for another kernel, and after no other; where there are too many, all go."""
+    most, done = conftest.MOST_TRANSLATED, []
+    known = Kernels(0, 3, 3, most, most + 1, 1)
     monkeypatch.setattr(conftest.executable, "executable", known)
-    monkeypatch.setattr(conftest.gc, "freeze", lambda: frozen.append(None))
+    for name in ("freeze", "unfreeze"):
+        monkeypatch.setattr(conftest.gc, name, lambda name=name: done.append(name))
     item = SimpleNamespace(session=SimpleNamespace(stash=pytest.Stash()))
-    found = [conftest.pytest_runtest_teardown(item) or len(frozen) for _ in range(4)]
-    assert found == [0, 1, 1, 2]
+    found = []
+    for _ in range(6):
+        conftest.pytest_runtest_teardown(item)
+        known.counts.pop(0)
+        found.append(done[:])
+        done.clear()
+    assert found == [[], ["freeze"], [], ["freeze"], ["unfreeze"], ["freeze"]]
+    assert known.cleared == 1
 
 
 def test_kernels_read_long_ago_make_room(tmp_path):
