@@ -158,7 +158,7 @@ class BackwardKernel:
         turn = self.turns.turn_q(walk, place)
         acc_q = walk.grid_q.accumulator()
         self.multiply(walk, acc_q, self.config.tile_n, walk.grid_q, ops.ds, ops.k_as_b)
-        row = self.scratch_q(walk.block.sequence) + first_row
+        row = self.scratch_q(walk.block.sequence) + self.first_row(walk.stream, place)
         self.turns.wait_q(walk, place, row, turn)
         self.sums_q(walk, place, row).add(acc_q)
         self.multiply(walk, walk.acc_k, self.config.tile_m, walk.grid_k, ops.ds_transposed, ops.q_as_b)
