@@ -129,7 +129,9 @@ class BackwardKernel:
         # Places on the tile are found anew at every visit: no register holds them through the products.
         grid_s = walk.grid_s.of(walk.block.thread + hidden_zero(place))
         first_row = self.first_row(walk.stream, place)
-        sizes = (slot * self.tile_bytes(dim) for dim in (self.dim, self.dim_v))
+        # Of one stage there is no product to form, which the compiler may pack with bytes it never wrote.
+        stage = 0 if self.config.stages == 1 else slot
+        sizes = (stage * self.tile_bytes(dim) for dim in (self.dim, self.dim_v))
         ops = walk.operands.at(hidden_zero(place), *sizes)
         acc_s = grid_s.accumulator()
         self.multiply(walk, acc_s, self.dim, grid_s, ops.q, ops.k)
@@ -158,6 +160,7 @@ class BackwardKernel:
         turn = self.turns.turn_q(walk, place)
         acc_q = walk.grid_q.accumulator()
         self.multiply(walk, acc_q, self.config.tile_n, walk.grid_q, ops.ds, ops.k_as_b)
+        # Found anew, too: a register that held it from the scores to here is spilled with block masks.
         row = self.scratch_q(walk.block.sequence) + self.first_row(walk.stream, place)
         self.turns.wait_q(walk, place, row, turn)
         self.sums_q(walk, place, row).add(acc_q)

@@ -46,11 +46,8 @@ class Config:
         return rows, self.warps // rows
 
     def grid_k(self, columns: int) -> tuple[int, int]:
-        """Rows and columns of warps on dK or dV (tile_n, columns): more on the longer side.
-
-        Not with tile_m 32, for which the compiler then reads registers that it never wrote.
-        """
-        across = 4 if self.tile_m > 32 and columns > self.tile_n and self._by_four(columns) else 2
+        """Rows and columns of warps on dK or dV (tile_n, columns): more on the longer side."""
+        across = 4 if columns > self.tile_n and self._by_four(columns) else 2
         return self.warps // across, across
 
     def grid_q(self, columns: int) -> tuple[int, int]:
