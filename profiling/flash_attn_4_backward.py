@@ -15,8 +15,8 @@ import torch
 from tests.peers import flash_attn_4_backward
 from tests.peers.flash_attn_4_backward import Backward, Case
 
-from . import sass
-from .flash_attn_4 import Missing, Peer, directory_of, launch_shape, tensors, version
+from . import flash_attn_4, sass
+from .flash_attn_4 import Missing, Peer, directory_of, launch_shape, version
 
 __all__ = ["Case", "Missing", "compiled", "tensors_of"]
 
@@ -43,7 +43,7 @@ def _call(case: Case) -> Backward:
 
 def tensors_of(case: Case, seqlen_q: int, seqlen_k: int) -> dict[str, torch.Tensor]:
     """Operands of a case's launches with other lengths, of whole tiles: the inputs normal, the rest 0."""
-    made = tensors(replace(case, seqlens_q=(seqlen_q,), seqlens_k=(seqlen_k,)))
+    made = flash_attn_4.tensors_of(case, seqlen_q, seqlen_k)
     for name, scratch in _call(case).scratch.items():
         *outer, numbers = scratch.shape  # of all rows of Q
         shape = (*outer, numbers * seqlen_q // max(case.seqlens_q))

@@ -25,7 +25,7 @@ from tests import accuracy, proofs, reference
 from tests.accuracy import LSE_ATOL, assert_accurate
 from tests.orders import RIGHT
 from tests.peers import flash_attn_4
-from tests.peers.flash_attn_4 import BLACKWELL, CASES, HOPPER, Case, Kernel, build, resolved
+from tests.peers.flash_attn_4 import BLACKWELL, CASES, HOPPER, Case, Kernel, resolved
 from tests.proofs import Proof
 
 NAMED = {case.name: case for case in (*CASES, *HOPPER, *BLACKWELL)}
@@ -48,16 +48,22 @@ RANDOM = [{"asynchrony": "random", "schedule": "random", "seed": seed} for seed 
 MORE = [{"asynchrony": "random", "schedule": "random", "seed": seed} for seed in (3, 4)]
 
 
-@cache
-def kernel_of(name: str, alone: bool = True) -> Kernel:
-    """Compiled once, by whichever worker comes first; with all those of its target, unless `alone`."""
-    wanted = NAMED[name]
-    cases = [wanted] if alone else [case for case in NAMED.values() if case.arch == wanted.arch]
-    directory = Path(os.environ["CUTE_FLASH_CACHE"]) / f"flash_attn_4-{flash_attn_4.digest()}"
+def built_once(peer: Any, cases: list[Any]) -> dict[str, Any]:
+    """What a peer's module builds of these cases, by whichever worker comes first."""
+    kept = f"{peer.__name__.rpartition('.')[2]}-{peer.digest()}"
+    directory = Path(os.environ["CUTE_FLASH_CACHE"]) / kept
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return build(cases, directory)[name]
+        return peer.build(cases, directory)
+
+
+@cache
+def kernel_of(name: str, alone: bool = True) -> Kernel:
+    """Compiled with all those of its target, unless `alone`."""
+    wanted = NAMED[name]
+    cases = [wanted] if alone else [case for case in NAMED.values() if case.arch == wanted.arch]
+    return built_once(flash_attn_4, cases)[name]
 
 
 @cache

@@ -7,9 +7,7 @@ warps in random order. Scratch that the interface does not clear holds NaN at fi
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
 import sys
 from dataclasses import replace
 from functools import cache
@@ -35,14 +33,10 @@ RACES = {"asynchrony": "late", "races": True}
 
 @cache
 def call_of(name: str, alone: bool = True) -> Backward:
-    """Compiled once, by whichever worker comes first; with all those of its target, unless `alone`."""
+    """Compiled with all those of its target, unless `alone`."""
     wanted = NAMED[name]
     cases = [wanted] if alone else [case for case in NAMED.values() if case.arch == wanted.arch]
-    directory = Path(os.environ["CUTE_FLASH_CACHE"]) / f"flash_attn_4_backward-{peer.digest()}"
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return peer.build(cases, directory)[name]
+    return forward.built_once(peer, cases)[name]
 
 
 @cache
@@ -123,6 +117,4 @@ def test_an_error_in_the_kernel_is_an_error_in_the_gradients():
 @pytest.mark.parametrize("case", cudnn_frontend.CASES, ids=lambda case: case.name)
 def test_cudnn_front_end_s_kernels(case):
     """Not among the test's requirements, as it asks for a CUDA 13 compiler: where it is installed."""
-    directory = Path(os.environ["CUTE_FLASH_CACHE"]) / f"cudnn_frontend-{cudnn_frontend.digest()}"
-    directory.mkdir(parents=True, exist_ok=True)
-    check(cudnn_frontend.build([case], directory)[case.name], RACES)
+    check(forward.built_once(cudnn_frontend, [case])[case.name], RACES)

@@ -13,10 +13,8 @@ import hashlib
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,15 +47,7 @@ def build(cases: Sequence[Case], directory: Path) -> dict[str, Backward]:
 
     Raises RuntimeError with the compiling process's output where it fails.
     """
-    missing = [case for case in cases if not (directory / f"{case.name}.json").exists()]
-    if missing:
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(directory)], cwd=Path(__file__).parents[2],
-            input=json.dumps([asdict(case) for case in missing]), text=True, capture_output=True,
-            env=flash_attn_4.environment("sm_80", directory),
-        )
-        if done.returncode:
-            raise RuntimeError(f"{NAME} did not compile for sm_80:\n{done.stdout}{done.stderr}")
+    flash_attn_4.compile_missing(__name__, cases, directory, flash_attn_4.environment)
     return {case.name: Backward.load(case, directory) for case in cases}
 
 

@@ -17,7 +17,8 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
@@ -140,10 +141,28 @@ def build(cases: Sequence[Case], directory: Path) -> dict[str, Kernel]:
 
     Raises RuntimeError with the compiling process's output where it fails.
     """
+    compile_missing(__name__, cases, directory, environment)
+    return {case.name: Kernel.load(case, directory / case.name) for case in cases}
+
+
+def compile_missing(
+    module: str, cases: Sequence[Case], directory: Path, told: Callable[[str, Path], dict[str, str]]
+) -> None:
+    """Run a peer's module for the cases that are not in `directory` yet, in a process per target.
+
+    told: what that process is started with, as `environment` says it.
+    Raises RuntimeError with the process's output where it fails.
+    """
     missing = [case for case in cases if not (directory / f"{case.name}.json").exists()]
     for arch in dict.fromkeys(case.arch for case in missing):
-        _compile([case for case in missing if case.arch == arch], arch, directory)
-    return {case.name: Kernel.load(case, directory / case.name) for case in cases}
+        asked = json.dumps([asdict(case) for case in missing if case.arch == arch])
+        done = subprocess.run(
+            [sys.executable, "-m", module, str(directory)], input=asked, env=told(arch, directory),
+            cwd=Path(__file__).parents[2], text=True, capture_output=True,
+        )
+        if done.returncode:
+            output = done.stdout + done.stderr
+            raise RuntimeError(f"{module.rpartition('.')[2]} did not compile for {arch}:\n{output}")
 
 
 def environment(arch: str, directory: Path) -> dict[str, str]:
@@ -158,15 +177,6 @@ def environment(arch: str, directory: Path) -> dict[str, str]:
     }
 
 
-def _compile(cases: list[Case], arch: str, directory: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, str(directory)], input=json.dumps([asdict(case) for case in cases]),
-        env=environment(arch, directory), text=True, capture_output=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"flash-attn-4 did not compile for {arch}:\n{done.stdout}{done.stderr}")
-
-
 def resolved(described: Any, tensors: Mapping[str, Any], longest: int) -> Any:
     """An argument from its description. longest: the length of the longest sequence of queries."""
     if isinstance(described, list):
@@ -176,35 +186,50 @@ def resolved(described: Any, tensors: Mapping[str, Any], longest: int) -> Any:
     return described
 
 
-def record(cases: list[Case], directory: Path) -> None:
-    """Run the peer's interface on fake tensors and write what it compiles; for a process of its own."""
+@contextmanager
+def interface_without_gpu() -> Iterator[Any]:
+    """The peer's Python interface, for calls on fake tensors; for a process of its own."""
     _without_autotuner()
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     torch.cuda._lazy_init = lambda: None
     torch.cuda.current_device = lambda: 0
-    import cutlass.cute as cute
     import cutlass.utils
     from flash_attn.cute import interface
 
     _without_driver(cutlass.utils.HardwareInfo)
     interface.is_fake_mode = lambda: False
     with FakeTensorMode():
+        yield interface
+
+
+def fakes(case: Case) -> dict[str, Any]:
+    """Tensors of the call that hold nothing."""
+    import torch
+
+    return {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
+        for name, (shape, dtype) in case.shapes().items()
+    }
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """What a call of the interface is given besides tensors, forward or backward."""
+    left, right = case.window
+    return {"causal": case.causal, "window_size_left": left, "window_size_right": right}
+
+
+def record(cases: list[Case], directory: Path) -> None:
+    """Run the peer's interface on fake tensors and write what it compiles."""
+    with interface_without_gpu() as interface:
+        import cutlass.cute as cute
+
         for case in cases:
-            tensors = {
-                name: torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
-                for name, (shape, dtype) in case.shapes().items()
-            }
+            tensors = fakes(case)
             recorded = partial(_compile_and_record, cute.compile, (case, directory, tensors))
             with mock.patch.object(cute, "compile", recorded):
-                interface._flash_attn_fwd(
-                    **tensors,
-                    causal=case.causal,
-                    window_size_left=case.window[0],
-                    window_size_right=case.window[1],
-                    return_lse=True,
-                )
+                interface._flash_attn_fwd(**tensors, **options_of(case), return_lse=True)
             interface._flash_attn_fwd.compile_cache.clear()
 
 

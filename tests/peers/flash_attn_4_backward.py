@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -93,9 +92,7 @@ def build(cases: Sequence[Case], directory: Path) -> dict[str, Backward]:
 
     Raises RuntimeError with the compiling process's output where it fails.
     """
-    missing = [case for case in cases if not (directory / f"{case.name}.json").exists()]
-    for arch in dict.fromkeys(case.arch for case in missing):
-        _compile([case for case in missing if case.arch == arch], arch, directory)
+    flash_attn_4.compile_missing(__name__, cases, directory, environment)
     return {case.name: Backward.load(case, directory) for case in cases}
 
 
@@ -110,43 +107,17 @@ def digest() -> str:
     return hashlib.sha256((Path(__file__).read_text() + flash_attn_4.digest()).encode()).hexdigest()[:16]
 
 
-def _compile(cases: list[Case], arch: str, directory: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, str(directory)], input=json.dumps([asdict(case) for case in cases]),
-        env=environment(arch, directory), cwd=Path(__file__).parents[2], text=True, capture_output=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"flash-attn-4 did not compile for {arch}:\n{done.stdout}{done.stderr}")
-
-
 def record(cases: Sequence[Case], directory: Path) -> None:
-    """Run the peer's interface on fake tensors and write what it compiles; for a process of its own."""
-    flash_attn_4._without_autotuner()
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Run the peer's interface on fake tensors and write what it compiles."""
+    with flash_attn_4.interface_without_gpu() as interface:
+        import cutlass.cute as cute
+        import torch
 
-    torch.cuda._lazy_init = lambda: None
-    torch.cuda.current_device = lambda: 0
-    import cutlass.cute as cute
-    import cutlass.utils
-    from flash_attn.cute import interface
-
-    flash_attn_4._without_driver(cutlass.utils.HardwareInfo)
-    interface.is_fake_mode = lambda: False
-    with FakeTensorMode():
         for case in cases:
-            tensors = {
-                name: torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
-                for name, (shape, dtype) in case.shapes().items()
-            }
+            tensors = flash_attn_4.fakes(case)
             recorder = Recorder(case, directory, dict(tensors), cute.compile)
             with recorder.patched(interface, cute, torch):
-                interface._flash_attn_bwd(
-                    **tensors,
-                    causal=case.causal,
-                    window_size_left=case.window[0],
-                    window_size_right=case.window[1],
-                )
+                interface._flash_attn_bwd(**tensors, **flash_attn_4.options_of(case))
             recorder.write()
             for function in ("_bwd_preprocess", "_flash_attn_bwd", "_bwd_postprocess_convert"):
                 getattr(interface, function).compile_cache.clear()
