@@ -145,6 +145,11 @@ FENCES = FORMS | {
     "heard": "fence.acq_rel.gpu;", "told": "fence.acq_rel.gpu;",
 }  # fmt: skip
 
+# The same, of atomic updates.
+ADDING = RELAY.replace("    ld.global.f32 %v, [%a];\n    add.f32 %v, %v, 0f3F800000;\n", "").replace(
+    "st.global.f32 [%a], %v;", "red.global.add.f32 [%a], 0f3F800000;"
+)
+
 
 @pytest.mark.parametrize(
     "forms",
@@ -162,6 +167,7 @@ FENCES = FORMS | {
 @pytest.mark.parametrize("options", [*ORDERS[:1], *ORDERS[2:]])
 def test_a_relay_orders_ctas(forms, options):
     assert (run(RELAY.format(**forms), grid=4, **options)[:32] == 5).all()
+    assert (run(ADDING.format(**forms), grid=4, ordered_reductions=True, **options)[:32] == 5).all()
 
 
 @pytest.mark.parametrize(
@@ -186,6 +192,48 @@ def test_a_relay_orders_ctas(forms, options):
 def test_a_relay_that_lacks_something(forms, options):
     with pytest.raises(DataRace):
         run(RELAY.format(**forms), grid=4, **options)
+    with pytest.raises(DataRace):
+        run(ADDING.format(**forms), grid=4, ordered_reductions=True, **options)
+
+
+@pytest.mark.parametrize("options", ORDERS)
+@pytest.mark.parametrize(
+    ("update", "depends"),
+    [
+        ("red.global.add.f32 [%a], %v", True),
+        ("atom.global.add.f32 %v, [%a], %v", True),
+        ("red.global.add.f64 [%o], %e", True),
+        ("red.global.add.u32 [%a], 1", False),
+        ("red.global.max.s32 [%a], %c", False),
+    ],
+)
+def test_sums_whose_bits_depend_on_the_order(update, depends, options):
+    """Of floating-point numbers, by threads of different CTAs, warps or lanes; where it is asked for."""
+    place = ".reg .f64 %e;\nmov.f64 %e, 0d3FF0000000000000;\nmov.f32 %v, 0f3F800000;\n"
+    place += "mad.wide.u32 %o, %l, 4, %a;\n"
+    shared = f"{place}mov.u64 %d0, %f;\n{update};".replace("[%o]", "[%d0]").replace("[%a]", "[%d0]")
+    codes = {f"{place}{update};": [(2, 32), (1, 64)], shared: [(1, 32)]}
+    for code, sizes in codes.items():
+        for grid, block in sizes:
+            run(code, grid, block, **options)
+            if depends:
+                race(code, "the update of CTA", grid=grid, block=block, ordered_reductions=True, **options)
+            else:
+                run(code, grid, block, ordered_reductions=True, **options)
+    alone = f"{place}{update};\n{update};"
+    run(alone, grid=1, ordered_reductions=True, **options)
+
+
+def test_a_sum_that_somebody_else_clears():
+    code = "@%p st.relaxed.gpu.global.u32 [%a], 0;\n@%q red.global.add.f32 [%a], 0f3F800000;"
+    run(code)
+    race(code, "the update of CTA (0, 0, 0)", ordered_reductions=True)
+
+
+def test_ordered_reductions_in_words():
+    assert Options.read("late ordered_reductions") == Options("late", races=True, ordered_reductions=True)
+    with pytest.raises(ValueError, match="ordered_reductions is True and races is False"):
+        Options(ordered_reductions=True)
 
 
 def test_a_flag_says_no_more_than_was_done_before():
@@ -342,6 +390,23 @@ def test_bulk_stores(asynchrony):
     race(first.format(BULK.format(**STORE)), "reads p0", "the write of a bulk copy", **options)
     read = DONE.replace("wait_group", "wait_group.read")
     race(first.format(BULK.format(**STORE | {"wait": read})), "the write of a bulk copy", **options)
+
+
+@pytest.mark.parametrize("asynchrony", ["eager", "late"])
+@pytest.mark.parametrize("kind", [".add.f32", ".add.noftz.f16", ".max.f16", ".add.u32"])
+def test_sums_of_bulk_stores(kind, asynchrony):
+    """Those of one thread are in no order either until it has waited for them to be written."""
+    options = {"target": "sm_90a", "asynchrony": asynchrony, "ordered_reductions": True}
+    own, shared = "mad.wide.u32 %d0, %c, 128, %a;\n", "ld.param.u64 %d0, [p0];\n"
+    waits = "", DONE, DONE.replace("wait_group", "wait_group.read")
+    once, waited, read = (BULK.format(**REDUCE | {"kind": kind, "wait": wait}) for wait in waits)
+    again = waited[waited.index("@%first cp.reduce") :]
+    run(own + waited + again, **options)
+    for code in (own + once + again, own + read + again, shared + waited):
+        if kind.startswith(".add") and "f" in kind:
+            race(code, "a copy updates p0", "the update of a bulk copy", **options)
+        else:
+            run(code, **options)
 
 
 @pytest.mark.parametrize("waited", [True, False])

@@ -24,7 +24,8 @@ class Options:
     has waits for ever; None lets the CTAs' size decide. uninitialized: "error" raises where shared or local
     memory is read that nothing has written; "poison" gives NaN patterns instead, for kernels that load rows
     nobody uses. by_the_book: with races, demand fences and waits that hardware is known to do without, see
-    checks/tensor_races.py.
+    checks/tensor_races.py. ordered_reductions: with races, floating-point sums in global memory must be added
+    to in an order, or their bits differ from run to run.
     permissive: accept what PTX leaves undefined or forbids and hardware is known to take, see README.md.
     contract: "none" runs products and sums as written; "ptxas" fuses those that PTX leaves open and the
     assembler makes one instruction of, see ptx/contract.py.
@@ -38,12 +39,14 @@ class Options:
     ctas_per_wave: int | None = None
     uninitialized: str = "error"
     by_the_book: bool = False
+    ordered_reductions: bool = False
     permissive: bool = False
     contract: str = "none"
 
     def __post_init__(self) -> None:
-        if self.by_the_book and not self.races:
-            raise ValueError("by_the_book is True and races is False; the race detector looks things up")
+        for name in ("by_the_book", "ordered_reductions"):
+            if getattr(self, name) and not self.races:
+                raise ValueError(f"{name} is True and races is False; the race detector looks things up")
         if self.by_the_book and self.permissive:
             raise ValueError("by_the_book and permissive are both True, and they are opposites")
         if self.asynchrony not in ASYNCHRONY:
@@ -62,8 +65,8 @@ class Options:
 
         eager, late, late_copies, late_products: when asynchronous operations happen. random SEED: they happen
         at random, and warps run in random order. races: look for data races. by_the_book: with races, demand
-        what hardware does without. permissive: accept what hardware takes. poison: shared memory that nobody
-        wrote may be read.
+        what hardware does without. ordered_reductions: with races, floating-point sums need an order.
+        permissive: accept what hardware takes. poison: shared memory that nobody wrote may be read.
         """
         found: dict[str, Any] = {}
         words = how.replace(",", " ").split()
@@ -74,14 +77,14 @@ class Options:
                 found |= {"asynchrony": word, "schedule": word, "seed": int(seed)}
             elif word in ASYNCHRONY:
                 found["asynchrony"] = word
-            elif word == "by_the_book":
-                found |= {"races": True, "by_the_book": True}
+            elif word in ("by_the_book", "ordered_reductions"):
+                found |= {"races": True, word: True}
             elif word in ("races", "permissive"):
                 found[word] = True
             elif word == "poison":
                 found["uninitialized"] = word
             else:
-                allowed = "random SEED, races, by_the_book, permissive, poison"
+                allowed = "random SEED, races, by_the_book, ordered_reductions, permissive, poison"
                 raise ValueError(f"how has {word!r}; allowed: {', '.join(ASYNCHRONY[:-1])}, {allowed}")
         return cls(**{**found, **more})
 

@@ -8,6 +8,10 @@ acquires (.acquire, .acq_rel, or a fence of its thread after it). What a flag pa
 in memory: an atomic update adds to it, a store puts its own there instead. CTAs of different waves are as
 unordered as those of one: which ones run together is not the program's choice.
 
+Updates do not conflict, whatever their order: where it decides the bits of a floating-point sum, that is no
+error unless it is asked for (ordered_reductions). Then a sum is added to after all that has been added, and
+of the lanes of a warp by one at a time.
+
 Threads and units are agents, as for shared memory. What a wave hears of other clusters it keeps in the same
 clocks, under agents named ("far", number).
 
@@ -70,6 +74,7 @@ class GlobalRaces:
         """Start a wave: what its warps know of others is nothing."""
         self.m, self.clocks = m, clocks
         self.granule = m.code.global_granule
+        self.ordered = m.options.ordered_reductions
         if self.agents is None:
             self.agents = Agents(m.unlaunched.total // m.cluster, clocks.warps)
         self.first = m.first // m.cluster  # cluster
@@ -132,13 +137,13 @@ class GlobalRaces:
         if t is not None:
             self._read(t, Order())
 
-    def store(self, unit: Unit, rows: Rows, update: bool) -> None:
+    def store(self, unit: Unit, rows: Rows, order: Order) -> None:
         """A bulk store or reduction begins."""
         agent = self._writes(unit)
-        verb = "a copy updates" if update else "a copy writes"
+        verb = "a copy updates" if order.update else "a copy writes"
         t = self._unit(verb, (unit.cta, unit.warp), agent, unit.epoch, rows)
         if t is not None:
-            self._write(t, Order(strong=update, update=update))
+            self._write(t, order)
 
     def stored(self, warp: tuple[int, int], unit: Unit) -> None:
         """(cta, warp) has waited for a unit's writes."""
@@ -305,6 +310,8 @@ class GlobalRaces:
         self._check_writes(t)
         self._check_chain(t, t.cells.reads[t.cell], "read", order.strong)
         if order.strong:
+            if order.sums and self.ordered:
+                self._check_sums(t)
             self._record(t, t.cells.updates, True)
             return
         self._check_chain(t, t.cells.updates[t.cell], "update")
@@ -339,15 +346,27 @@ class GlobalRaces:
             k, n = (int(v[0]) for v in np.nonzero(late))
             raise self._race(t, k, int(writer[k, n]), "write", int(t.cells.step[t.cell[k, n]]))
 
-    def _check_chain(self, t: Touch, last: np.ndarray, noun: str, plain_only: bool = False) -> None:
-        """Raise if an access of these chains is not known to be over."""
+    def _check_sums(self, t: Touch) -> None:
+        """Raise if what is added may come before or after something else. A warp's copies are in no order."""
+        order = np.argsort(t.address, kind="stable")
+        met = np.flatnonzero(np.diff(t.address[order]) == 0)
+        if len(met):
+            one, other = int(order[met[0]]), int(order[met[0] + 1])
+            raise self._race(t, other, int(t.agent[one]), "update", self.m.at)
+        self._check_chain(t, t.cells.updates[t.cell], "update", own=True)
+
+    def _check_chain(
+        self, t: Touch, last: np.ndarray, noun: str, plain_only: bool = False, own: bool = False
+    ) -> None:
+        """Raise if an access of these chains is not known to be over. own: an agent's own ones count, too."""
         if not last.any():
             return
         key = last.astype(np.int64) * len(self.agents.cluster) + t.agent[:, None]
         for at in np.unique(key, return_index=True)[1].tolist():
             k = at // last.shape[1]
             for entry in self.chains.walk(int(last.flat[at])):
-                if entry.agent == t.agent[k] and entry.epoch != UNDER_WAY or plain_only and entry.strong:
+                mine = entry.agent == t.agent[k] and entry.epoch != UNDER_WAY and not own
+                if mine or plain_only and entry.strong:
                     continue
                 if entry.epoch > self._known(t.cluster[k], t.warp[k], entry.agent):
                     raise self._race(t, k, entry.agent, noun, entry.step)

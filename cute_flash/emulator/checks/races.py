@@ -108,8 +108,8 @@ class RaceDetector(Observer):
     def bulk_read(self, m: Machine, warp: tuple[int, int], barrier: Barrier, rows: Rows) -> None:
         self.everywhere.load(warp, barrier, rows)
 
-    def bulk_write(self, m: Machine, unit: Unit, rows: Rows, update: bool) -> None:
-        self.everywhere.store(unit, rows, update)
+    def bulk_write(self, m: Machine, unit: Unit, rows: Rows, order: Order) -> None:
+        self.everywhere.store(unit, rows, order)
 
     def bulk_written(self, m: Machine, warp: tuple[int, int], unit: Unit) -> None:
         self.everywhere.stored(warp, unit)

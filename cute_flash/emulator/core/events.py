@@ -54,8 +54,8 @@ class Order(NamedTuple):
     """How an access of global memory is ordered with those of other threads.
 
     strong: .relaxed or more, at the scope of the GPU or the system; acquire, release: as it says. update: an
-    atomic one; returns: and the thread gets what was there. lasting: a read of what nobody writes while the
-    kernel runs (.nc).
+    atomic one; returns: and the thread gets what was there; sums: it adds floating-point numbers, so that the
+    result depends on who comes first. lasting: a read of what nobody writes while the kernel runs (.nc).
     """
 
     strong: bool = False
@@ -63,6 +63,7 @@ class Order(NamedTuple):
     release: bool = False
     update: bool = False
     returns: bool = False
+    sums: bool = False
     lasting: bool = False
 
 

@@ -51,7 +51,7 @@ class Observer:
         It is over when the barrier's current phase is.
         """
 
-    def bulk_write(self, m: Geometry, unit: Unit, rows: Rows, update: bool) -> None:
+    def bulk_write(self, m: Geometry, unit: Unit, rows: Rows, order: Order) -> None:
         """A unit begins to write global memory, or to update it."""
 
     def bulk_written(self, m: Geometry, warp: tuple[int, int], unit: Unit) -> None:

@@ -214,6 +214,7 @@ def atom(x: Operation) -> Callable:
     kind = x.type("b16", "b32", "b64", "u32", "u64", "s32", "s64", "f32", "f64")
     if (kind == "b16" and name != "cas") or (kind[0] == "f" and name != "add"):
         raise x.unmodelled(f".{name}.{kind}")
+    order = order._replace(sums=kind[0] == "f")
     view = kind if kind[0] != "b" else f"u{kind[1:]}"
     access = Access(x, int(returns), space, int(kind[1:]) // 8)
     d = x.dest(0, view) if returns else None

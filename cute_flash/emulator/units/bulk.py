@@ -14,7 +14,7 @@ import numpy as np
 from ..base.errors import BarrierError, EmulatorError, Misaligned, OutOfBounds
 from ..base.formats import bf16_to_f32, f32_to_bf16
 from ..core.engine import Engine, Operation
-from ..core.events import Rows, Span, Unit
+from ..core.events import Order, Rows, Span, Unit
 from ..core.machine import Machine, Part
 from ..core.memory import POISON
 from .mbarrier import MBarriers
@@ -164,8 +164,14 @@ class Store(Operation):
         if m.watch is not None:
             unit = m.part(BulkGroups).unit(self.issuer, group)
             m.watch.async_read(m, unit, self.issuer.cta, self.chunks(), 16)
-            m.watch.bulk_write(m, unit, self.rows(), self.combine is not None)
+            m.watch.bulk_write(m, unit, self.rows(), self.order)
         m.part(Engine).issue(self)
+
+    @property
+    def order(self) -> Order:
+        """What observers are told of it."""
+        update = self.combine is not None
+        return Order(strong=update, update=update, sums=update and self.combine.sums)
 
     def read(self, m: Machine) -> None:
         """Take the source as it is now."""
@@ -232,9 +238,13 @@ class BytesStore(Store):
 
 
 class Combine:
-    """A reduction on bit patterns. name: add, min, max, inc, dec, and, or, xor; kind: PTX type."""
+    """A reduction on bit patterns. name: add, min, max, inc, dec, and, or, xor; kind: PTX type.
+
+    sums: it adds floating-point numbers.
+    """
 
     def __init__(self, name: str, kind: str):
+        self.sums = name == "add" and "f" in kind
         self.kind, self.size = kind, int(kind.removeprefix("bf")[-2:]) // 8
         self.function = {
             "add": np.add, "min": np.minimum, "max": np.maximum,
