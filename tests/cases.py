@@ -28,7 +28,8 @@ class Case:
     heads, dims: (query, key/value) heads and (QK, V) head dims. mask, score, blocks: keys of MASKS, SCORES
     and BLOCKS.
     used: which of "q", "k" get used lengths, as in "qk"; varlen only. layout: key of LAYOUTS in harness.py.
-    splits: parts of the keys; None leaves it to the kernel.
+    splits: parts of the keys; None leaves it to the kernel. deterministic: gradients have the same bits in
+    every run.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     layout: str = "packed"
     softmax_scale: float | None = None
     splits: int | None = None
+    deterministic: bool = False
 
     def __str__(self) -> str:
         return self.name

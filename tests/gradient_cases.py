@@ -56,7 +56,8 @@ JOINED = frozenset(
 
 def steps_of(case: Case, device: str) -> tuple[Step, ...]:
     """The launches of a case's gradients."""
-    asked = BackwardProblem(replace(answer_for(case, device).problem, split_kv=False))
+    forward = replace(answer_for(case, device).problem, split_kv=False)
+    asked = BackwardProblem(forward, deterministic=case.deterministic)
     kernel, config = dispatch.dispatch(asked, EMULATED[device])
     return kernel.steps(asked, EMULATED[device], config).steps
 

@@ -108,16 +108,21 @@ class Call:
         return out.cpu(), lse.cpu()
 
     def run_backward(self, dout, dlse, device: str, **emulator_options: Any) -> tuple[torch.Tensor, ...]:
-        """dq, dk, dv and, with a sink, dsink, as `run`; dout, too, lies in poisoned surroundings."""
+        """dq, dk, dv and, with a sink, dsink, as `run`; dout, too, lies in poisoned surroundings.
+
+        The options are for the gradients' kernels: the forward pass is run as users emulate it.
+        """
         placed = self._placed(self.tensors | {"dout": dout}, device)
         function, arguments = self._function(device)
         leaves = [placed[name].view.requires_grad_() for name in "qkv"]
         if self.case.sink:
             leaves.append(arguments["learnable_sink"].detach().requires_grad_())
             arguments["learnable_sink"] = leaves[3]
-        with unchanged(placed), where(device, **emulator_options):
-            results = function(*leaves[:3], **arguments)[:2]
-            found = torch.autograd.grad(results, leaves, (placed["dout"].view, moved(dlse, device)))
+        with unchanged(placed):
+            with where(device):
+                results = function(*leaves[:3], **arguments)[:2]
+            with where(device, **emulator_options):
+                found = torch.autograd.grad(results, leaves, (placed["dout"].view, moved(dlse, device)))
         for gradient, leaf in zip(found, leaves, strict=True):
             assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
         return tuple(gradient.cpu() for gradient in found)
@@ -152,6 +157,7 @@ class Call:
         """The function of cute_flash that serves the case, and what it is given besides q, k, v and out."""
         arguments = {name: moved(value, device) for name, value in self.arguments.items()}
         arguments |= {"dropout_p": self.case.dropout, "return_lse": True, "num_splits": self.case.splits}
+        arguments["deterministic"] = self.case.deterministic
         if not self.case.varlen:
             return cute_flash.flash_attn_func, arguments
         longest = [max(lengths) for lengths in zip(*self.case.seqlens, strict=True)]

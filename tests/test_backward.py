@@ -19,6 +19,7 @@ from cute_flash.dispatch import EMULATED
 from tests.cases import CASES, PAIRED, Case
 from tests.gradient_cases import PAIRS, ROWS, SINGLES, main_step, of_row, steps_of
 from tests.harness import Call
+from tests.orders import hold_gradients
 from tests.test_resources import assert_in_registers
 
 NAMES = (*SINGLES, *PAIRS)
@@ -55,8 +56,8 @@ def test_other_devices_use_the_same_kernels(device):
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
-def test_any_order_of_events(name, options):
-    Call.make(CASES[name]).check_gradients("sm80", **options)
+def test_any_order_of_events(name, options, proven):
+    hold_gradients(CASES[name], "sm80", proven, **options)
 
 
 @pytest.mark.parametrize("name", NAMES)

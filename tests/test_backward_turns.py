@@ -9,19 +9,18 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import dispatch, executable, launch
-from cute_flash.arch.backward import BackwardProblem
+from cute_flash import executable, launch
 from cute_flash.dispatch import EMULATED
 from tests import proofs
-from tests.accuracy import assert_gradients_accurate
 from tests.cases import CASES, Case
-from tests.harness import Call, answer_for
+from tests.gradient_cases import steps_of
+from tests.harness import Call
 from tests.test_resources import EXTREMES, assert_in_registers
 
 # Three key tiles add to a query tile, or three heads to a key tile: two parts have one sum in either order.
 RELAYS = {
-    "keys": Case("keys", ((40, 300),), dims=(8, 8), heads=(1, 1), mask="causal"),
-    "heads": Case("heads", ((40, 100),), dims=(8, 8), heads=(3, 1), mask="causal"),
+    "keys": Case("keys", ((40, 300),), dims=(8, 8), heads=(1, 1), mask="causal", deterministic=True),
+    "heads": Case("heads", ((40, 100),), dims=(8, 8), heads=(3, 1), mask="causal", deterministic=True),
 }
 NAMES = ("varlen_causal", "mask_by_head", "blocks_random_causal", "heads_6_2")
 # The rows of the table of tiles that leave fewest registers.
@@ -33,17 +32,16 @@ FULLEST = (
 SUMS = ("grad_q_sum", "grad_k_sum", "grad_v_sum")
 
 
-
 class Relay:
-    """A case after its forward pass."""
+    """A causal case after its forward pass."""
 
-    def __init__(self, case: Case, deterministic: bool):
+    def __init__(self, case: Case):
         call = Call.make(case)
         self.leaves = [x.requires_grad_() for x in call.tensors.values()]
         self.gradients = call.cotangents()
         with cute_flash.emulated("sm80"):
             self.results = cute_flash.flash_attn_func(
-                *self.leaves, causal=True, return_lse=True, deterministic=deterministic
+                *self.leaves, causal=True, return_lse=True, deterministic=case.deterministic
             )
 
     def sums(self, monkeypatch, **options) -> bytes:
@@ -62,13 +60,6 @@ class Relay:
         return b"".join(found)
 
 
-def steps_of(case: Case, device: str) -> tuple:
-    """The launches of a case's deterministic gradients."""
-    asked = BackwardProblem(replace(answer_for(case, device).problem, split_kv=False), deterministic=True)
-    kernel, config = dispatch.dispatch(asked, EMULATED[device])
-    return kernel.steps(asked, EMULATED[device], config).steps
-
-
 def ground(case: Case) -> list[bytes]:
     """All that a case's sums depend on but for the order of events."""
     built = [executable.artifact(*step.compiled, EMULATED["sm80"]).ptx for step in steps_of(case, "sm80")]
@@ -77,11 +68,7 @@ def ground(case: Case) -> list[bytes]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_right(name):
-    call = Call.make(CASES[name])
-    told, (dout, dlse) = call.told("sm80"), call.cotangents()
-    call.arguments["deterministic"] = True
-    found = call.run_backward(dout, dlse, "sm80")
-    assert_gradients_accurate(found, tuple(call.tensors.values()), dout, dlse, **told)
+    Call.make(replace(CASES[name], deterministic=True)).check_gradients("sm80")
 
 
 @pytest.mark.parametrize("name", RELAYS)
@@ -89,7 +76,7 @@ def test_the_same_bits_in_any_order(name, monkeypatch, proven):
     """Twenty random orders of CTAs and warps, the order of the program, and one place for a CTA."""
 
     def trial() -> str:
-        relay = Relay(RELAYS[name], True)
+        relay = Relay(RELAYS[name])
         orders = [{"schedule": "random", "seed": seed} for seed in range(20)]
         found = {relay.sums(monkeypatch, **order) for order in ({}, {"ctas_per_wave": 1}, *orders)}
         return f"{len(found)} of {2 + len(orders)}"
@@ -100,14 +87,14 @@ def test_the_same_bits_in_any_order(name, monkeypatch, proven):
 @pytest.mark.parametrize("name", RELAYS)
 def test_other_bits_without_turns(name, monkeypatch):
     """In some of a few orders, or they would tell nothing."""
-    relay = Relay(RELAYS[name], False)
+    relay = Relay(replace(RELAYS[name], deterministic=False))
     assert len({relay.sums(monkeypatch, schedule="random", seed=seed) for seed in range(4)}) > 1
 
 
 @pytest.mark.parametrize("device, extreme, dims", FULLEST)
 def test_no_registers_spill(device, extreme, dims, tmp_path):
     """With the most that a call can ask for."""
-    for step in steps_of(replace(EXTREMES[extreme], dims=dims), device):
+    for step in steps_of(replace(EXTREMES[extreme], dims=dims, deterministic=True), device):
         assert_in_registers(step, EMULATED[device], tmp_path / "kernel.cubin")
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from cute_flash import dispatch
 from cute_flash.arch.problem import Sizes
-from tests.cases import Case
+from tests.cases import CASES, Case
 from tests.emulator.negative.subjects import SUBJECTS, lowered
 from tests.emulator.negative.trial import dependencies, objection, ptx_of
 from tests.harness import answer_for
-from tests.orders import RIGHT, hold
+from tests.orders import RIGHT, hold, hold_gradients
 
 SEEDS = range(20)
 # A few row blocks and KV blocks each, some cut by the mask and some not; heads that share keys.
@@ -36,6 +36,28 @@ FAMILIES = {
     "sm100_packed": ("sm100", replace(CAUSAL, seqlens=((30, 200),), heads=(4, 1))),
     "sm100_split": ("sm100", SPLIT),
 }
+# Of gradients, on the device named: two or three query tiles to a key tile, the last of either not whole. In
+# turns several key tiles, or heads, add to one sum. Kernels are those of other tests.
+ONE_HEAD = Case("", ((130, 70),), heads=(1, 1))
+RELAY = Case("", ((40, 300),), heads=(1, 1), dims=(8, 8), mask="causal", deterministic=True)
+GRADIENTS = {
+    "causal": ("sm80", replace(ONE_HEAD, seqlens=((130, 100),), mask="causal")),
+    "one_stage": ("sm86", replace(ONE_HEAD, dims=(128, 128))),
+    "packed": ("sm80", replace(CASES["used_qk_causal"], seqlens=((70, 60), (0, 9), (30, 130)), heads=(1, 1))),
+    "shared_head": ("sm80", replace(CASES["heads_6_2"], seqlens=((70, 100),), heads=(2, 1))),
+    "blocks": ("sm80", replace(CASES["blocks_random_causal"], seqlens=((200, 150),), heads=(1, 1))),
+    "dropout": ("sm80", replace(ONE_HEAD, dropout=0.5)),
+    "sink": ("sm80", replace(ONE_HEAD, seqlens=((70, 70),), sink=True)),
+    "turns_of_keys": ("sm80", RELAY),
+    "turns_of_heads": ("sm80", replace(RELAY, seqlens=((40, 100),), heads=(2, 1))),
+    "turns_packed": (
+        "sm80", replace(RELAY, dims=(64, 64), varlen=True, seqlens=((30, 150), (20, 40)))
+    ),
+    "turns_masked": ("sm80", replace(RELAY, dims=(64, 64), mask="by_head", seqlens=((70, 200),))),
+    "turns_of_blocks": (
+        "sm80", replace(RELAY, dims=(64, 64), mask="full", blocks="random_causal", seqlens=((150, 300),))
+    ),
+}  # fmt: skip
 
 
 def order(seed: int, **watched: bool) -> dict:
@@ -56,6 +78,15 @@ def few_multiprocessors(monkeypatch):
 def test_right_answers_in_any_order(family, seed, few_multiprocessors, proven):
     device, case = FAMILIES[family]
     hold(case, device, proven, **order(seed, races=True, by_the_book=True))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("family", GRADIENTS)
+def test_right_gradients_in_any_order(family, seed, proven):
+    """Of all kernels that a backward pass launches. Those in turns add to each sum in one order."""
+    device, case = GRADIENTS[family]
+    watched = {"races": True, "by_the_book": True, "ordered_reductions": case.deterministic}
+    hold_gradients(case, device, proven, **order(seed, **watched))
 
 
 @cache

@@ -60,6 +60,21 @@ def passed(line: str) -> str:
     return re.sub(r"mbarrier\.try_wait\S* (\w+),.*", r"setp.eq.u32 \1, 0, 0;", line)
 
 
+def behind(opcode: str) -> Callable[[list[str]], list[int]]:
+    """Every line behind one with this opcode."""
+    return lambda lines: [i + 1 for i in matching(opcode)(lines)]
+
+
+def reworded(old: str, new: str) -> Callable[[str], str]:
+    """A line with another word in one's place."""
+    return lambda line: line.replace(old, new)
+
+
+def arrived(line: str) -> str:
+    """A comparison of what was read with what is waited for, as if it were that."""
+    return re.sub(r"(setp\.(?:eq|ne)\.\w+\s+%\w+), %\w+, (%\w+);", r"\1, \2, \2;", line)
+
+
 def kept(line: str) -> str:
     """An exchange between lanes in which each keeps its own."""
     return re.sub(r"shfl\.sync\.\S+\s+(%\w+)(\|%\w+)?, (%\w+),.*", r"mov.b32 \1, \3;", line)
@@ -187,6 +202,18 @@ TCGEN05 = {
     "no wait for a store to tensor memory": Mutation(matching(r"tcgen05\.wait::st"), removed),
     "no fence before synchronisation": Mutation(matching(r"tcgen05\.fence::before_thread_sync"), removed),
     "no fence after synchronisation": Mutation(matching(r"tcgen05\.fence::after_thread_sync"), removed),
+}
+# CTAs that add to one sum in turns: a number is read until it is the one waited for, and passed on.
+LOOK, WORD = r"ld\.acquire", r"st\.release"
+TURNS = {
+    "no wait for a turn": Mutation(behind(LOOK), arrived),
+    "a look without acquire": Mutation(matching(LOOK), reworded("acquire", "relaxed")),
+    "a look that acquires for the CTA alone": Mutation(matching(LOOK), reworded(".gpu", ".cta")),
+    "a plain look": Mutation(matching(LOOK), reworded(".acquire.gpu", "")),
+    "a word without release": Mutation(matching(WORD), reworded("release", "relaxed")),
+    "a word that releases for the CTA alone": Mutation(matching(WORD), reworded(".gpu", ".cta")),
+    "a plain word": Mutation(matching(WORD), reworded(".release.gpu", "")),
+    "no barrier of a warp": TMA["no barrier of a warp"],
 }
 MASKS = {"a comparison of the mask negated": Mutation(mask_comparisons, negated)}
 LANES = {"no exchange between lanes": Mutation(matching(r"shfl\.sync\.bfly"), kept)}

@@ -12,7 +12,7 @@ from cute_flash.arch.sm90 import tuning as sm90
 from cute_flash.arch.sm100 import tuning as sm100
 from tests.cases import Case
 
-from .mutations import CLUSTER, COPIES, LANES, MASKS, MULTICAST, QUEUE, TCGEN05, TMA, WGMMA
+from .mutations import CLUSTER, COPIES, LANES, MASKS, MULTICAST, QUEUE, TCGEN05, TMA, TURNS, WGMMA
 from .trial import Subject
 
 # One row block that walks two key blocks or more in each of its loops: those that the mask cuts on the right,
@@ -83,6 +83,11 @@ SUBJECTS = {
     ("sm80", "gradients of a shared head"): Subject(
         replace(GRADIENTS, heads=(2, 1)), None, {name: COPIES[name] for name in ("no wait", "no barrier")},
         kernel=BACKWARD,
+    ),
+    # Key tiles that a query tile sees whole, and tiles that it sees in part, come after one another.
+    ("sm80", "gradients in turns"): Subject(
+        Case("", ((64, 410),), heads=(2, 1), dims=(8, 8), mask="causal", deterministic=True), None, TURNS,
+        kernel=BACKWARD, options={"races": True, "ordered_reductions": True},
     ),
     ("sm80", "before gradients"): Subject(replace(GRADIENTS, sink=True), None, LANES, kernel=PREPROCESS),
     ("sm80", "after gradients"): Subject(

@@ -69,8 +69,8 @@ class Subject:
     def run(self, call: Call, device: str, **options: Any) -> tuple[torch.Tensor, ...]:
         """What a call of its own results in: out and lse, or the gradients."""
         if self.gradients:
-            return call.run_backward(*call.cotangents(), device, **options, **self.options)
-        return call.run(device, **options, **self.options)
+            return call.run_backward(*call.cotangents(), device, **options | self.options)
+        return call.run(device, **options | self.options)
 
     def served(self, device: str, executable: Callable) -> contextlib.ExitStack:
         """Within this context calls launch the kernels that `executable` gives, on the subject's device.
