@@ -84,17 +84,17 @@ def test_a_row_has_the_same_bits_beside_large_ones(machine):
 def test_what_is_not_a_number_stays_where_it_is(machine):
     """In a query, a sequence, a key beyond those used: in nobody else's result, and never lost."""
     torch.manual_seed(4)
-    q, k, v = torch.randn(3, 150, 2, DIM).bfloat16()
-    starts, used = torch.tensor([0, 50, 90, 150]).int(), torch.tensor([50, 40, 33]).int()
+    q, k, v = torch.randn(3, 250, 2, DIM).bfloat16()
+    starts, used = torch.tensor([0, 50, 90, 250]).int(), torch.tensor([50, 40, 33]).int()
     arguments = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "seqused_k": used, "return_lse": True}
     with where(machine):
-        clean = cute_flash.flash_attn_varlen_func(q, k, v, max_seqlen_q=60, max_seqlen_k=60, **arguments)
+        clean = cute_flash.flash_attn_varlen_func(q, k, v, max_seqlen_q=160, max_seqlen_k=160, **arguments)
         for x in (q, k, v):
             x[50:90] = math.nan
         k[90 + 33 :], v[90 + 33 :] = math.nan, math.inf
         q[7] = math.nan
-        out, lse = cute_flash.flash_attn_varlen_func(q, k, v, max_seqlen_q=60, max_seqlen_k=60, **arguments)
-    touched = torch.zeros(150, dtype=torch.bool)
+        out, lse = cute_flash.flash_attn_varlen_func(q, k, v, max_seqlen_q=160, max_seqlen_k=160, **arguments)
+    touched = torch.zeros(250, dtype=torch.bool)
     touched[[7, *range(50, 90)]] = True
     assert out[touched].isnan().all() and lse[:, touched].isnan().all()
     assert torch.equal(out[~touched], clean[0][~touched])

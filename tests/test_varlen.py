@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,10 +26,10 @@ def test_any_order_of_events(name, arch, proven):
 
 def test_unused_rows_are_written(machine):
     """Rows of out beyond a used length, but inside their sequence, become 0 and their lse -inf."""
-    call = Call.make(Case("", ((40, 33), (64, 64)), varlen=True, used="q"))
+    call = Call.make(replace(CASES["used_q"], seqlens=((140, 33), (64, 64))))
     call.arguments["seqused_q"] = torch.tensor([7, 0], dtype=torch.int32)
     out, lse = call.run(machine)
-    unused = torch.ones(104, dtype=torch.bool)
+    unused = torch.ones(204, dtype=torch.bool)
     unused[:7] = False
     assert (out[unused] == 0).all() and lse[:, unused].isneginf().all()
     assert not out[~unused].isnan().any() and lse[:, ~unused].isfinite().all()
