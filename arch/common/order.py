@@ -1,6 +1,6 @@
 """What compilers may not move: they know nothing of what runs beside the instructions of a thread.
 
-Each function is an empty or nearly empty instruction that computations cannot pass.
+Each function is an empty or nearly empty instruction that computations cannot pass, or not see through.
 """
 
 from __future__ import annotations
@@ -48,3 +48,12 @@ def unknown(x: Int32) -> Int32:
     A branch may become predicates, and what it was to skip is issued all the same.
     """
     return Int32(llvm.inline_asm(Int32.mlir_type, [x.ir_value()], "", "=r,0", has_side_effects=True))
+
+
+def hidden_zero(place: Int32) -> Int32:
+    """0 for a place, in a way that compilers do not see through.
+
+    What is added to it in the loop stays in the loop: else the addresses of all pieces of a tile would
+    be computed before it and held in registers, which the output needs.
+    """
+    return place >> 31

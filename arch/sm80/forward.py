@@ -25,7 +25,7 @@ from ..common.element import element_type
 from ..common.fragment import as_operand_a, rows_by_columns
 from ..common.job import visits_of
 from ..common.memory import SmemAllocator
-from ..common.order import unknown
+from ..common.order import hidden_zero, unknown
 from ..common.rules import Rules
 from ..common.schedule import InSections, OneTile, tile_per_cta
 from ..common.sequence import extent, sequence_of
@@ -33,7 +33,7 @@ from ..common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ..problem import Operands, Problem
 from .copy import TileCopy, tile_layout
 from .job import RowBlock, Tiles, Walk
-from .kv import KvLoader, KvStream, Source, hidden_zero
+from .kv import KvLoader, KvStream, Source
 from .mma import PIECE, Pieces, product, rounded, tiled_mma
 from .store import Partial, Result
 from .tuning import LARGEST_SHARED_MEMORY, Config

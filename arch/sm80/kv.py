@@ -12,16 +12,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32
 
 from ..common.blocks import Listed, Range
+from ..common.order import hidden_zero
 from .copy import TileCopy
-
-
-def hidden_zero(place: Int32) -> Int32:
-    """0 for a place, in a way that compilers do not see through.
-
-    What is added to it in the loop stays in the loop: else the addresses of all pieces of a tile would
-    be computed before it and held in registers, which the output needs.
-    """
-    return place >> 31
 
 
 class Source(NamedTuple):

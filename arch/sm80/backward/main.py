@@ -26,19 +26,19 @@ from ...common.dropout import Dropout
 from ...common.element import element_type
 from ...common.fragment import rows_by_columns
 from ...common.memory import SmemAllocator
+from ...common.order import hidden_zero
 from ...common.rows import scratch_row
 from ...common.rules import Rules
 from ...common.schedule import OneTile
 from ...common.sequence import Sequence, extent, sequence_of
 from ...common.softmax import LOG2_E, exp2
+from ...common.sums import SummedTile
 from ...elementwise import where
 from ...reverse import differentiated, seen_from_keys
 from ..copy import TileCopy, tile_layout
-from ..kv import hidden_zero
 from ..mma import PIECE, Pieces, product, rounded, tiled_mma
 from .grid import Grid
 from .job import KeyBlock, ProductOperands, QueryStream, Tiles, Walk
-from .sums import SummedTile
 from .tuning import Config
 from .turns import AsTheyCome, InTurns
 

@@ -12,10 +12,10 @@ from ...common.memory import SmemAllocator
 from ...common.rows import Rows, rows_of
 from ...common.schedule import OneTile
 from ...common.sequence import extent
+from ...common.sums import SummedTile
 from ..copy import TileCopy, tile_layout
 from ..mma import rounded
 from .grid import Grid
-from .sums import SummedTile
 from .tuning import PostprocessConfig
 
 

@@ -1,7 +1,7 @@
 """Whether CTAs add to sums as they come, or in turns, so that gradients have the same bits in every run.
 
 Both answer the main kernel's calls around what it adds: to dQ at a visit, and in the end to dK and dV where
-heads share them. The sums' layout (sums.py) gives each warp the same numbers of a tile in every CTA.
+heads share them. The sums' layout (common/sums.py) gives each warp the same numbers of a tile in every CTA.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 
+from ...common.order import hidden_zero
 from ...common.turns import WARP, KeyTurns, pass_on, wait
-from ..kv import hidden_zero
 from .job import KeyBlock, Walk
 
 

@@ -1,6 +1,6 @@
-"""dQ's accumulator, as the main kernel adds to it and the postprocess reads it.
+"""Gradients' accumulators, as main kernels add to them and the postprocess reads them.
 
-A tile of tile_m rows is tile_m * columns neighbouring numbers: number e of thread t's accumulator lies at
+A tile of some rows is rows * columns neighbouring numbers: number e of thread t's accumulator lies at
 e * threads + t, so that a warp's addition is 128 neighbouring bytes, and no lane's meets another's.
 """
 
