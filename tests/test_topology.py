@@ -10,6 +10,8 @@ import pytest
 from cute_flash.arch.common.topology import Barriers, Link, Topology
 from cute_flash.arch.problem import Problem
 from cute_flash.arch.sm90 import tuning as sm90
+from cute_flash.arch.sm90.backward.topology import topology as hopper_backward
+from cute_flash.arch.sm90.backward.tuning import BACKWARD
 from cute_flash.arch.sm90.forward.topology import topology as hopper
 from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.forward.topology import topology as blackwell
@@ -35,13 +37,14 @@ def drawn(module: str) -> set[tuple[tuple[str, ...], str, tuple[str, ...]]]:
 @pytest.mark.parametrize(
     "module, topologies",
     [
-        ("sm90", [hopper(row.config) for row in sm90.ROWS]),
-        ("sm100", [blackwell(PROBLEM, row.config) for row in sm100.ROWS]),
+        ("sm90.forward", [hopper(row.config) for row in sm90.ROWS]),
+        ("sm90.backward", [hopper_backward(row.config) for row in BACKWARD]),
+        ("sm100.forward", [blackwell(PROBLEM, row.config) for row in sm100.ROWS]),
     ],
-    ids=["sm90", "sm100"],
+    ids=["sm90", "sm90_backward", "sm100"],
 )
 def test_the_drawing_is_the_table(module, topologies):
-    found = drawn(f"cute_flash.arch.{module}.forward.kernel")
+    found = drawn(f"cute_flash.arch.{module}.kernel")
     assert found
     for topology in topologies:
         assert {(link.producers, link.name, link.consumers) for link in topology.links} == found

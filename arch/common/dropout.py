@@ -78,6 +78,26 @@ class Dropout(NamedTuple):
                     kept = number < self.keep_threshold
                     p[r, first + j] = where(kept, p[r, first + j], Float32(0.0))
 
+    def keeps(self, first_row: Int32, key: Int32, lane: Int32) -> list[list]:
+        """Of two neighbouring rows and two keys 8 apart, [row][key]: whether they are kept.
+
+        What a lane has of a transposed accumulator: lane // 4 counts keys from a multiple of 16 on, and the
+        lane 4 further on has the key beside, which the same numbers serve: each draws one row's for both.
+        first_row: a multiple of 2. key: the lane's first.
+        """
+        odd, upper = lane // 4 % 2 == 1, key % GROUP_KEYS >= 16
+        group = key // GROUP_KEYS * 4 + key % 8 // 2
+        row = first_row + where(odd, 1, 0)
+        words = philox((Uint32(group), Uint32(row), self.head, self.offset), self.key)
+        mine = [where(upper, high, low) for low, high in zip(words[:2], words[2:], strict=True)]
+        others = [Uint32(cute.arch.shuffle_sync_bfly(word, 4)) for word in mine]
+        pairs = list(zip(mine, others, strict=True))
+        rows = [where(odd, b, a) for a, b in pairs], [where(odd, a, b) for a, b in pairs]
+        return [
+            [Int32(where(odd, word >> 16, word & 0xFFFF)) < self.keep_threshold for word in drawn]
+            for drawn in rows
+        ]
+
     def apply_to_row(self, p: cute.Tensor, row: Int32, first_key: Int32) -> None:
         """Zero what is dropped of P (1, columns), the columns being neighbouring keys of one row.
 

@@ -42,9 +42,9 @@ class Tiles(NamedTuple):
         regions = regions_of(operands, apart)
         for place in regions.places():
             shared = {region.name: operands[region.name] for region in regions.sharing(place)}
-            largest = _tensor(smem, max(shared.values(), key=lambda operand: operand.bytes))
+            largest = allocate(smem, max(shared.values(), key=lambda operand: operand.bytes))
             alone = len(shared) == 1
-            tiles |= {name: largest if alone else _in_place(largest, o) for name, o in shared.items()}
+            tiles |= {name: largest if alone else in_place(largest, o) for name, o in shared.items()}
         return Tiles(**tiles)
 
 
@@ -73,11 +73,13 @@ def regions_of(operands: Mapping[str, Operand], apart: bool) -> Regions:
     )
 
 
-def _tensor(smem: SmemAllocator, operand: Operand) -> cute.Tensor:
+def allocate(smem: SmemAllocator, operand: Operand) -> cute.Tensor:
+    """Places for an operand's tiles."""
     shape, swizzle = operand.layout().outer, operand.layout().inner
     return smem.allocate_tensor(operand.dtype, shape, byte_alignment=1024, swizzle=swizzle)
 
 
-def _in_place(tile: cute.Tensor, operand: Operand) -> cute.Tensor:
+def in_place(tile: cute.Tensor, operand: Operand) -> cute.Tensor:
+    """An operand's tiles in the places of others."""
     pointer = cute.recast_ptr(tile.iterator, operand.layout().inner, operand.dtype)
     return cute.make_tensor(pointer, operand.layout().outer)

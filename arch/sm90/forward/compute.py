@@ -28,10 +28,10 @@ from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ...elementwise import where
 from ...problem import Problem
-from ..mma import accumulator, begin, operand_a, tiled_mma, wait
+from ..mma import accumulator, begin, coordinates, operand_a, tiled_mma, wait
 from ..tuning import Config
 from .job import job_of
-from .rows import ROW_LANES, coordinates, heads_of_thread, row_of
+from .rows import ROW_LANES, heads_of_thread, row_of
 from .store import Partial, Result
 
 TURN = 1  # first of the named barriers, one per warpgroup

@@ -6,19 +6,12 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ...common import heads
-from ...common.fragment import rows_by_columns
 from ...common.job import Job
 from ..mma import ROWS
 from ..tuning import Config
 
 ROW_LANES = (1, 2)  # wgmma gives a row of the accumulator to 4 neighbouring lanes
 ROW_STEP = 8  # between a thread's two rows
-
-
-def coordinates(mma: cute.TiledMma, columns: int) -> cute.Tensor:
-    """(row, column) among the warpgroup's of each of a thread's elements: rows x columns."""
-    thread = cute.arch.thread_idx()[0] % 128
-    return rows_by_columns(mma.get_slice(thread).partition_C(cute.make_identity_tensor((ROWS, columns))))
 
 
 def row_of(config: Config, job: Job, warpgroup: Int32, row: Int32) -> Int32:

@@ -18,8 +18,9 @@ from ...common.memory import Tiles
 from ...common.operand import Operand
 from ...common.output import OutputRows, of_split, write_pairs
 from ...problem import Problem
+from ..mma import coordinates
 from ..tuning import Config
-from .rows import coordinates, row_of
+from .rows import row_of
 
 STORE = 4  # first of the named barriers, one per warpgroup
 

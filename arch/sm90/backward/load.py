@@ -1,0 +1,112 @@
+"""The load role: one warp brings K and V, then the query tiles in the order of their visits.
+
+Tiles come by TMA, LSE and D of their rows by bulk copies that complete on the same barriers. Q and dO are
+asked to stay in L2, for the other key tiles that read them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, pipeline
+from cutlass.cute.nvgpu import cpasync
+
+from ...common.blocks import Listed, Range
+from ...common.operand import HeadRows, Operand
+from ...common.rules import Rules
+from ...problem import Problem
+from ..forward.load import EVICT_FIRST, EVICT_LAST
+from .job import GradientOperands, KeyBlock, Launch, Tiles
+from .tuning import ROWS, Config
+
+
+class LoadEnds(NamedTuple):
+    k: pipeline.PipelineProducer
+    v: pipeline.PipelineProducer
+    q: pipeline.PipelineProducer
+    grad_out: pipeline.PipelineProducer
+
+
+class Load:
+    """operands: those that it fills."""
+
+    def __init__(self, problem: Problem, config: Config, operands: GradientOperands):
+        self.problem, self.config, self.operands = problem, config, operands
+
+    @cute.jit
+    def run(self, launch: Launch, tiles: Tiles, ends: LoadEnds, warp: Int32):
+        for mapped in launch.maps[:4]:
+            cpasync.prefetch_descriptor(mapped.atom)
+        block = KeyBlock.of(self.problem, self.config, launch)
+        if block.first_key < block.sequence.k_rows:
+            self.key_block(block, tiles, ends)
+
+    @cute.jit
+    def key_block(self, block: KeyBlock, tiles: Tiles, ends: LoadEnds):
+        operands, moved, maps, call = self.operands, tiles.moved, block.maps, block.call
+        rules = Rules.of(self.problem, call, block.sequence, block.head)
+        visits = block.visits(self.problem, self.config, rules)
+        if visits.any():
+            q, grad_out = (
+                block.q_rows(operand, mapped)
+                for operand, mapped in ((operands.q, maps.q), (operands.grad_out, maps.grad_out))
+            )
+            # In the order of the products: S of K and Q, then dP of V and dO.
+            slot = ends.k.acquire_and_advance()
+            self.keys(block, operands.k, maps.k, moved.k, slot)
+            slot = ends.q.acquire_and_advance()
+            row = self.first_row(visits, visits.start)
+            self.rows(operands.q, q, row, moved.q, slot)
+            self.numbers(block, call.lse_log2, row, tiles.lse, slot)
+            slot = ends.v.acquire_and_advance()
+            self.keys(block, operands.v, maps.v, moved.v, slot)
+            for i in cutlass.range(visits.total - 1, unroll=1):
+                place = visits.after(visits.start, i)
+                slot = ends.grad_out.acquire_and_advance()
+                row = self.first_row(visits, place)
+                self.rows(operands.grad_out, grad_out, row, moved.grad_out, slot)
+                self.numbers(block, call.delta, row, tiles.delta, slot)
+                slot = ends.q.acquire_and_advance()
+                row = self.first_row(visits, visits.after(place, 1))
+                self.rows(operands.q, q, row, moved.q, slot)
+                self.numbers(block, call.lse_log2, row, tiles.lse, slot)
+            slot = ends.grad_out.acquire_and_advance()
+            row = self.first_row(visits, visits.end)
+            self.rows(operands.grad_out, grad_out, row, moved.grad_out, slot)
+            self.numbers(block, call.delta, row, tiles.delta, slot)
+
+    def first_row(self, visits: Range | Listed, place: Int32) -> Int32:
+        return Int32(visits.block(place)) * self.config.tile_m
+
+    def rows(
+        self, operand: Operand, rows: HeadRows, first: Int32, tiles: cute.Tensor, slot
+    ) -> None:
+        """Begin copying a tile of Q or dO, from row `first` on."""
+        self.copy(operand, rows, first, tiles[None, None, slot.index], slot, EVICT_LAST)
+
+    def keys(self, block: KeyBlock, operand: Operand, mapped, tiles: cute.Tensor, slot) -> None:
+        """Begin copying K or V: a tile for each warpgroup."""
+        rows = block.k_rows(operand, mapped)
+        for w in range(self.config.warpgroups):
+            first = block.first_key + w * ROWS
+            self.copy(operand, rows, first, tiles[None, None, w], slot, EVICT_FIRST)
+
+    def copy(
+        self, operand: Operand, rows: HeadRows, first: Int32, tile: cute.Tensor, slot, policy: int
+    ) -> None:
+        """Begin copying rows `first` and on into a tile."""
+        source, target = operand.sides(rows, first, tile)
+        cute.copy(rows.atom, source, target, tma_bar_ptr=slot.barrier, cache_policy=Int64(policy))
+
+    def numbers(
+        self, block: KeyBlock, numbers: cute.Tensor, first: Int32, tiles: cute.Tensor, slot
+    ) -> None:
+        """Begin copying LSE or D of a tile's rows, from row `first` on: scratch has whole tiles."""
+        place = cute.assume(block.scratch_q(self.problem) + first, divby=ROWS)
+        rows = cute.domain_offset((place,), numbers[block.head, None])
+        source = cute.local_tile(rows, (self.config.tile_m,), (0,))
+        atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
+        with cute.arch.elect_one():
+            cute.copy(atom, source, tiles[None, slot.index], mbar_ptr=slot.barrier)

@@ -1,0 +1,76 @@
+"""Whether CTAs add to sums as they come, or in turns, so that gradients have the same bits in every run.
+
+Both answer the calls around what is added: a warpgroup's part of dQ, which the store role's warp adds, and
+in the end dK and dV where heads share them, which each compute warp adds its own part of. The sums' order
+gives each warp the same numbers of a tile in every CTA.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+from ...common.blocks import Listed, Range
+from ...common.rules import Rules
+from ...common.turns import WARP, KeyTurns, pass_on, wait
+from ...problem import Problem
+from .job import KeyBlock
+
+
+class AsTheyCome:
+    """No order. Bulk reductions need not be complete, but have read shared memory, before the next."""
+
+    only_read = True
+
+    def wait_q(
+        self, block: KeyBlock, rules: Rules, visits: Range | Listed, place: Int32, row: Int32, part: Int32
+    ) -> None:
+        """Before a part of dQ of the visit at `place` is added, to rows from scratch row `row` on."""
+
+    def pass_q(self, block: KeyBlock, row: Int32, part: Int32) -> None:
+        """After it."""
+
+    def wait_k(self, block: KeyBlock, row: Int32) -> None:
+        """Before a warp adds to dK and dV, whose first scratch row is `row`."""
+
+    def pass_k(self, block: KeyBlock, row: Int32) -> None:
+        """After it."""
+
+
+class InTurns(NamedTuple):
+    """In the order of the grid, each when the one before is complete. tile: rows of Q and of K in one."""
+
+    problem: Problem
+    tile: tuple[int, int]
+    only_read: bool = False
+
+    def wait_q(
+        self, block: KeyBlock, rules: Rules, visits: Range | Listed, place: Int32, row: Int32, part: Int32
+    ) -> None:
+        """Until all key tiles before this one have added to the part."""
+        thread = cute.arch.thread_idx()[0]
+        keys = KeyTurns(self.problem, self.tile, block.call, rules, block.sequence, thread)
+        wait(self._of_q(block, row, part), Int32(keys.before(self._key_tile(block), visits, place)))
+
+    def pass_q(self, block: KeyBlock, row: Int32, part: Int32) -> None:
+        """Let the next key tile add."""
+        pass_on(self._of_q(block, row, part), self._key_tile(block) + 1)
+
+    def wait_k(self, block: KeyBlock, row: Int32) -> None:
+        """Until all heads before this one have added, or have nothing to add."""
+        wait(self._of_k(block, row), block.member)
+
+    def pass_k(self, block: KeyBlock, row: Int32) -> None:
+        """Let the next head add."""
+        pass_on(self._of_k(block, row), block.member + 1)
+
+    def _key_tile(self, block: KeyBlock) -> Int32:
+        return block.first_key // self.tile[1]
+
+    def _of_q(self, block: KeyBlock, row: Int32, part: Int32) -> cute.Pointer:
+        return block.call.turns_q[block.head, None].iterator + (row + part)
+
+    def _of_k(self, block: KeyBlock, row: Int32) -> cute.Pointer:
+        return block.call.turns_k[block.kv_head, None].iterator + (row + cute.arch.thread_idx()[0] // WARP)
