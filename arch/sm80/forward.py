@@ -36,7 +36,7 @@ from .job import RowBlock, Tiles, Walk
 from .kv import KvLoader, KvStream, Source
 from .mma import PIECE, Pieces, product, rounded, tiled_mma
 from .store import Partial, Result
-from .tuning import LARGEST_SHARED_MEMORY, Config
+from .tuning import Config
 
 ROW_LANES = (1, 2)  # mma.sync spreads a row of the accumulator over 4 neighbouring lanes
 
@@ -68,16 +68,12 @@ class ForwardKernel:
         kernel = self.kernel(call, schedule, heads // kv_heads)
         threads = (self.config.threads, 1, 1)
         kernel.launch(
-            grid=schedule.grid(), block=threads, stream=stream, min_blocks_per_mp=self.least_resident()
+            grid=schedule.grid(),
+            block=threads,
+            stream=stream,
+            min_blocks_per_mp=self.config.kept_resident(self.problem),
+            preferred_smem_carveout=100,
         )
-
-    def least_resident(self) -> int:
-        """CTAs of an SM that the compiler must leave registers for; 0: it decides.
-
-        With some block masks it spills to make room for a third one, though there is no shared memory for it.
-        """
-        third_fits = 3 * self.config.shared_memory(self.problem) <= LARGEST_SHARED_MEMORY
-        return 0 if third_fits or not self.problem.block_size else 1
 
     @cute.kernel
     def kernel(self, call: Operands, schedule: OneTile | InSections, group_size: Int32):

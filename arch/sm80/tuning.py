@@ -49,6 +49,17 @@ class Config:
         per_sm = device.shared_memory + RESERVED_SHARED_MEMORY
         return min(by_registers, per_sm // (self.shared_memory(problem) + RESERVED_SHARED_MEMORY))
 
+    def kept_resident(self, problem: Problem) -> int:
+        """CTAs of an SM that the compiler is to leave registers for, and no more.
+
+        Left to itself it makes room for more than shared memory holds on any GPU, and spills for it.
+        """
+        columns = problem.precision.padded(problem.head_dim_v) + self.tile_n
+        accumulators = self.tile_m * columns // self.threads
+        registers = 168 if accumulators <= 96 else 256  # so few leave 72 for all else, which no rule exceeds
+        by_registers = SM_REGISTERS // (registers * self.threads)
+        return min(by_registers, LARGEST_SHARED_MEMORY // self.shared_memory(problem))
+
 
 LIGHT, HEAVY = range(2)
 
