@@ -34,10 +34,11 @@ SINGLES = (
 # A case for each row of the table of tiles: the most that a call may ask of it (see test_resources.py), at
 # the largest head dims that it serves.
 ROWS = (
-    ("sm80", "heavy", (64, 64)), ("sm80", "light", (128, 128)), ("sm80", "heavy", (128, 128)),
-    ("sm86", "heavy", (128, 128)), ("sm80", "heavy", (192, 192)), ("sm80", "light", (256, 256)),
-    ("sm80", "heavy", (256, 256)), ("sm80", "heavy", (96, 256)), ("sm86", "heavy", (192, 192)),
-    ("sm86", "heavy", (256, 256)), ("sm80", "blocks_heavy", (128, 128)), ("sm80", "blocks_light", (128, 128)),
+    ("sm80", "light", (64, 64)), ("sm80", "heavy", (64, 64)), ("sm80", "light", (128, 128)),
+    ("sm80", "heavy", (128, 128)), ("sm86", "heavy", (128, 128)), ("sm80", "heavy", (192, 192)),
+    ("sm80", "light", (256, 256)), ("sm80", "heavy", (256, 256)), ("sm80", "heavy", (96, 256)),
+    ("sm86", "heavy", (192, 192)), ("sm86", "heavy", (256, 256)), ("sm80", "blocks_heavy", (128, 128)),
+    ("sm80", "blocks_light", (128, 128)),
 )  # fmt: skip
 # What the main kernel joins. A tile decides in which registers a row and a key meet; masks and lengths, which
 # query tiles pass, whose heads may add up; dropout and the score's slope meet in dS.

@@ -99,7 +99,7 @@ class Pieces(NamedTuple):
 def product(mma: cute.TiledMma, acc: cute.Tensor, steps: int, load_a: Callable, b: Pieces) -> None:
     """acc (mma, M, N) += A B over `steps` steps of k; load_a(k) -> A's registers (mma, M).
 
-    B comes one piece ahead of its use.
+    B's pieces come from b.operand_b(n, k), one ahead of their use.
     """
     columns = cute.logical_divide(acc, (None, None, 2))  # (mma, M, (2, N / 2)): a piece feeds two n8 steps
     order = [(n, k) for k in range(steps) for n in range(cute.size(acc, mode=[2]) // 2)]

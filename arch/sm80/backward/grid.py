@@ -9,6 +9,7 @@ share none with where it begins.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,25 @@ from cutlass import AddressSpace, Float32, Int32
 
 from ..copy import CHUNK, tile_width
 from ..mma import PIECE, Pieces
+
+
+class HeldPieces(NamedTuple):
+    """Pieces of B that stay in registers.
+
+    pieces: where they come from. registers: (n, k) -> B's (mma, 2) for columns 16 n and on, k step `k`.
+    """
+
+    pieces: Pieces
+    registers: dict[tuple[int, int], cute.Tensor]
+
+    def load(self) -> None:
+        """Fill the registers."""
+        for at, registers in self.registers.items():
+            registers.store(self.pieces.operand_b(*at).load())
+
+    def operand_b(self, n: int, k: int) -> cute.Tensor:
+        """What `Pieces.operand_b` reads each time."""
+        return self.registers[n, k]
 
 
 class Grid(NamedTuple):
@@ -106,6 +126,11 @@ class Grid(NamedTuple):
         """A shared tile as B, stored (k, columns)."""
         chunk = self.first_piece * 2 + self.thread // 16 % 2
         return Pieces.of(tile, self.thread % 16, chunk, True, self.apart)
+
+    def hold_b(self, pieces: Pieces) -> HeldPieces:
+        """Room for all of a shared tile, B stored (columns, k), that a warp needs."""
+        pairs = itertools.product(range(self.column_pieces), range(pieces.dim // PIECE))
+        return HeldPieces(pieces, {at: cute.make_rmem_tensor(((2, 2), 2), pieces.dtype) for at in pairs})
 
     def load_a(self, pieces: Pieces) -> Callable:
         """k -> A's registers for that k step."""

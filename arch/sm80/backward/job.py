@@ -14,7 +14,7 @@ from ...common.rules import Rules
 from ...common.sequence import Sequence
 from ...problem import Problem
 from ..mma import Pieces
-from .grid import Grid
+from .grid import Grid, HeldPieces
 
 
 class KeyBlock(NamedTuple):
@@ -92,3 +92,5 @@ class Walk(NamedTuple):
     scale_log2: Float32
     acc_k: cute.Tensor
     acc_v: cute.Tensor
+    held_k: HeldPieces | None
+    held_v: HeldPieces | None

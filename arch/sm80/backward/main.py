@@ -37,7 +37,7 @@ from ...elementwise import where
 from ...reverse import differentiated, seen_from_keys
 from ..copy import TileCopy, tile_layout
 from ..mma import PIECE, Pieces, product, rounded, tiled_mma
-from .grid import Grid
+from .grid import Grid, HeldPieces
 from .job import KeyBlock, ProductOperands, QueryStream, Tiles, Walk
 from .tuning import Config
 from .turns import AsTheyCome, InTurns
@@ -106,6 +106,7 @@ class BackwardKernel:
         if visits.any():
             self.begin_keys(block, tiles)
             self.begin(walk.stream, visits.start, Boolean(True))
+            self.hold(walk)
         phases = visits.phases
         for p in cutlass.range_constexpr(len(phases)):
             for i in cutlass.range(phases[p].visits, unroll=1):
@@ -134,7 +135,7 @@ class BackwardKernel:
         sizes = (stage * self.tile_bytes(dim) for dim in (self.dim, self.dim_v))
         ops = walk.operands.at(hidden_zero(place), *sizes)
         acc_s = grid_s.accumulator()
-        self.multiply(walk, acc_s, self.dim, grid_s, ops.q, ops.k)
+        self.multiply(walk, acc_s, self.dim, grid_s, ops.q, walk.held_k or ops.k)
         s = rows_by_columns(acc_s)
         slopes = walk.rules.apply_with_slopes(
             s,
@@ -146,7 +147,7 @@ class BackwardKernel:
         kept = self.kept(walk, s, grid_s, first_row)
         grid_s.store(rounded(acc_s if kept is None else kept, self.dtype), walk.tiles.p)
         acc_ds = grid_s.accumulator()
-        self.multiply(walk, acc_ds, self.dim_v, grid_s, ops.grad_out, ops.v)
+        self.multiply(walk, acc_ds, self.dim_v, grid_s, ops.grad_out, walk.held_v or ops.v)
         ds = rows_by_columns(acc_ds)
         if kept is not None:
             self.drop(ds, rows_by_columns(kept), walk.block.call.keep_scale)
@@ -170,7 +171,18 @@ class BackwardKernel:
             cute.arch.barrier()
             self.begin(walk.stream, following, walk.stream.visits.inside(following))
 
-    def multiply(self, walk: Walk, acc: cute.Tensor, k: int, grid: Grid, a: Pieces, b: Pieces) -> None:
+    def hold(self, walk: Walk) -> None:
+        """Read K and V from shared memory, where the config has registers for them."""
+        held = [pieces for pieces in (walk.held_k, walk.held_v) if pieces]
+        if held:
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.barrier()
+        for pieces in held:
+            pieces.load()
+
+    def multiply(
+        self, walk: Walk, acc: cute.Tensor, k: int, grid: Grid, a: Pieces, b: Pieces | HeldPieces
+    ) -> None:
         """acc += A B over k."""
         product(walk.mma, acc, k // PIECE, grid.load_a(a), b)
 
@@ -340,6 +352,7 @@ class BackwardKernel:
         grid_v = Grid(*config.grid_k(self.dim_v), config.tile_n, self.dim_v, thread)
         grid_q = Grid(*config.grid_q(self.dim), config.tile_m, self.dim, thread)
         scale = Float32(1.0) if self.problem.score else Float32(block.call.softmax_scale)
+        operands = self.operands(tiles, grid_s, grid_k, grid_v, grid_q)
         return Walk(
             problem=self.problem,
             mma=tiled_mma(self.dtype, config.warps),
@@ -352,10 +365,12 @@ class BackwardKernel:
             grid_k=grid_k,
             grid_v=grid_v,
             grid_q=grid_q,
-            operands=self.operands(tiles, grid_s, grid_k, grid_v, grid_q),
+            operands=operands,
             scale_log2=scale * LOG2_E,
             acc_k=grid_k.accumulator(),
             acc_v=grid_v.accumulator(),
+            held_k=grid_s.hold_b(operands.k) if config.k_in_registers else None,
+            held_v=grid_s.hold_b(operands.v) if config.v_in_registers else None,
         )
 
     def operands(self, tiles: Tiles, s: Grid, k: Grid, v: Grid, q: Grid) -> ProductOperands:

@@ -20,13 +20,16 @@ class Config:
     """How the main kernel works on a problem.
 
     tile_m, tile_n: rows of Q and dO, and of K and V, at a time. warps: all take part in every product.
-    stages: tiles of Q and of dO in shared memory.
+    stages: tiles of Q and of dO in shared memory. k_in_registers, v_in_registers: for S and dP each warp
+    reads its part of K, of V, from shared memory once.
     """
 
     tile_m: int
     tile_n: int
     warps: int = 8
     stages: int = 2
+    k_in_registers: bool = False
+    v_in_registers: bool = False
 
     @property
     def threads(self) -> int:
@@ -108,8 +111,12 @@ class Row:
 
 BACKWARD = (
     Row(
+        head_dim=64, pressure=LIGHT, config=Config(64, 128, k_in_registers=True, v_in_registers=True),
+        why="dK, dV, K and V take 128 registers a thread; fits 100 KB", turns=NEVER,
+    ),
+    Row(
         head_dim=64, pressure=HEAVY, config=Config(64, 128),
-        why="dK and dV take 64 registers a thread; fits 100 KB",
+        why="dK and dV take 64 registers a thread; V besides spills on sm_86; fits 100 KB",
     ),
     Row(
         head_dim=128, pressure=LIGHT, config=Config(64, 128),
