@@ -50,15 +50,15 @@ class Config:
         return min(by_registers, per_sm // (self.shared_memory(problem) + RESERVED_SHARED_MEMORY))
 
     def kept_resident(self, problem: Problem) -> int:
-        """CTAs of an SM that the compiler is to leave registers for, and no more.
+        """CTAs of an SM that the compiler is to leave registers for, and no more; 0: it decides.
 
-        Left to itself it makes room for more than shared memory holds on any GPU, and spills for it.
+        Left to itself it may spill to make room for more of them than shared memory holds on any GPU.
         """
+        held = LARGEST_SHARED_MEMORY // self.shared_memory(problem)
         columns = problem.precision.padded(problem.head_dim_v) + self.tile_n
-        accumulators = self.tile_m * columns // self.threads
-        registers = 168 if accumulators <= 96 else 256  # so few leave 72 for all else, which no rule exceeds
-        by_registers = SM_REGISTERS // (registers * self.threads)
-        return min(by_registers, LARGEST_SHARED_MEMORY // self.shared_memory(problem))
+        if self.tile_m * columns // self.threads <= 96:  # numbers of O and S a thread: 168 registers serve
+            return min(held, SM_REGISTERS // (168 * self.threads))
+        return 1 if problem.block_size and held < 3 else 0
 
 
 LIGHT, HEAVY = range(2)
