@@ -32,6 +32,7 @@ class Tiles:
     grid_v: tuple[int, int]
     grid_q: tuple[int, int]
     v_in_registers: bool = False
+    k_in_registers: bool = False
 
     def flops(self, dims: tuple[int, int]) -> int:
         """Of the five products, of which three have head_dim and two head_dim_v."""
@@ -44,7 +45,8 @@ class Tiles:
         wherever a warp of 8 rows an instruction has them from.
         """
         m, n, (d, d_v) = self.tile_m, self.tile_n, dims
-        read = _read(m, n, d, self.grid_s) + _read(m, n, d_v, self.grid_s, not self.v_in_registers)
+        read = _read(m, n, d, self.grid_s, not self.k_in_registers)
+        read += _read(m, n, d_v, self.grid_s, not self.v_in_registers)
         read += _read(n, d_v, m, self.grid_v) + _read(n, d, m, self.grid_k) + _read(m, d, n, self.grid_q)
         statistics = 2 * self.grid_s[1] * m // 8 * 128
         return 2 * m * (d + d_v) + read + 2 * 2 * m * n + statistics
@@ -98,7 +100,7 @@ def tiles_of(config: Any, dims: tuple[int, int]) -> Tiles:
     """Those of our main kernel."""
     d, d_v = map(scratch_columns, dims)
     grids = config.grid_s, config.grid_k(d), config.grid_k(d_v), config.grid_q(d)
-    return Tiles(config.tile_m, config.tile_n, *grids)
+    return Tiles(config.tile_m, config.tile_n, *grids, config.v_in_registers, config.k_in_registers)
 
 
 def differences(ours: Tiles, theirs: Tiles) -> str:

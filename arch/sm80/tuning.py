@@ -37,6 +37,10 @@ class Config:
     def threads(self) -> int:
         return 32 * self.warps
 
+    @property
+    def rows_of_a_warp(self) -> int:
+        return self.tile_m // self.warps
+
     def shared_memory(self, problem: Problem) -> int:
         """Bytes of dynamic shared memory."""
         dim, dim_v = map(problem.precision.padded, (problem.head_dim, problem.head_dim_v))
@@ -55,10 +59,11 @@ class Config:
         Left to itself it may spill to make room for more of them than shared memory holds on any GPU.
         """
         held = LARGEST_SHARED_MEMORY // self.shared_memory(problem)
+        if self.rows_of_a_warp > 16:
+            return 1 if problem.block_size and held < 3 else 0
         columns = problem.precision.padded(problem.head_dim_v) + self.tile_n
-        if self.tile_m * columns // self.threads <= 96:  # numbers of O and S a thread: 168 registers serve
-            return min(held, SM_REGISTERS // (168 * self.threads))
-        return 1 if problem.block_size and held < 3 else 0
+        registers = 168 if columns <= 192 else 256  # a thread has half as many numbers of O and S
+        return min(held, SM_REGISTERS // (registers * self.threads))
 
 
 LIGHT, HEAVY = range(2)
@@ -71,9 +76,13 @@ def register_pressure(problem: Problem, device: Device) -> int:
 
 
 def fitted(config: Config, problem: Problem, device: Device) -> Config | None:
-    """With two stages where they cost no resident CTA; None where not even one CTA fits."""
+    """With two stages where they cost no resident CTA; None where not even one CTA fits.
+
+    None, too, for 32 rows a warp of so wide a V that code for sm_120 spills where that for sm_80 just fits.
+    """
     resident, deeper = config.resident(problem, device), replace(config, stages=2)
-    if not resident:
+    too_wide = config.rows_of_a_warp > 16 and problem.head_dim_v > 96 and device.capability >= (12, 0)
+    if not resident or too_wide:
         return None
     return deeper if deeper.resident(problem, device) == resident else config
 
