@@ -312,8 +312,12 @@ def test_harness_takes_gradients(name, monkeypatch):
     """Of a function in plain torch that stands in for ours; a scale that is 5 % off is noticed."""
     function = "flash_attn_varlen_func" if CASES[name].varlen else "flash_attn_func"
 
+    means_nothing_here = {
+        "dropout_p", "return_lse", "num_splits", "max_seqlen_q", "max_seqlen_k", "deterministic"
+    }  # fmt: skip
+
     def stand_in(*tensors, error=0.0, **call):
-        for name in {"dropout_p", "return_lse", "num_splits", "max_seqlen_q", "max_seqlen_k"} & call.keys():
+        for name in means_nothing_here & call.keys():
             del call[name]
         out, lse = attention(*tensors, compute=torch.float32, softmax_scale=(1 + error) / 8, **call)
         return out.to(tensors[0].dtype), lse
