@@ -7,7 +7,7 @@ from dataclasses import replace
 from .. import sm80
 from ..backward import steps_around
 from ..kernel import Kernel, Tuning
-from ..sm80.backward.tuning import PostprocessConfig
+from ..sm80.backward.tuning import PostprocessConfig, main_blocks
 from .backward import tuning as backward
 from .forward import FORWARD
 
@@ -23,7 +23,7 @@ BACKWARD = Kernel(
     tuning=Tuning(
         config=lambda problem, device, sizes: backward.main_config(problem, device),
         fitting=backward.fitting_configs,
-        blocks=backward.main_blocks,
+        blocks=main_blocks,
     ),
     launches=".sm90.backward.kernel:BackwardKernel",
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, lambda problem, config: SUMS),

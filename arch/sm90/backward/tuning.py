@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from ...backward import BackwardProblem
 from ...common.regions import Region, Regions
 from ...precision import Precision
-from ...problem import Device, Problem, Sizes
+from ...problem import Device, Problem
 
 ROWS = 64  # of a warpgroup's product: its keys, or its rows of dQ
 THREADS = 128  # of a warpgroup
@@ -181,8 +181,3 @@ def fitting_configs(problem: BackwardProblem, device: Device) -> Iterator[Config
         reaches = asked.head_dim <= row.head_dim and asked.head_dim_v <= row.head_dim_v
         if reaches and pressure <= row.pressure and row.config.shared_memory(problem) <= device.shared_memory:
             yield row.config
-
-
-def main_blocks(config: Config, sizes: Sizes, _: int) -> int:
-    """Of the grid: one for every key tile of every query head."""
-    return -(-sizes.seqlen_k // config.tile_n) * sizes.heads_q * sizes.batch
