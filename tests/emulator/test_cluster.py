@@ -97,6 +97,96 @@ def test_arriving_at_the_other_ctas_barrier(options):
     assert (run(code, **options) == 5).all()
 
 
+BEHIND = [{"behind": rank, "schedule": schedule} for rank in (0, 1) for schedule in ("lockstep", "random")]
+
+
+@pytest.mark.parametrize("options", BEHIND, ids=str)
+def test_a_cta_that_has_exited_has_no_memory(options):
+    """Each reads the other's, the one that is behind when the other is long done."""
+    run(EXCHANGE.format(between=BOTH, after=BOTH), **options)
+    other = 1 - options["behind"]
+    with pytest.raises(OutOfBounds, match=f"lies in CTA {other} of the cluster, which has exited"):
+        run(EXCHANGE.format(between=BOTH, after=""), **options)
+
+
+SIGNALS = {
+    "arrival": "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r2];",
+    "write": "st.shared::cluster.b32 [%r2], 5;",
+    "copy": "mov.b32 %r3, data;\nmapa.shared::cluster.u32 %r4, %r3, %other;\n"
+    "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r4], [%r3], 16, [%r2];",
+}
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_what_comes_to_a_cta_that_has_exited(signal):
+    code = f"""
+    @%first mbarrier.init.shared.b64 [%b], 1;
+    mov.b32 %r5, data;
+    @%first st.shared.v4.b32 [%r5], {{1, 2, 3, 4}};
+    fence.proxy.async.shared::cta;
+    {READY}
+    mapa.shared::cluster.u32 %r2, %b, %other;
+    @%leader bra done;
+    @!%first bra done;
+    {SIGNALS[signal]}
+    done: {{after}}
+    """
+    with pytest.raises(EmulatorError, match="has exited|exits while a copy into it is under way"):
+        run(code.replace("{after}", ""), behind=1)
+    if signal != "copy":  # which the cluster's barrier does not wait for
+        run(code.replace("{after}", BOTH), behind=1, races=False)
+
+
+def test_a_copy_out_of_a_cta_that_has_exited():
+    code = f"""
+    @%first mbarrier.init.shared.b64 [%b], 1;
+    mov.b32 %r3, data;
+    @%first st.shared.v4.b32 [%r3], {{1, 2, 3, 4}};
+    fence.proxy.async.shared::cta;
+    fence.mbarrier_init.release.cluster;
+    {BOTH}
+    mapa.shared::cluster.u32 %r2, %b, %other;
+    mapa.shared::cluster.u32 %r4, %r3, %other;
+    @%leader bra waits;
+    @!%first bra done;
+    {SIGNALS["copy"]}
+    bra done;
+    waits:
+    @%first mbarrier.arrive.expect_tx.shared.b64 _, [%b], 16;
+    {wait(0)}
+    done: {{after}}
+    """
+    run(code.replace("{after}", BOTH), asynchrony="late")
+    with pytest.raises(EmulatorError, match=r"CTA \(1, 0, 0\) exits while a copy out of its shared memory"):
+        run(code.replace("{after}", ""), asynchrony="late")
+
+
+def test_who_is_behind_runs_when_the_others_only_look():
+    """The leader looks, again and again, for what the other writes."""
+    code = f"""
+    mov.b32 %r2, data;
+    @%first st.shared.b32 [%r2], 0;
+    {BOTH}
+    @%leader bra again;
+    mapa.shared::cluster.u32 %r3, %r2, %other;
+    @%first st.relaxed.cluster.shared::cluster.b32 [%r3], 5;
+    bra done;
+    again: ld.relaxed.cluster.shared::cta.b32 %r4, [%r2];
+    setp.ne.u32 %p0, %r4, 5;
+    @%p0 bra again;
+    done: {BOTH}
+    """
+    for options in BEHIND:
+        run(code, races=False, **options)
+
+
+def test_ranks_that_can_be_behind():
+    with pytest.raises(ValueError, match="behind is -1; allowed: None, or a rank from 0 on"):
+        Options(behind=-1)
+    assert Options.read("late behind 1 races") == Options(asynchrony="late", behind=1, races=True)
+    assert run(EXCHANGE.format(between=BOTH, after=BOTH), behind=7).any()
+
+
 COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
 MULTICAST = f"""
     @%first mbarrier.init.shared.b64 [%b], 1;

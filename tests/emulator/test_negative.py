@@ -15,7 +15,7 @@ from tests.orders import RIGHT
 
 from .negative.harmless import HARMLESS
 from .negative.subjects import SUBJECTS
-from .negative.trial import ATTEMPTS, dependencies, objection, ptx_of, unnoticed
+from .negative.trial import ATTEMPTS, apart, dependencies, objection, ptx_of, unnoticed
 
 EVERY = [(*key, mutation) for key, subject in SUBJECTS.items() for mutation in subject.mutations]
 # What is not there to be changed: only kernels that take turns arrive at a barrier without a wait, and only
@@ -23,7 +23,8 @@ EVERY = [(*key, mutation) for key, subject in SUBJECTS.items() for mutation in s
 ABSENT = {
     *(("sm90", name, "no barrier of a warp") for name in ("window", "in order", "persistent", "packed")),
     *(("sm100", name, "no arrival at a barrier") for name in ("window", "causal")),
-    ("sm90", "packed", "no arrival at a barrier"),
+    *(("sm90", name, "no arrival at a barrier") for name in ("packed", "gradients")),
+    ("sm100", "gradients", "no arrival at a barrier"),
 }
 
 
@@ -31,7 +32,8 @@ ABSENT = {
 def ground(tree: str, name: str) -> tuple[str, tuple[bytes, ...]]:
     """The PTX of the kernel that is changed, and all that a verdict on a change of it depends on."""
     subject = SUBJECTS[tree, name]
-    return ptx_of(subject, tree), (repr(ATTEMPTS).encode(), *dependencies(subject, tree))
+    attempts = repr((ATTEMPTS, apart(subject.ctas)))
+    return ptx_of(subject, tree), (attempts.encode(), *dependencies(subject, tree))
 
 
 @pytest.mark.parametrize("tree, name", SUBJECTS)

@@ -5,8 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cute_flash.emulator import BarrierError, DataRace, Options, RegisterInFlight, UndefinedRegister
+from cute_flash.emulator import (
+    BarrierError,
+    DataRace,
+    EmulatorError,
+    Options,
+    RegisterInFlight,
+    UndefinedRegister,
+)
 
+from . import tensor
+from . import test_bulk as bulk
 from .evaluate import evaluate
 from .test_mbarrier import READY, wait
 from .test_mbarrier import run as run_barrier
@@ -144,6 +153,33 @@ def test_all_lanes_of_a_warp_may_initialise_a_barrier():
 def test_warps_and_instructions_may_not_initialise_it_again(code):
     with pytest.raises(BarrierError, match="which was not invalidated|with 0 arrivals"):
         run_barrier(code + PASS, **PERMISSIVE)
+
+
+# CTAs that exit while their shared memory is read.
+
+
+def test_a_cta_may_exit_while_its_stores_read():
+    """Not while copies into it are under way."""
+    copy = "cp.async.bulk.global.shared::cta.bulk_group [%out], [2048], 1024;"
+    code = bulk.STORE.format(ready="", fence=bulk.FENCE, copy=copy, wait="")
+    for text in (code, code.replace("cp.async.bulk.commit_group;", "")):
+        with pytest.raises(EmulatorError, match="exits while a copy out of its shared memory is under way"):
+            bulk.run(text, bulk.SOURCE, asynchrony="late")
+        out, _ = bulk.run(text, bulk.SOURCE, asynchrony="late", **PERMISSIVE)
+        assert (out.view(np.uint32)[:256:4] == np.arange(64)).all()
+    load = bulk.LOAD[: bulk.LOAD.index("rest:")] + "rest:"
+    with pytest.raises(EmulatorError, match="exits while a copy into it is under way"):
+        bulk.run(load, bulk.SOURCE, bulk.matrix, asynchrony="late", **PERMISSIVE)
+
+
+def test_a_cta_may_exit_before_another_s_last_commit_has_reached_it():
+    nobody_waits = tensor.commit(ctas=2).partition("\n")[0]
+    text = tensor.kernel("", ctas=2).replace("done:", f"done:\n{nobody_waits}")
+    image = np.zeros((2, tensor.IMAGE), np.uint8)
+    held = np.zeros((2, tensor.LANES, tensor.COLUMNS), np.uint32)
+    with pytest.raises(EmulatorError, match=r"CTA \(1, 0, 0\) exits before a commit has reached it"):
+        tensor.execute(text, image, held, asynchrony="late")
+    tensor.execute(text, image, held, asynchrony="late", **PERMISSIVE)
 
 
 # Arrivals after a wait for tensor memory. Warp 1 loads or stores, one of its lanes arrives, and the product

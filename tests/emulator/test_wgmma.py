@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 from cute_flash.emulator import UnmodelledInstruction
+from cute_flash.emulator.base.formats import matrix_values
 
-from .wgmma import COMMIT, FENCE, MODES, WAIT, Case
+from .wgmma import COMMIT, FENCE, MODES, WAIT, Case, registers_of
 
 HALVES = [("f16", "f16"), ("bf16", "bf16")]
 BYTES = [(a, b) for a in ("e4m3", "e5m2") for b in ("e4m3", "e5m2")]
@@ -88,3 +92,47 @@ def test_operands_that_start_in_the_middle_of_a_pattern(row, widths, major):
     """The swizzle is an XOR on the whole address, wherever in its eight rows an operand starts."""
     case = Case(64, ("bf16", "bf16"), widths=widths, major=major, row=row)
     case.check(case.run())
+
+
+def short_sum(start: float, a: list[float], b: list[float]) -> float:
+    """One element of D with Hopper's accumulator, in Python's integers: 32 products at a time."""
+    total = Fraction(start)
+    for first in range(0, len(a), 32):
+        pairs = zip(a[first : first + 32], b[first : first + 32], strict=True)
+        terms = [total, *(Fraction(x) * Fraction(y) for x, y in pairs)]
+        total = Fraction(0)
+        if largest := max(map(abs, terms)):
+            unit = Fraction(2) ** (math.frexp(largest)[1] - 1 - 13)
+            total = sum(int(term / unit) for term in terms) * unit
+        if total:
+            unit = Fraction(2) ** (math.frexp(total)[1] - 1 - 13)
+            total = int(total / unit) * unit
+    return float(total)
+
+
+@pytest.mark.parametrize("options", [MODES[0], MODES[2]], ids=["eager", "random"])
+@pytest.mark.parametrize("in_registers", [False, True], ids=["shared", "registers"])
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+def test_hoppers_accumulator(kind, in_registers, options):
+    """Bit by bit, from registers that hold something, with both signs; f16 and 16-bit products as ever."""
+    case = Case(8, (kind, kind), steps=3, in_registers=in_registers, scales=(1, -1))
+    begin = "".join(f"mov.b32 %f{k}, 0f42F6E979;\n" for k in range(case.count))  # 123.456
+    products = "".join(case.product(k, "%yes") for k in range(case.steps))
+    code = case.code(f"{begin}{FENCE}{products}{COMMIT}{WAIT}")
+    out = case.run(code, block=256, fp8_accumulator="hopper", **options).view(np.float32)
+    a, b = (matrix_values(raw, kind).astype(float).tolist() for raw in case.raw)
+    start = float(np.array(0x42F6E979, np.uint32).view(np.float32))
+    expected = np.array([[short_sum(start, row, [-y for y in column]) for column in b] for row in a])
+    for first in (0, 128):
+        np.testing.assert_array_equal(out[first : first + 128], registers_of(expected))
+    exact = case.run(code, **options).view(np.float32)
+    assert (exact != out[:128]).mean() > 0.5
+    assert np.abs(exact - out[:128]).max() < 100 * 2.0**-13 * registers_of(case.exact()[1]).max()
+    for others in (("f16", "f16"), (kind, kind, "f16")):
+        same = Case(8, others[:2], *others[2:], in_registers=in_registers)
+        np.testing.assert_array_equal(same.run(fp8_accumulator="hopper"), same.run())
+
+
+def test_an_accumulator_that_is_not_known():
+    with pytest.raises(ValueError, match="fp8_accumulator is 'short'; allowed: float32, hopper"):
+        Case(8, ("e4m3", "e4m3")).run(fp8_accumulator="short")

@@ -61,6 +61,13 @@ def registers_d(matrix: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(parts.transpose(3, 1, 5, 0, 2, 4)).reshape(4 * count, warps, 32)
 
 
+def matrix_d(words: np.ndarray) -> np.ndarray:
+    """The inverse of registers_d."""
+    count, warps = len(words) // 4, words.shape[1]
+    parts = words.reshape(count, 2, 2, warps, 8, 4).transpose(3, 1, 4, 0, 5, 2)
+    return np.ascontiguousarray(parts).reshape(warps, 16, 8 * count)
+
+
 def rows_to_lanes(rows: np.ndarray, transposed: bool) -> np.ndarray:
     """ldmatrix: 8x8 matrices of 16-bit elements as rows (warps, matrices, 8, 4 words) -> registers
     (matrices, warps, 32).

@@ -9,6 +9,7 @@ ASYNCHRONY = ("eager", "late", "late_copies", "late_products", "random")
 SCHEDULES = ("lockstep", "random")
 UNINITIALIZED = ("error", "poison")
 CONTRACT = ("none", "ptxas")
+FP8_ACCUMULATOR = ("float32", "hopper")
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,11 @@ class Options:
 
     asynchrony: when asynchronous copies and products happen: "eager" at issue, "late" when a wait forces
     them, "random" anywhere between; "late_copies" with eager products, "late_products" with eager copies.
-    schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a time). seed: of
-    everything random. races: raise where accesses to memory conflict without an order. observers:
-    objects with hooks, see core/observe.py. ctas_per_wave: places on the GPU, taken in the order of the grid:
+    schedule: "lockstep" (all warps together, deterministic) or "random" (one warp at a time). behind: CTAs of
+    this rank run only when none of another rank of its cluster can, so that a cluster's CTAs are as far apart
+    in time as waits let them; where there are none nothing is behind. seed: of everything random. races:
+    raise where accesses to memory conflict without an order. observers: objects with hooks, see
+    core/observe.py. ctas_per_wave: places on the GPU, taken in the order of the grid:
     the next CTAs get theirs when all of a wave have exited, so that who waits for a later CTA than his wave
     has waits for ever; None lets the CTAs' size decide. uninitialized: "error" raises where shared or local
     memory is read that nothing has written; "poison" gives NaN patterns instead, for kernels that load rows
@@ -29,10 +32,13 @@ class Options:
     permissive: accept what PTX leaves undefined or forbids and hardware is known to take, see README.md.
     contract: "none" runs products and sums as written; "ptxas" fuses those that PTX leaves open and the
     assembler makes one instruction of, see ptx/contract.py.
+    fp8_accumulator: of wgmma's sums of 8-bit products in f32: "float32" as its registers are, "hopper" as
+    short as that hardware's are known to be, see base/short_sums.py.
     """
 
     asynchrony: str = "eager"
     schedule: str = "lockstep"
+    behind: int | None = None
     seed: int = 0
     races: bool = False
     observers: tuple = ()
@@ -42,6 +48,7 @@ class Options:
     ordered_reductions: bool = False
     permissive: bool = False
     contract: str = "none"
+    fp8_accumulator: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("by_the_book", "ordered_reductions"):
@@ -56,15 +63,21 @@ class Options:
             raise ValueError(f"uninitialized is {self.uninitialized!r}; allowed: {allowed}")
         if self.contract not in CONTRACT:
             raise ValueError(f"contract is {self.contract!r}; allowed: {', '.join(CONTRACT)}")
+        if self.fp8_accumulator not in FP8_ACCUMULATOR:
+            allowed = ", ".join(FP8_ACCUMULATOR)
+            raise ValueError(f"fp8_accumulator is {self.fp8_accumulator!r}; allowed: {allowed}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}")
+        if self.behind is not None and self.behind < 0:
+            raise ValueError(f"behind is {self.behind}; allowed: None, or a rank from 0 on")
 
     @classmethod
     def read(cls, how: str, **more: Any) -> Options:
         """Options in words, such as "late races". more: further options, by name.
 
         eager, late, late_copies, late_products: when asynchronous operations happen. random SEED: they happen
-        at random, and warps run in random order. races: look for data races. by_the_book: with races, demand
+        at random, and warps run in random order. behind RANK: a cluster's CTA of this rank runs when no other
+        can. races: look for data races. by_the_book: with races, demand
         what hardware does without. ordered_reductions: with races, floating-point sums need an order.
         permissive: accept what hardware takes. poison: shared memory that nobody wrote may be read.
         """
@@ -75,6 +88,8 @@ class Options:
             if word == "random":
                 seed = words.pop(0) if words and words[0].isdigit() else "0"
                 found |= {"asynchrony": word, "schedule": word, "seed": int(seed)}
+            elif word == "behind" and words and words[0].isdigit():
+                found[word] = int(words.pop(0))
             elif word in ASYNCHRONY:
                 found["asynchrony"] = word
             elif word in ("by_the_book", "ordered_reductions"):
@@ -84,8 +99,9 @@ class Options:
             elif word == "poison":
                 found["uninitialized"] = word
             else:
-                allowed = "random SEED, races, by_the_book, ordered_reductions, permissive, poison"
-                raise ValueError(f"how has {word!r}; allowed: {', '.join(ASYNCHRONY[:-1])}, {allowed}")
+                allowed = "races, by_the_book, ordered_reductions, permissive, poison"
+                first = f"{', '.join(ASYNCHRONY[:-1])}, random SEED, behind RANK"
+                raise ValueError(f"how has {word!r}; allowed: {first}, {allowed}")
         return cls(**{**found, **more})
 
 

@@ -92,7 +92,7 @@ class Machine(Geometry):
     def place(self, g: Threads, address: np.ndarray, remote: bool) -> tuple[np.ndarray, np.ndarray]:
         """(CTA of the wave, address in its memory) of each thread's shared address.
 
-        remote: whether it may name another CTA of the cluster.
+        remote: whether it may name another CTA of the cluster. That one's memory is gone when it has exited.
         """
         if self.cluster == 1:
             return g.cta, address
@@ -102,6 +102,11 @@ class Machine(Geometry):
             k = int(np.flatnonzero(wrong)[0])
             text = f"shared address {int(address[k]):#x} lies in CTA {int(rank[k])} of the cluster"
             raise self.fault(OutOfBounds, g, k, text)
+        gone = (rank != own) & ~self.live.any(axis=(0, 2))[g.cta - own + rank]
+        if gone.any():
+            k = int(np.flatnonzero(gone)[0])
+            text = f"shared address {int(address[k]):#x} lies in CTA {int(rank[k])} of the cluster"
+            raise self.fault(OutOfBounds, g, k, f"{text}, which has exited")
         return g.cta - own + rank, address & (1 << RANK_SHIFT) - 1
 
     def constant(self, constant: Constant, width: int) -> np.ndarray:

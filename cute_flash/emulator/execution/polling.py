@@ -19,7 +19,7 @@ from ..core.engine import Engine
 if TYPE_CHECKING:
     from ..core.machine import Machine
     from ..core.state import Threads
-    from .schedule import Lockstep, OneWarpAtATime
+    from .schedule import Schedule
 
 QUIET = 100  # scheduling decisions without an event before threads are looked at
 ROUNDS = 8  # decisions per set of threads, all of them for sets that poll, before they all are said to
@@ -31,7 +31,7 @@ ENDLESS = 20000  # decisions for sets that poll when nothing is pending, before 
 class Polling:
     """Watches the scheduling decisions of one wave."""
 
-    def __init__(self, m: Machine, schedule: Lockstep | OneWarpAtATime):
+    def __init__(self, m: Machine, schedule: Schedule):
         self.machine, self.schedule = m, schedule
         self.progress = m.progress
         self.quiet = 0  # decisions since the last event

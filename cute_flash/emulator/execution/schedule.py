@@ -2,8 +2,9 @@
 
 Lockstep: of all sets of threads the one at the lowest step runs, and sets at the same step are one: threads
 that diverged meet again as early as they can. Random: a seeded choice of one warp, for a short or a long
-slice; lanes of that warp that diverged follow the lowest-step rule among themselves. A set that waits for
-other lanes of its warps at a converged step is put with the step number -1 - step.
+slice; lanes of that warp that diverged follow the lowest-step rule among themselves. Others first: some CTAs
+have a schedule of their own, whose turn comes when nobody else can run. A set that waits for other lanes of
+its warps at a converged step is put with the step number -1 - step.
 """
 
 from __future__ import annotations
@@ -98,7 +99,6 @@ class OneWarpAtATime:
     def __init__(self, m: Machine):
         self.machine = m
         self.queues: dict[int, Lockstep] = {}
-        self.put([(0, whole_wave(m))])
         self.turn: tuple[int, int] | None = None
 
     def put(self, going: list[tuple[int, Threads]]) -> None:
@@ -155,11 +155,64 @@ class OneWarpAtATime:
         return pc, threads, stop
 
 
-def whole_wave(m: Machine) -> Threads:
-    """All threads of a wave, before anything has run."""
-    return m.sets.of(m.live.copy())
+class OthersFirst:
+    """CTAs of one rank run when no others can; for PATIENCE turns also when the others are found to poll."""
+
+    def __init__(self, m: Machine, rank: int):
+        self.machine, self.behind = m, (m.rank == rank)[None, :, None]
+        self.others, self.held_back = _plain(m), _plain(m)
+        self.ran: Schedule = self.others
+        self.turns = 0  # that those behind still have
+
+    def put(self, going: list[tuple[int, Threads]]) -> None:
+        """Take back what a turn left."""
+        for schedule, whose in ((self.others, ~self.behind), (self.held_back, self.behind)):
+            parts = ((pc, threads, threads.mask & whose) for pc, threads in going)
+            schedule.put(
+                [
+                    (pc, threads if mask.sum() == threads.mask.sum() else self.machine.sets.of(mask))
+                    for pc, threads, mask in parts
+                    if mask.any()
+                ]
+            )
+
+    def gathered(self) -> dict[int, Threads]:
+        """As Lockstep.gathered, for all CTAs."""
+        found = dict(self.others.gathered())
+        for pc, threads in self.held_back.gathered().items():
+            have = found.get(pc)
+            found[pc] = threads if have is None else self.machine.sets.union(have, threads)
+        return found
+
+    def count(self) -> int:
+        """How many sets can run."""
+        return self.others.count() + self.held_back.count()
+
+    def pass_on(self) -> None:
+        """The set that ran last polls: the next one of its CTAs goes first, or those that are behind."""
+        self.ran.pass_on()
+        self.turns = PATIENCE if self.ran is self.others else 0
+
+    def pick(self) -> tuple[int, Threads, int] | None:
+        """As Lockstep.pick."""
+        order = (self.held_back, self.others) if self.turns else (self.others, self.held_back)
+        self.turns = max(self.turns - 1, 0)
+        for self.ran in order:
+            if (choice := self.ran.pick()) is not None:
+                return choice
+        return None
 
 
-def schedule_of(m: Machine) -> Lockstep | OneWarpAtATime:
+Schedule = Lockstep | OneWarpAtATime | OthersFirst
+
+
+def _plain(m: Machine) -> Lockstep | OneWarpAtATime:
+    return OneWarpAtATime(m) if m.options.schedule == "random" else Lockstep(m, {})
+
+
+def schedule_of(m: Machine) -> Schedule:
     """The schedule of a wave whose threads all stand at the first step."""
-    return OneWarpAtATime(m) if m.options.schedule == "random" else Lockstep(m, {0: whole_wave(m)})
+    behind = m.options.behind
+    schedule = _plain(m) if behind is None else OthersFirst(m, behind)
+    schedule.put([(0, m.sets.of(m.live.copy()))])
+    return schedule

@@ -85,6 +85,7 @@ class Load(Operation):
         m.part(Engine).issue(self)
 
     def land(self, m: Machine) -> None:
+        self.abandoned(m)
         data = self.source(m).reshape(-1, 16)
         for cta, address, barrier, phase in self.targets:
             at = self.chunks(address) // 16
@@ -139,6 +140,12 @@ class SharedLoad(Load):
     def source(self, m: Machine) -> np.ndarray:
         return shared_bytes(m, self.issuer.cta, np.arange(self.address, self.address + self.nbytes, 16))
 
+    def abandoned(self, m: Machine) -> None:
+        super().abandoned(m)
+        if not m.live[:, self.issuer.cta].any():
+            name = m.cta_name(self.issuer.cta)
+            raise EmulatorError(f"CTA {name} exits while a copy out of its shared memory is under way")
+
 
 @dataclass(eq=False)
 class Store(Operation):
@@ -179,6 +186,7 @@ class Store(Operation):
             self.data = shared_bytes(m, self.issuer.cta, self.chunks())
 
     def land(self, m: Machine) -> None:
+        self.abandoned(m)
         self.read(m)
         self.write(m, self.data)
 
@@ -191,7 +199,7 @@ class Store(Operation):
         raise NotImplementedError
 
     def abandoned(self, m: Machine) -> None:
-        if self.data is None and not m.live[:, self.issuer.cta].any():
+        if self.data is None and not m.options.permissive and not m.live[:, self.issuer.cta].any():
             name = m.cta_name(self.issuer.cta)
             raise EmulatorError(f"CTA {name} exits while a copy out of its shared memory is under way")
 

@@ -1,7 +1,8 @@
 """The arithmetic of wgmma: D = A B (+ D) for the warps of a set, many warpgroups and k steps as one product.
 
 Products of two elements are exact in float32; sums are float32 in numpy's order (hardware's order and its
-precision for 8-bit inputs are not documented). A warp owns rows 16w to 16w + 15 of its warpgroup's 64.
+precision for 8-bit inputs are not documented; `multiply_short` is what is known of it). A warp owns rows 16w
+to 16w + 15 of its warpgroup's 64.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..base import fragments
+from ..base import fragments, short_sums
 from ..base.formats import matrix_values
 from ..core.memory import OwnedMemory
 from ..core.state import LANES
@@ -115,6 +116,23 @@ def multiply(m: Machine, g: Threads, crew: Crew, run: list[Operands]) -> np.ndar
         return words
     registers = np.empty_like(words)
     registers[:, crew.order] = words
+    return registers
+
+
+def multiply_short(m: Machine, g: Threads, crew: Crew, run: list[Operands], start: np.ndarray) -> np.ndarray:
+    """`start` and the products of a run of 8-bit elements, in registers of D, as Hopper adds them."""
+    form = run[0].form
+
+    def fault(kind: type[EmulatorError], number: int, text: str) -> EmulatorError:
+        return m.warp_fault(kind, g, int(crew.first[number % len(crew.cta)]), text)
+
+    left = _left(m, g, crew, run, fault) * np.float32(form.sign)
+    b = np.stack([one.b for one in run])
+    right = operand(m.shared, crew.cta, b, (form.tiles[1], form.kinds[1], fault))
+    total = fragments.matrix_d(start[:, crew.order].view(np.float32)).reshape(len(left), -1, right.shape[1])
+    total = np.stack([short_sums.accumulate(*party) for party in zip(total, left, right, strict=True)])
+    registers = np.empty_like(start)
+    registers[:, crew.order] = fragments.registers_d(total.reshape(-1, 16, right.shape[1])).view(np.uint32)
     return registers
 
 

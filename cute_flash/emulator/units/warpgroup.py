@@ -20,7 +20,7 @@ from ..core.events import Unit
 from ..core.machine import Machine, Part
 from ..core.state import LANES
 from .descriptors import CHUNK
-from .products import WARPS, Crew, Form, Operands, addresses, multiply
+from .products import WARPS, Crew, Form, Operands, addresses, multiply, multiply_short
 
 if TYPE_CHECKING:
     from ..core.state import Threads
@@ -82,6 +82,7 @@ class Products(Part):
         super().__init__(m)
         shape = m.sets.shape[:2]
         self.eager = m.options.asynchrony in ("eager", "late_copies")
+        self.short = m.options.fp8_accumulator == "hopper"
         self.committed = np.zeros(shape, np.int64)
         self.waited = np.zeros(shape, np.int64)
         self.open: list[Product] = []  # not committed
@@ -202,9 +203,12 @@ class Products(Part):
         operands = [
             Operands(p.form, None if p.a is None else crew.by_party(p.a), crew.by_party(p.b)) for p in run
         ]
-        total = multiply(m, g, crew, operands)
         start = first.start if first.start is not None else g.gather(m.banks[32], form.d)
-        words = _accumulate(total, start, first.keep, form.half)
+        if self.short and form.tiles[0].bits == 8 and not form.half:
+            begin = np.where(first.keep[:, None], start, np.uint32(0))
+            words = multiply_short(m, g, crew, operands, begin)
+        else:
+            words = _accumulate(multiply(m, g, crew, operands), start, first.keep, form.half)
         self._deliver(last, words)
 
     def _deliver(self, product: Product, words: np.ndarray) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 Reasons = dict[tuple[str, tuple[int, ...]], str]
 
 FRESH = "the slot's first wait to be empty: a new barrier lets it pass"
-ONCE = "Q's slot is filled once, so nobody waits for it to be empty"
+ONCE = "the slot is filled once, so nobody waits for it to be empty"
 BUDGET = "how many registers there are is ptxas's business: results do not depend on it"
 
 # sm90
@@ -17,6 +17,18 @@ THREE_BLOCKS = (
     "the load has just waited for a slot of V that readers emptied after this one of K; that is so for tiles "
     "of 3 blocks and more: those of 2 need the wait"
 )
+Q_LATER = (
+    "Q's slot is given back after this product, too, and the load waits for that of a visit before it waits "
+    "for dO's"
+)
+LEADER = "the lane that waited for its copy is the one that arrives: elect.sync chooses the same each time"
+CLUSTERED = "the cluster's barrier behind it is one of this CTA's threads, too"
+LAST_SLICE = "the wait for dQ's last slice is for every product"
+OWN_COLUMNS = (
+    "dK comes where columns of K lay that its warpgroup alone still reads, for dQ; K's others and V were "
+    "read for the last time when all met for dS"
+)
+MET = "the warp has met after the wait for the copy, and has added nothing since"
 
 # sm100
 PERMIT = "it lets other CTAs of the multiprocessor allocate, and a CTA has the multiprocessor to itself"
@@ -39,6 +51,15 @@ ONLY_S = (
     "this warp has only touched S and P, which the correction does not; that O is complete the commit of S "
     "has told both"
 )
+NUMBERS_LATER = (
+    "the load has just waited for Q's slot, given back after dK, for which all that read the numbers have "
+    "stored dS"
+)
+OUT_LATER = "the load has just waited for Q's slot, given back after dK, which comes after dV in order"
+ADDER = "the lane that has waited for its additions is the one that passes the turn on"
+FIRST = "what is written here first: no addition has read it before"
+WAITED = "in turns additions are waited for when they are done, not only when they have been read"
+LAST_TILE = "the last tile's: nobody fills Q's, dO's or P's place again"
 NUMBERS = "the edge is for numbers in shared memory; who touches tensor memory waits for another edge, too"
 
 
@@ -96,9 +117,79 @@ HARMLESS = {
         ("no change of registers", (0, 1)): BUDGET,
         ("no fence before a product", (2,)): FENCED,
     }),
+    **harmless("sm90", "gradients", {
+        ("no wait for an mbarrier", (8, 9, 10)): FRESH,
+        ("no wait for an mbarrier", (11, 13)): Q_LATER,
+        ("one arrival more expected", (1, 3)): ONCE,
+        ("half the arrivals expected", (1, 3)): ONCE,
+        ("no barrier of a warp", (2,)): LEADER,
+        ("no change of registers", (0,)): BUDGET,
+        ("no fence before a product", (1, 3, 4, 6, 8, 9)): FENCED,
+        ("no commit of a product", (2, 7)): Q_LATER,
+        ("no wait for a product", (2, 7)): Q_LATER,
+        ("a wait for one product fewer", (2, 7)): Q_LATER,
+    }),
+    **harmless("sm90", "gradients of 128 rows", {
+        ("no commit of a product", (2, 7)): Q_LATER,
+        ("no wait for a product", (2, 7)): Q_LATER,
+        ("a wait for one product fewer", (2, 7)): Q_LATER,
+    }),
+    **harmless("sm90", "gradients without overlap", {
+        ("no commit of a product", (2, 7)): Q_LATER,
+        ("no wait for a product", (2, 7)): Q_LATER,
+        ("a wait for one product fewer", (2, 7)): Q_LATER,
+    }),
+    **harmless("sm90", "gradients of wide heads", {
+        ("no wait for an mbarrier", (14, 15, 16)): FRESH,
+        ("one arrival more expected", (1, 3)): ONCE,
+        ("half the arrivals expected", (1, 3)): ONCE,
+        ("no barrier", (7,)): OWN_COLUMNS,
+        ("no wait for a product", (5, 11)): LAST_SLICE,
+        ("a wait for one product fewer", (5, 11)): LAST_SLICE,
+    }),
+    **harmless("sm90", "gradients of a pair", {
+        ("no fence before a product", (1, 2, 3, 4, 6, 7, 8, 9)): FENCED,
+        ("no change of registers", (0,)): BUDGET,
+        ("no wait for a product", (2, 7)): Q_LATER,
+        ("a wait for one product fewer", (2, 7)): Q_LATER,
+        ("no wait for an mbarrier", (14, 15, 16)): FRESH,
+        ("no wait for an mbarrier", (17, 19)): Q_LATER,
+        ("one arrival more expected", (1, 3)): ONCE,
+        ("half the arrivals expected", (1, 3)): ONCE,
+        ("no barrier", (0,)): CLUSTERED,
+    }),
+    **harmless("sm90", "gradients in turns", {
+        ("no barrier of a warp", (3,)): LEADER,
+        ("no barrier of a warp", (4,)): MET,
+    }),
     **harmless("sm90", "split", {
         ("no wait for an mbarrier", (0, 1)): FRESH,
         ("no barrier", (2,)): TURNS,
+    }),
+    **harmless("sm100", "gradients", {
+        ("no wait for an mbarrier", (12, 24, 25, 26, 27, 28)): FRESH,
+        ("no wait for an mbarrier", (30,)): NUMBERS_LATER,
+        ("no wait for an mbarrier", (31,)): OUT_LATER,
+        ("one arrival more expected", (1, 3, 7, 11, 15)): ONCE,
+        ("half the arrivals expected", (15,)): ONCE,
+        ("no change of registers", (1,)): BUDGET,
+        ("all lanes elected", (9,)): LAST_TILE,
+        ("no permit given back", (0,)): PERMIT,
+        ("no commit of a product", (8, 9, 10)): LAST_TILE,
+        ("no fence after synchronisation", (8,)): FRESH,
+    }),
+    **harmless("sm100", "gradients over scores", {
+        ("no wait for an mbarrier", (12, 20, 21, 22, 23, 24)): FRESH,
+        ("no wait for an mbarrier", (26,)): NUMBERS_LATER,
+        ("no commit of a product", (7, 8)): LAST_TILE,
+        ("no fence after synchronisation", (6,)): FRESH,
+    }),
+    **harmless("sm100", "gradients in turns", {
+        ("no barrier of a warp", (0, 2, 5)): ONCE,
+        ("no barrier of a warp", (1, 8, 9)): ADDER,
+        ("no barrier", (1, 3, 5, 9)): FIRST,
+        ("no wait for a store", (0, 1, 4, 7)): FIRST,
+        ("no wait for a store", (3,)): WAITED,
     }),
     **harmless("sm100", "window", {
         ("no wait for an mbarrier", (19, 20, 21)): FRESH,

@@ -110,6 +110,12 @@ def at_another(number: int, operation: str) -> Callable[[str], str]:
     return change
 
 
+def to_one_cta(line: str) -> str:
+    """A copy to several CTAs of a cluster that comes to the first alone."""
+    mask = re.search(r"\], (%rs\d+), ", line)[1]
+    return f"{{ .reg .b16 one; mov.b16 one, 1; {line.strip().replace(f', {mask}, ', ', one, ')} }}"
+
+
 def said(anything: int) -> Callable[[str], str]:
     """What becomes of a question whether an answer names a tile."""
     return lambda line: re.sub(r"\S+ (%p\d+), .*", rf"setp.eq.u32 \1, {1 - anything}, 0;", line.strip())
@@ -171,6 +177,16 @@ CLUSTER = {
     "no arrival at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.arrive"), removed),
     "no wait at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.wait"), removed),
 }
+# What a pair of CTAs that sums gradients exchanges and adds.
+EXCHANGED = {
+    "no copy to the other CTA": Mutation(
+        lambda lines: [i for i, line in enumerate(lines) if "shared::cluster.shared::cta" in line], removed
+    ),
+    "a half of a tile for one CTA alone": Mutation(
+        matching(r"cp\.async\.bulk\.tensor\S*\.multicast::cluster"), to_one_cta
+    ),
+    "no reduction": Mutation(matching(r"cp\.reduce\.async\.bulk"), removed),
+}
 ANSWERED = r"clusterlaunchcontrol\.query_cancel\.is_canceled"
 # The other slot of two is 16 bytes away.
 QUEUE = {
@@ -214,6 +230,12 @@ TURNS = {
     "a word that releases for the CTA alone": Mutation(matching(WORD), reworded(".gpu", ".cta")),
     "a plain word": Mutation(matching(WORD), reworded(".release.gpu", "")),
     "no barrier of a warp": TMA["no barrier of a warp"],
+}
+# Sums that bulk copies add to: who passes a turn on must know them to be complete, not read alone.
+ADDED = {
+    "a wait for what is read alone": Mutation(
+        matching(r"cp\.async\.bulk\.wait_group"), reworded("wait_group", "wait_group.read")
+    ),
 }
 MASKS = {"a comparison of the mask negated": Mutation(mask_comparisons, negated)}
 LANES = {"no exchange between lanes": Mutation(matching(r"shfl\.sync\.bfly"), kept)}

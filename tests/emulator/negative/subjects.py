@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from unittest import mock
 
+from cute_flash import dispatch
 from cute_flash.arch.backward import PREPROCESS
 from cute_flash.arch.combine import COMBINE
 from cute_flash.arch.sm80 import BACKWARD, POSTPROCESS
 from cute_flash.arch.sm80 import tuning as sm80
+from cute_flash.arch.sm90 import BACKWARD as HOPPER_BACKWARD
 from cute_flash.arch.sm90 import tuning as sm90
+from cute_flash.arch.sm90.backward import tuning as hopper
+from cute_flash.arch.sm100 import BACKWARD as BLACKWELL_BACKWARD
 from cute_flash.arch.sm100 import tuning as sm100
+from cute_flash.arch.sm100.backward import tuning as blackwell
 from tests.cases import Case
+from tests.serving import paged
 
-from .mutations import CLUSTER, COPIES, LANES, MASKS, MULTICAST, QUEUE, TCGEN05, TMA, TURNS, WGMMA
+from .mutations import (
+    ADDED,
+    CLUSTER,
+    COPIES,
+    EXCHANGED,
+    LANES,
+    MASKS,
+    MULTICAST,
+    QUEUE,
+    TCGEN05,
+    TMA,
+    TURNS,
+    WGMMA,
+)
 from .trial import Subject
 
 # One row block that walks two key blocks or more in each of its loops: those that the mask cuts on the right,
@@ -28,6 +50,38 @@ LEAVING_TENSOR_MEMORY = {name: TCGEN05[name] for name in ("no commit of a produc
 COPYING_OUT = {name: TMA[name] for name in ("no fence", "no commit of a store", "no wait for a store")}
 # Gradients by way of two key tiles that three query tiles see, of which one is not whole.
 GRADIENTS = Case("", ((130, 200),), heads=(1, 1), mask="causal")
+# The same of Hopper's kernel, whose loops see masked tiles and others: a key tile that is not whole and one
+# that is, by way of five query tiles each, so that every stage of every ring is filled again in each loop.
+HOPPER_GRADIENTS = Case("", ((300, 228),), heads=(1, 1), dims=(72, 72))
+TILE_64 = hopper.Config(tile_m=128, columns=64, columns_v=64)
+TILE_128 = hopper.Config(tile_m=64, columns=128, columns_v=128)
+# Of the table's tile for 256 columns, with fewer keys.
+TILE_256 = {"columns": 256, "columns_v": 64, "keys": 16, "slice_columns": 64, "handed_columns": 32}
+WIDE_GRADIENTS = Case("", ((260, 114),), heads=(1, 1), dims=(136, 8))
+# Blackwell's: two key tiles, one whole and one not, and three query tiles: every ring is filled again.
+BLACKWELL_GRADIENTS = Case("", ((260, 140),), heads=(1, 1), dims=(8, 8))
+HANDED_OVER = {
+    name: (TMA | TCGEN05)[name]
+    for name in (
+        "no wait for an mbarrier", "no arrival", "no fence", "no barrier", "no commit of a store",
+        "no wait for a store", "no commit of a product", "no wait for a load",
+        "no wait for a store to tensor memory", "no fence before synchronisation",
+        "no fence after synchronisation",
+    )
+}  # fmt: skip
+PRODUCTS = ("no commit of a product", "no wait for a product", "a wait for one product fewer")
+# What the roles of a CTA tell each other.
+BETWEEN_ROLES = (
+    "no wait for an mbarrier", "a wait for the other parity", "no arrival", "no fence", "no barrier",
+)  # fmt: skip
+COUNTED = ("half the bytes expected", "one arrival more expected", "half the arrivals expected")
+# What one warp or warpgroup does by itself.
+ALONE = {
+    name: (TMA | WGMMA)[name]
+    for name in ("no fence before a product", "no change of registers", "all lanes elected")
+}
+BROUGHT_AWAY = ("no commit of a store", "no wait for a store")
+WIDE = {name: (TMA | WGMMA)[name] for name in (*BETWEEN_ROLES, *COUNTED, *BROUGHT_AWAY, *PRODUCTS)}
 # What the CTAs of a pair tell each other; inside each, roles work as they do alone.
 BETWEEN = CLUSTER | {
     name: (TMA | TCGEN05)[name]
@@ -65,6 +119,24 @@ TWO_TILES = {
 TILES = replace(
     FULL, seqlens=((100, 180), (3, 100), (70, 140), (5, 0), (0, 9), (9, 60)), varlen=True, mask="causal"
 )
+@dataclass(frozen=True, eq=False)
+class Tiled(Subject):
+    """A backward kernel with a tile of its own, so that tuning does not move the sites."""
+
+    tile: hopper.Tiling | blackwell.Config | None = None
+
+    def served(self, device: str, executable: Callable) -> contextlib.ExitStack:
+        """As Subject's, by a table of this tile alone; plans that the whole table made are not asked for."""
+        tree = hopper if self.kernel is HOPPER_BACKWARD else blackwell
+        row = tree.Row(
+            head_dim=256, head_dim_v=256, pressure=hopper.HEAVIEST, config=self.tile, why="it is on trial"
+        )
+        stack = super().served(device, executable)
+        stack.enter_context(mock.patch.object(tree.TABLE, "rows", (row,)))
+        stack.enter_context(mock.patch.object(dispatch, "_planned", dispatch._planned.__wrapped__))
+        return stack
+
+
 def lowered(case: Case) -> Case:
     """With scores so large that rows take their maximum off first, which on sm100 is a path of its own."""
     return replace(case, softmax_scale=2048.0)
@@ -76,6 +148,12 @@ SUBJECTS = {
     ),
     ("sm80", "full"): Subject(FULL, sm80.Config(tile_m=128, tile_n=64, warps=4, stages=2), COPIES | MASKS),
     ("sm80", "split"): Subject(SPLIT, sm80.Config(tile_m=128, tile_n=64, warps=4, stages=2), COPIES),
+    # Keys gathered through a table, two heads in a tile.
+    ("sm80", "pages"): Subject(
+        paged("", 7, seqlens=((20, 300),), heads=(2, 1)),
+        sm80.Config(tile_m=64, tile_n=64, warps=4, stages=2, heads=2),
+        {name: change for name, change in COPIES.items() if name != "no commit"},
+    ),
     ("sm80", "gradients"): Subject(GRADIENTS, None, COPIES, kernel=BACKWARD),
     ("sm86", "gradients in one stage"): Subject(
         replace(GRADIENTS, dims=(128, 128), mask="full"), None, COPIES, kernel=BACKWARD
@@ -106,8 +184,59 @@ SUBJECTS = {
         sm90.Config(**HOPPER | {"consumers": 1}, tile_n=64, ping_pong=False, heads=8),
         TMA | WGMMA,
     ),
+    # Each tile of keys takes four copies.
+    ("sm90", "pages"): Subject(
+        paged("", 16, seqlens=((20, 300),), heads=(2, 1)),
+        sm90.Config(**HOPPER | {"consumers": 1}, tile_n=64, ping_pong=False, heads=2),
+        {name: TMA[name] for name in ("half the bytes expected", "no bytes expected")},
+    ),
     ("sm90", "split"): Subject(SPLIT, sm90.Config(**HOPPER, tile_n=64), LEAVING),
     ("sm90", "combine"): Subject(MANY_SPLITS, sm90.Config(**HOPPER, tile_n=64), LANES, kernel=COMBINE),
+    ("sm90", "gradients"): Tiled(
+        HOPPER_GRADIENTS, None, TMA | WGMMA, kernel=HOPPER_BACKWARD, tile=TILE_128,
+    ),
+    # Warpgroups share out the rows of dQ, not its columns.
+    ("sm90", "gradients of 128 rows"): Tiled(
+        replace(HOPPER_GRADIENTS, dims=(64, 64)), None,
+        {name: (TMA | WGMMA)[name] for name in ("no fence", "no barrier", *PRODUCTS)},
+        kernel=HOPPER_BACKWARD, tile=TILE_64,
+    ),
+    # dP's product begins where S's has ended.
+    ("sm90", "gradients without overlap"): Tiled(
+        HOPPER_GRADIENTS, None, {name: WGMMA[name] for name in PRODUCTS}, kernel=HOPPER_BACKWARD,
+        tile=replace(TILE_128, overlap=False),
+    ),
+    # Warpgroups have keys as columns; dQ comes in two products, and is handed over in four parts.
+    ("sm90", "gradients of wide heads"): Tiled(
+        WIDE_GRADIENTS, None, WIDE, kernel=HOPPER_BACKWARD, tile=hopper.WideConfig(**TILE_256),
+    ),
+    # Two CTAs that exchange dS, and share out the columns of dQ.
+    ("sm90", "gradients of a pair"): Tiled(
+        WIDE_GRADIENTS, None, WIDE | CLUSTER | EXCHANGED | ALONE, kernel=HOPPER_BACKWARD,
+        tile=hopper.PairConfig(**TILE_256), ctas=2,
+    ),
+    ("sm90", "gradients in turns"): Tiled(
+        Case("", ((64, 410),), heads=(2, 1), mask="causal", deterministic=True), None,
+        TURNS | ADDED | {name: TMA[name] for name in ("no fence", "no barrier", "no wait for a store")},
+        kernel=HOPPER_BACKWARD, options={"races": True, "ordered_reductions": True}, tile=TILE_64,
+    ),
+    # P and dQ have columns of their own.
+    ("sm100", "gradients"): Tiled(
+        BLACKWELL_GRADIENTS, None, TMA | TCGEN05, kernel=BLACKWELL_BACKWARD,
+        tile=blackwell.Config(p_apart=True, **blackwell.PIECEWISE),
+    ),
+    # P lies over S, dQ over dP, which the store role empties at once.
+    ("sm100", "gradients over scores"): Tiled(
+        replace(BLACKWELL_GRADIENTS, dims=(128, 8)), None, HANDED_OVER, kernel=BLACKWELL_BACKWARD,
+        tile=blackwell.Config(out_stages=1, **blackwell.AT_ONCE),
+    ),
+    # Two key tiles add to a query tile, and two heads to a key tile.
+    ("sm100", "gradients in turns"): Tiled(
+        Case("", ((64, 200),), heads=(2, 1), dims=(40, 40), mask="causal", deterministic=True), None,
+        TURNS | ADDED | {name: TMA[name] for name in ("no fence", "no barrier", "no wait for a store")},
+        kernel=BLACKWELL_BACKWARD, options={"races": True, "ordered_reductions": True},
+        tile=blackwell.Config(p_apart=True, **blackwell.PIECEWISE),
+    ),
     ("sm100", "window"): Subject(
         replace(WINDOW, seqlens=((200, 340),)),
         sm100.Config(**TWO_TILES, tile_n=32),
@@ -124,6 +253,7 @@ SUBJECTS = {
         replace(FULL, seqlens=((200, 500),), mask="causal"),
         sm100.Config(**ONE_TILE, tile_n=64, ctas=2),
         BETWEEN,
+        ctas=2,
     ),
     # Causal, so that O must be rescaled, with rows of both tiles.
     ("sm100", "split"): Subject(
@@ -151,6 +281,7 @@ SUBJECTS = {
         sm100.Config(**ONE_TILE, tile_n=64, ctas=2, dynamic=True),
         ASKED_BETWEEN | QUEUE | MULTICAST,
         options={"ctas_per_wave": 2},
+        ctas=2,
     ),
     # Tiles of two heads, of which the third is alone in one.
     ("sm100", "packed"): Subject(
@@ -164,5 +295,5 @@ SUBJECTS = {
 SUBJECTS |= {
     key: replace(subject, also=(*subject.also, lowered(subject.case)))
     for key, subject in SUBJECTS.items()
-    if key[0] == "sm100"
+    if key[0] == "sm100" and not subject.gradients
 }

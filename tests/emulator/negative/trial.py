@@ -26,7 +26,7 @@ from cute_flash.emulator import EmulatorError
 from tests import accuracy, harness, proofs, reference
 from tests.accuracy import assert_accurate, assert_gradients_accurate
 from tests.cases import Case
-from tests.harness import Call
+from tests.harness import Call, call_of
 
 from .mutations import Mutation
 
@@ -40,13 +40,19 @@ ATTEMPTS = (
 )
 
 
+def apart(ctas: int) -> tuple[dict, ...]:
+    """Attempts with one of the CTAs of a cluster as far behind the others as they let it."""
+    each = product(range(ctas if ctas > 1 else 0), ("eager", "late"))
+    return tuple({"behind": rank, "asynchrony": how, **WATCHED} for rank, how in each)
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A kernel to change. config: of its own, so that tuning does not move the sites; None: tuning's.
 
     kernel: the one of the call's that is changed; None: the forward kernel. options: of the emulator,
     besides an attempt's. also: more calls of the same kernel. multiprocessors: of the device; None: as many
-    as it has.
+    as it has. ctas: of a cluster.
     """
 
     case: Case
@@ -56,6 +62,7 @@ class Subject:
     options: dict[str, Any] = field(default_factory=dict)
     also: tuple[Case, ...] = ()
     multiprocessors: int | None = None
+    ctas: int = 1
 
     @property
     def gradients(self) -> bool:
@@ -87,13 +94,14 @@ class Subject:
 
 
 def objection(
-    subject: Subject, device: str, change: Callable[[str], str], attempts: tuple[dict, ...] = ATTEMPTS
+    subject: Subject, device: str, change: Callable[[str], str], attempts: tuple[dict, ...] | None = None
 ) -> str:
     """What is first said against a subject's kernel when its PTX is changed; empty where nothing is.
 
     The change runs until something objects: an EmulatorError, or the accuracy rule. The call's other kernels
-    run without any of the attempts' options.
+    run without any of the attempts' options. attempts: ATTEMPTS, and with CTAs of a cluster far apart.
     """
+    attempts = (*ATTEMPTS, *apart(subject.ctas)) if attempts is None else attempts
 
     @cache
     def changed(kernel, problem, tuned, gpu, route):
@@ -103,7 +111,7 @@ def objection(
         ptx = change(artifact.ptx.decode())
         return EmulatedKernel(artifact._replace(ptx=ptx.encode()), gpu)
 
-    calls = [Call.make(case) for case in (subject.case, *subject.also)]
+    calls = [call_of(case) for case in (subject.case, *subject.also)]
     with subject.served(device, changed):
         for options, call in product(attempts, calls):
             try:
@@ -193,7 +201,7 @@ def launches(subject: Subject, device: str) -> list[Launch]:
     with subject.served(device, recorded):
         for case in (subject.case, *subject.also):
             torch.manual_seed(1)  # which dropout's operands come from
-            subject.run(Call.make(case), device)
+            subject.run(call_of(case), device)
     return found
 
 
