@@ -19,7 +19,8 @@ WARPS = 4
 class CombineProblem(BesideAttention):
     """What merging depends on; names as in `Problem`, dtype that of the result.
 
-    The sink, which no part has seen, joins here.
+    The sink, which no part has seen, joins here. part_dtype: of the parts' results. log2: log-sum-exps are to
+    base 2.
     """
 
     operation: ClassVar[str] = "combine"
@@ -29,6 +30,8 @@ class CombineProblem(BesideAttention):
     seqused_q: bool = False
     sink: bool = False
     lse: bool = True
+    part_dtype: str = "float32"
+    log2: bool = False
 
     @staticmethod
     def of(problem: Problem) -> CombineProblem:
@@ -56,9 +59,10 @@ class CombineProblem(BesideAttention):
 
         lengths = "lengths cu_seqlens_q" if self.varlen else "lengths seqlen_q"
 
-        lse = Spec("float32", lse_rows, "contiguous", "natural log-sum-exp", written=True)
+        meaning = "log-sum-exp, to base 2" if self.log2 else "natural log-sum-exp"
+        lse = Spec("float32", lse_rows, "contiguous", meaning, written=True)
         return CombineOperands(
-            partial_out=Spec("float32", ("splits", *out_dims), "strided", "output of each split"),
+            partial_out=Spec(self.part_dtype, ("splits", *out_dims), "strided", "output of each split"),
             partial_lse=Spec("float32", ("splits", *lse_rows), "contiguous", "log-sum-exp of each split"),
             out=Spec(self.dtype, out_dims, "strided", "output", written=True),
             lse=lse if self.lse else None,
@@ -111,7 +115,7 @@ COMBINE = Kernel(
     operation="combine",
     support=Support(
         capabilities=((8, 0), (12, 1)),
-        dtypes=("float16", "bfloat16"),
+        dtypes=("float16", "bfloat16", "float32"),
         head_dims=range(8, 257, 8),
         features=frozenset(),
     ),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ class Tuning:
 
     config(problem, device, sizes): the one for a call of these sizes, or for any where sizes are None; None
     where no tile serves. configs(problem, device): every one that some sizes get; by default the one for any.
-    fitting(problem, device): those that the device has room for, whatever the problem's blocks.
+    in_registers(problem, device): those that leave a problem registers enough; by default any may.
+    fitting(problem, device): of these, those that the device has room for, whatever the problem's blocks.
     splits(problem, device, sizes): in how many parts a call takes its keys.
     blocks(config, sizes, splits): of the grid, all along x; by default one for every tile of a head's
         queries and every part of the keys.
@@ -35,6 +36,7 @@ class Tuning:
 
     config: Callable[[Any, Device, Sizes | None], Any]
     configs: Callable[[Any, Device], Iterable[Any]] | None = None
+    in_registers: Callable[[Any, Device], Sequence[Any]] | None = None
     fitting: Callable[[Any, Device], Iterable[Any]] | None = None
     splits: Callable[[Any, Device, Sizes], int] | None = None
     blocks: Callable[[Any, Sizes, int], int] = lambda config, sizes, splits: (
@@ -80,9 +82,15 @@ class Kernel:
         """Every reason why not; empty when this kernel serves `problem` on `device`."""
         found = self.support.reasons(problem, device)
         if not found and self.tuning.config(problem, device, None) is None:
-            fitting = self.tuning.fitting(problem, device) if self.tuning.fitting else ()
-            found = (no_tile(problem, device, fitting),)
+            found = (self._no_tile(problem, device),)
         return found
+
+    def _no_tile(self, problem: Asked, device: Device) -> str:
+        """Why no config serves a problem that `support` does."""
+        tuning = self.tuning
+        if tuning.in_registers and not tuning.in_registers(problem, device):
+            return "no tile leaves registers for what mask, score and dropout compute"
+        return no_tile(problem, device, tuning.fitting(problem, device) if tuning.fitting else ())
 
     def steps(self, problem: Asked, device: Device, config: Any) -> Steps:
         """What a call launches that this kernel answers with `config`."""

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -33,13 +33,20 @@ FEATURES = {
     "sink": "learnable sinks",
     "lse": "log-sum-exp out",
     "split_kv": "split-KV (`num_splits`)",
+    "kv_cache": "KV cache (`cache_seqlens`, `cache_batch_idx`, `cache_leftpad`)",
     "paged_kv": "paged KV (`block_table`)",
+    "scale_blocks": "FP8 with scales of blocks of 128 rows",
+    "scale_blocks_64": "FP8 with scales of blocks of 64 rows",
 }
+# TMA fills shared memory by whole pieces of so many rows, after which the swizzle repeats.
+PAGE_STEP = 8
 # What kernels do, in the same order: a type of problem for each. Not every device has kernels for all.
 OPERATIONS = {
     "forward": "attention",
     "combine": "merging of split keys",
-    "decode": "KV cache append and decode",
+    "quantized": "attention in 8 bits",
+    "append": "KV cache append and rotary",
+    "quantize": "quantizing",
     "backward": "backward",
     "preprocess": "what comes before a backward kernel",
     "postprocess": "what comes after a backward kernel",
@@ -129,12 +136,28 @@ class BesideAttention:
 
 
 @dataclass(frozen=True)
+class KvCache:
+    """Keys and values that lie in a cache, whether q is packed or not: its rows of one sequence, or pages.
+
+    page_size: keys in a page, (num_pages, page_size, heads, dim) with a page table; None: rows, (cache_rows,
+    seqlen_k, heads, dim). batch_idx: which row of the cache a sequence has is given; else its own number.
+    leftpad: the first key in use of every sequence is given; else it is the first of all.
+    A used length (`seqused_k`) counts from the cache's first key on, and what comes before the first in use.
+    """
+
+    page_size: int | None = None
+    batch_idx: bool = False
+    leftpad: bool = False
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a call asks that changes compiled code; sizes are not part of it.
 
     dtype: of q, k and v, "float16" or "bfloat16". head_dim, head_dim_v: multiples of 8.
     mask, score: what the rules compute, or None.
-    varlen: q, k, v are packed as (total, heads, dim) with cu_seqlens_q and cu_seqlens_k.
+    varlen: q is packed as (total, heads, dim) with cu_seqlens_q; so are k and v, with cu_seqlens_k, unless
+    they lie in a cache. cache: where they do; None: beside the queries, dense or packed as these are.
     seqused_q, seqused_k: the used length of every sequence is given.
     gqa: there are fewer KV heads than query heads.
     block_size: (block_q, block_k) of a block mask, rows of q and of k; None without one.
@@ -158,16 +181,37 @@ class Problem:
     block_size: tuple[int, int] | None = None
     split_kv: bool = False
     out_dtype: str | None = None
+    cache: KvCache | None = None
 
     @property
     def precision(self) -> Precision:
-        """Of q, k and v, and of P where it is multiplied."""
+        """Of q, k and v."""
         return PRECISIONS[self.dtype]
+
+    @property
+    def p_precision(self) -> Precision:
+        """Of P where it is multiplied."""
+        return self.precision
 
     @property
     def out_precision(self) -> Precision:
         """Of the result."""
         return PRECISIONS[self.out_dtype or self.dtype]
+
+    @property
+    def page_size(self) -> int | None:
+        """Keys in a page; None where they do not lie in pages."""
+        return self.cache.page_size if self.cache else None
+
+    @property
+    def packed_k(self) -> bool:
+        """Whether cu_seqlens_k is given: where keys begin, or of pages without used lengths just how many."""
+        return self.varlen and (self.cache is None or bool(self.page_size and not self.seqused_k))
+
+    @property
+    def ragged_k(self) -> bool:
+        """Whether sequences of keys end inside k and v."""
+        return self.seqused_k or self.packed_k
 
     def features(self) -> tuple[str, ...]:
         """The features that this problem needs, keys of FEATURES."""
@@ -184,6 +228,8 @@ class Problem:
             "sink": self.sink,
             "lse": self.lse,
             "split_kv": self.split_kv,
+            "kv_cache": self.cache is not None and self.page_size is None,
+            "paged_kv": self.page_size is not None,
         }
         return tuple(name for name, needs in needed.items() if needs)
 
@@ -192,9 +238,23 @@ class Problem:
         found = []
         if self.block_size and (self.varlen or self.seqused_q or self.seqused_k):
             found.append("no block mask for packed sequences or used lengths: its blocks are of one length")
+        if self.cache:
+            found += self._conflicts_of_cache(self.cache)
         if self.out_dtype not in (None, *PRECISIONS):
             found.append(f"out_dtype {self.out_dtype} is not one of {', '.join(PRECISIONS)}")
         return tuple(found)
+
+    def _conflicts_of_cache(self, cache: KvCache) -> Iterator[str]:
+        if self.block_size:
+            yield "no block mask for keys in a cache: its blocks are of one length"
+        if cache.page_size is None:
+            return
+        if cache.page_size < 1:
+            yield f"page_size {cache.page_size} is not 1 or more"
+        if cache.batch_idx or cache.leftpad:
+            yield "no batch_idx or leftpad beside pages, which a page table finds"
+        if not (self.seqused_k or self.varlen):
+            yield "no pages without the sequences' lengths"
 
     def takes_tiles(self, tile_m: int, tile_n: int) -> bool:
         """Whether tiles of these rows of Q and of K and V divide the blocks of the mask, if there is one."""
@@ -207,7 +267,8 @@ class Problem:
 
     def known_sizes(self) -> dict[str, int]:
         """The dimensions, as Specs name them, that compiled code knows."""
-        return {"head_dim": self.head_dim, "head_dim_v": self.head_dim_v, "two": 2}
+        pages = {"page_size": self.page_size} if self.page_size else {}
+        return {"head_dim": self.head_dim, "head_dim_v": self.head_dim_v, "two": 2, **pages}
 
     def example_sizes(self) -> dict[str, int]:
         """Sizes of the other dimensions, for trying a kernel out: small, and no multiples of tiles."""
@@ -217,6 +278,10 @@ class Problem:
             sizes |= {"total_q": seqlen_q, "total_k": seqlen_k, "batch_plus_1": batch + 1, "batch": batch}
         else:
             sizes |= {"batch": batch, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+        if self.cache:
+            sizes |= {"cache_rows": batch, "seqlen_k": seqlen_k}
+        if self.page_size:
+            sizes |= dict.fromkeys(("num_pages", "max_pages"), -(-seqlen_k // self.page_size))
         if self.split_kv:
             sizes["splits"] = 2
         for rule, name in ((self.mask, "mask"), (self.score, "score")):
@@ -252,6 +317,9 @@ class Operands(NamedTuple):
     mask_values: Any
     score_values: Any
     multiprocessors: Any
+    batch_idx: Any
+    leftpad: Any
+    page_table: Any
 
 
 class Spec(NamedTuple):
@@ -274,13 +342,15 @@ class Spec(NamedTuple):
 
 def forward_specs(problem: Problem) -> Operands:
     """A Spec for every operand of `problem`, None where it has none; rules' values as tuples of Specs."""
-    dtype = problem.dtype
+    dtype, cache = problem.dtype, problem.cache
     if problem.varlen:
         q_dims, k_dims = ("total_q",), ("total_k",)
         lse_dims: tuple[str, ...] = ("num_heads_q", "total_q")
     else:
         q_dims, k_dims = ("batch", "seqlen_q"), ("batch", "seqlen_k")
         lse_dims = ("batch", "num_heads_q", "seqlen_q")
+    if cache:
+        k_dims = ("num_pages", "page_size") if cache.page_size else ("cache_rows", "seqlen_k")
     out_dims = (*q_dims, "num_heads_q", "head_dim_v")
     out = Spec(problem.out_precision.name, out_dims, "strided", "output", written=True)
     lse = Spec("float32", lse_dims, "contiguous", "natural log-sum-exp", written=True)
@@ -293,51 +363,68 @@ def forward_specs(problem: Problem) -> Operands:
     def tensor(dims: tuple[str, ...], meaning: str) -> Spec:
         return Spec(dtype, dims, "strided", meaning)
 
-    def optional(
-        present: bool, dtype: str, dims: tuple[str, ...], meaning: str, values: str = "any"
-    ) -> Spec | None:
-        strides = "contiguous" if dims else "scalar"
-        return Spec(dtype, dims, strides, meaning, values=values) if present else None
-
-    lengths_q, lengths_k = (f"lengths {f'cu_seqlens_{x}' if problem.varlen else f'seqlen_{x}'}" for x in "qk")
+    lengths_q = "lengths cu_seqlens_q" if problem.varlen else "lengths seqlen_q"
+    lengths_k = "lengths cu_seqlens_k" if problem.packed_k else "lengths seqlen_k"
     return Operands(
         q=tensor((*q_dims, "num_heads_q", "head_dim"), "queries"),
         k=tensor((*k_dims, "num_heads_kv", "head_dim"), "keys"),
         v=tensor((*k_dims, "num_heads_kv", "head_dim_v"), "values"),
         out=out,
         lse=lse if problem.lse else None,
-        cu_seqlens_q=optional(
+        cu_seqlens_q=_optional(
             problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in q", "starts total_q"
         ),
-        cu_seqlens_k=optional(
-            problem.varlen, "int32", ("batch_plus_1",), "first row of each sequence in k", "starts total_k"
+        cu_seqlens_k=_optional(
+            problem.packed_k, "int32", ("batch_plus_1",), "first row of each sequence in k", "starts total_k"
         ),
-        seqused_q=optional(
+        seqused_q=_optional(
             problem.seqused_q, "int32", ("batch",), "rows of q in use, per sequence", lengths_q
         ),
-        seqused_k=optional(
+        seqused_k=_optional(
             problem.seqused_k, "int32", ("batch",), "rows of k, v in use, per sequence", lengths_k
         ),
-        sink=optional(problem.sink, "float32", ("num_heads_q",), "score of the sink, per query head"),
-        rng_state=optional(problem.dropout, "int64", ("two",), "Philox seed and offset"),
+        sink=_optional(problem.sink, "float32", ("num_heads_q",), "score of the sink, per query head"),
+        rng_state=_optional(problem.dropout, "int64", ("two",), "Philox seed and offset"),
         softmax_scale=Spec("float32", (), "scalar", "factor on q·k", values=f"is {problem.head_dim**-0.5}"),
-        keep_threshold=optional(
+        keep_threshold=_optional(
             problem.dropout, "int32", (), "keep where the 16 random bits are below", "is 32768"
         ),
-        keep_scale=optional(problem.dropout, "float32", (), "65536 / keep_threshold", "is 2"),
-        max_seqlen_q=optional(
+        keep_scale=_optional(problem.dropout, "float32", (), "65536 / keep_threshold", "is 2"),
+        max_seqlen_q=_optional(
             problem.varlen, "int32", (), "longest sequence of q: sizes the grid", "longest cu_seqlens_q"
         ),
-        block_counts=optional(
+        block_counts=_optional(
             listed, "int32", (*block_dims, "two"), "partial and full blocks to visit", "count listed"
         ),
-        block_indices=optional(
+        block_indices=_optional(
             listed, "int32", (*block_dims, "listed"), "partial ones, then full", "numbered -1"
         ),
         mask_values=_rule_specs(problem.mask, "mask"),
         score_values=_rule_specs(problem.score, "score"),
         multiprocessors=Spec("int32", (), "scalar", "of the device: so many CTAs persist", values="is 2"),
+        **_cache_specs(cache or KvCache()),
     )
+
+
+def _optional(
+    present: bool, dtype: str, dims: tuple[str, ...], meaning: str, values: str = "any"
+) -> Spec | None:
+    """A Spec of contiguous numbers that only some problems have."""
+    strides = "contiguous" if dims else "scalar"
+    return Spec(dtype, dims, strides, meaning, values=values) if present else None
+
+
+def _cache_specs(cache: KvCache) -> dict[str, Spec | None]:
+    """What finds a sequence's keys in a cache."""
+    batch, paged = ("batch",), cache.page_size is not None
+    row, first, pages = "row of the cache", "first key in use", "pages in order"
+    return {
+        "batch_idx": _optional(cache.batch_idx, "int32", batch, f"{row}, per sequence", "numbered 0"),
+        "leftpad": _optional(cache.leftpad, "int32", batch, f"{first}, per sequence", "is 0"),
+        "page_table": _optional(
+            paged, "int32", (*batch, "max_pages"), f"{pages}, per sequence", "numbered 1"
+        ),
+    }
 
 
 def _rule_specs(rule: Expression | None, name: str) -> tuple[Spec, ...] | None:
@@ -358,12 +445,16 @@ def _rule_specs(rule: Expression | None, name: str) -> tuple[Spec, ...] | None:
 
 @dataclass(frozen=True)
 class Support:
-    """What a kernel declares: capabilities (lowest, highest), dtypes, head dims, features."""
+    """What a kernel declares: capabilities (lowest, highest), dtypes, head dims, features.
+
+    page_sizes: multiples of it.
+    """
 
     capabilities: tuple[tuple[int, int], tuple[int, int]]
     dtypes: tuple[str, ...]
     head_dims: Iterable[int]
     features: frozenset[str]
+    page_sizes: int = 1
 
     def serves(self, device: Device) -> bool:
         """Whether its capability is among those that are declared."""
@@ -382,6 +473,8 @@ class Support:
         for name in ("head_dim", "head_dim_v"):
             if name in sizes and sizes[name] not in self.head_dims:
                 found.append(f"{name} {sizes[name]} is not in {_ranged(self.head_dims)}")
+        if sizes.get("page_size", 0) % self.page_sizes:
+            found.append(f"page_size {sizes['page_size']} is not a multiple of {self.page_sizes}")
         for feature in problem.features():
             if feature not in self.features:
                 found.append(f"no {FEATURES[feature]}")

@@ -1,4 +1,4 @@
-"""How a tree's tuning table answers a call: by the first row that serves, fitted to the call's sizes.
+"""How a tree's tuning tables answer a call: by the first row that serves, fitted to the call's sizes.
 
 A row says for which problems its config is and what chose its numbers. A table says what its tree makes of a
 row: on a device, for a problem, for few rows of Q, and in which order tiles are taken.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .backward import BackwardProblem
 from .kernel import Tuning
 from .packing import config_probe_sizes, count_tiles, heads_of_tile
 from .problem import Device, Problem, Sizes
@@ -48,6 +49,7 @@ class Table:
     at_once(config, problem, device): how many tiles the device works on together.
     most_heads: of one KV head, that may share a tile. few_rows: up to so many rows of a call's sequences, of
     all heads of a tile, for_few_rows(config, problem, device) replaces the config; 0: never.
+    shares_many(problem): whether heads share tiles of more rows than that, too.
     suits(row, q_rows): whether more rows than that, `q_rows`, are enough for a row of the table.
     scheduled(config, problem, device): with the order of the tiles.
     """
@@ -58,6 +60,7 @@ class Table:
     at_once: Callable[[Any, Problem, Device], int]
     most_heads: int = 1
     few_rows: int = 0
+    shares_many: Callable[[Problem], bool] = lambda problem: True
     for_few_rows: Callable[[Any, Problem, Device], Any] = unchanged
     suits: Callable[[Row, int], bool] = lambda row, q_rows: True
     scheduled: Callable[[Any, Problem, Device], Any] = unchanged
@@ -83,6 +86,48 @@ class Table:
         )
 
 
+@dataclass(eq=False, kw_only=True)
+class GradientTable:
+    """Rows for gradients, read top to bottom, whatever the sizes: each has a `config` for tiles of keys.
+
+    serves(row, problem, device): whether a row is for a problem, and leaves it registers enough.
+    ctas(config): that share a tile of keys.
+    """
+
+    rows: tuple[Any, ...]
+    serves: Callable[[Any, BackwardProblem, Device], bool]
+    ctas: Callable[[Any], int] = lambda config: 1
+
+    def configs(self, problem: BackwardProblem, device: Device) -> list[Any]:
+        """Of rows that serve, room in shared memory and block mask aside."""
+        return [row.config for row in self.rows if self.serves(row, problem, device)]
+
+    def fitting(self, problem: BackwardProblem, device: Device) -> list[Any]:
+        """Of rows that the device has room for, block mask aside."""
+        configs = self.configs(problem, device)
+        return [config for config in configs if config.shared_memory(problem) <= device.shared_memory]
+
+    def choose(self, problem: BackwardProblem, device: Device, sizes: Sizes | None = None) -> Any:
+        """The first that fits and divides the blocks of a block mask, or None."""
+        fitting = self.fitting(problem, device)
+        return next((c for c in fitting if problem.forward.takes_tiles(c.tile_m, c.tile_n)), None)
+
+    @property
+    def tuning(self) -> Tuning:
+        """What a kernel declares: CTAs for every key tile of every query head."""
+
+        def blocks(config: Any, sizes: Sizes, _: int) -> int:
+            tiles = -(-sizes.seqlen_k // config.tile_n)
+            return tiles * self.ctas(config) * sizes.heads_q * sizes.batch
+
+        return Tuning(
+            config=self.choose,
+            fitting=self.fitting,
+            in_registers=self.configs,
+            blocks=blocks,
+        )
+
+
 def choose(table: Table, problem: Problem, device: Device, sizes: Sizes | None = None) -> Any:
     """The first row's config that serves, fits, divides the blocks of a block mask and suits the sizes.
 
@@ -102,7 +147,10 @@ def _sized(table: Table, row: Row, config: Any, problem: Problem, device: Device
     """A row's config for a call of these sizes, or None where it does not suit them."""
     rows = sizes.seqlen_q
     if table.most_heads > 1:
-        config = replace(config, heads=heads_of_tile(problem, config.tile_m, table.most_heads, sizes))
+        most = table.most_heads
+        if not table.shares_many(problem):
+            most = max(1, min(most, table.few_rows // max(rows, 1)))
+        config = replace(config, heads=heads_of_tile(problem, config.tile_m, most, sizes))
         rows *= config.heads
     if rows <= table.few_rows:
         return table.for_few_rows(config, problem, device)
@@ -128,7 +176,7 @@ def splits(table: Table, problem: Problem, device: Device, sizes: Sizes) -> int:
 
 def sees_evenly(problem: Problem) -> bool:
     """Whether all rows see the same keys: then it costs nothing that more of them visit the same blocks."""
-    return not (problem.mask or problem.block_size or problem.varlen or problem.seqused_k)
+    return not (problem.mask or problem.block_size or problem.varlen or problem.seqused_k or problem.cache)
 
 
 def equal_tiles(problem: Problem) -> bool:

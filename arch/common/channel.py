@@ -23,9 +23,10 @@ class Channel(NamedTuple):
     consumer: pipeline.PipelineConsumer
 
 
-def channel(base: cute.Pointer, barriers: Barriers, nbytes: int) -> Channel:
+def channel(base: cute.Pointer, barriers: Barriers, nbytes: int, ctas: int = 1) -> Channel:
     """A channel whose slots are tiles of `nbytes` bytes. base: the CTA's barriers, 8-byte words.
 
+    ctas: 1, or 2 for a pair, each of which copies into both and hears of the release by both.
     `channels_ready` must follow before either end is used.
     """
     made = pipeline.PipelineTmaAsync.create(
@@ -34,6 +35,7 @@ def channel(base: cute.Pointer, barriers: Barriers, nbytes: int) -> Channel:
         tx_count=nbytes,
         producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
         consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, barriers.empty_arrivals),
+        cta_layout_vmnk=cute.make_layout((1, 1, ctas, 1)),
         defer_sync=True,
     )
     return Channel(*made.make_participants())

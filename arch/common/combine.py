@@ -15,7 +15,6 @@ from cutlass import Boolean, Float32, Int32, Uint32
 
 from ..combine import CombineOperands, CombineProblem, Config
 from ..elementwise import where
-from .element import element_type
 from .sequence import extent
 from .softmax import LN_2, LOG2_E, exp2, finite
 
@@ -27,6 +26,8 @@ class CombineKernel:
 
     def __init__(self, problem: CombineProblem, config: Config):
         self.problem, self.config = problem, config
+        # From a log-sum-exp to an exponent of two, and back.
+        self.to_log2, self.from_log2 = (1.0, 1.0) if problem.log2 else (LOG2_E, LN_2)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -66,7 +67,7 @@ class CombineKernel:
         top, total = self.merge(parts, sink, lane)
         if cutlass.const_expr(self.problem.lse):
             # Rows out of use have seen no key; what makes them different is that the sink is not theirs.
-            lse = where(used, top + cute.math.log2(total, fastmath=True) * LN_2, -Float32.inf)
+            lse = where(used, top + cute.math.log2(total, fastmath=True) * self.from_log2, -Float32.inf)
             self.write_lse(call.lse, at, lse, lane == 0)
         share = cute.arch.rcp_approx(total)
         for start in cutlass.range_constexpr(0, self.problem.head_dim_v, LANES * COLUMNS):
@@ -86,10 +87,10 @@ class CombineKernel:
         top = finite(top)
         total = Float32(0.0)
         for split in cutlass.range(lane, parts.shape[0], LANES, unroll=1):
-            total += exp2((parts[split] - top) * LOG2_E)
+            total += exp2((parts[split] - top) * self.to_log2)
         total = cute.arch.warp_reduction_sum(total)
         if cutlass.const_expr(sink is not None):
-            total += exp2((sink - top) * LOG2_E)
+            total += exp2((sink - top) * self.to_log2)
         return top, total
 
     @cute.jit
@@ -105,16 +106,16 @@ class CombineKernel:
         """
         top, share = scale
         out = cute.make_rmem_tensor(COLUMNS, Float32)
-        part = cute.make_rmem_tensor(COLUMNS, Float32)
+        part = cute.make_rmem_tensor(COLUMNS, call.partial_out.element_type)
         out.fill(0.0)
         for split in cutlass.range(parts.shape[0], unroll=1):
             if parts[split] != -Float32.inf:
-                weight = exp2((parts[split] - top) * LOG2_E) * share
+                weight = exp2((parts[split] - top) * self.to_log2) * share
                 source = call.partial_out[(split, *place, None)]
                 cute.autovec_copy(cute.local_tile(source, (COLUMNS,), (column // COLUMNS,)), part)
                 for c in cutlass.range_constexpr(COLUMNS):
-                    out[c] = cute.math.fma(weight, part[c], out[c])
-        rounded = cute.make_rmem_tensor(COLUMNS, element_type(self.problem.precision))
+                    out[c] = cute.math.fma(weight, Float32(part[c]), out[c])
+        rounded = cute.make_rmem_tensor(COLUMNS, call.out.element_type)
         rounded.store(out.load().to(rounded.element_type))
         target = call.out[(*place, None)]
         cute.autovec_copy(rounded, cute.local_tile(target, (COLUMNS,), (column // COLUMNS,)))

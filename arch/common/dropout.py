@@ -19,6 +19,7 @@ from cutlass import Float32, Int32, Uint32, Uint64
 
 from ..elementwise import where
 from ..problem import Problem
+from .order import depend_on_load
 from .sequence import Sequence
 
 ROUNDS = 7
@@ -56,6 +57,10 @@ class Dropout(NamedTuple):
         seed, offset = Uint64(call.rng_state[0]), Uint64(call.rng_state[1])
         key = (Uint32(seed), Uint32(seed >> 32) ^ Uint32(offset >> 32))
         return Dropout(key, Uint32(batch_and_head), Uint32(offset), call.keep_threshold)
+
+    def after(self, loaded: Float32) -> Dropout:
+        """The same, nothing of which is computed ahead while `loaded` is awaited."""
+        return self._replace(key=tuple(Uint32(depend_on_load(loaded, Int32(word))) for word in self.key))
 
     def apply(self, p: cute.Tensor, row_of, first_key: Int32, lane: Int32) -> None:
         """Zero what is dropped of P (rows, columns), one thread's part of an mma accumulator.
@@ -97,6 +102,48 @@ class Dropout(NamedTuple):
             [Int32(where(odd, word >> 16, word & 0xFFFF)) < self.keep_threshold for word in drawn]
             for drawn in rows
         ]
+
+    def keeps_in_row(self, row: Int32, first_key: Int32, lane: Int32) -> list[list]:
+        """Of a row's 32 keys from a multiple of 32 on, [octet][key]: whether a lane's are kept.
+
+        What a lane has of an accumulator whose columns are keys: two of each octet.
+        """
+        group = first_key // GROUP_KEYS * 4 + lane % 4
+        words = philox((Uint32(group), Uint32(row), self.head, self.offset), self.key)
+        drawn = ((word & 0xFFFF, word >> 16) for word in words)
+        return [[Int32(number) < self.keep_threshold for number in pair] for pair in drawn]
+
+    def keeps_of_key(
+        self, first_row: Int32, key: Int32, lane: Int32, rows: int = 32, keys: int = GROUP_KEYS
+    ) -> Int32:
+        """Of up to 32 neighbouring rows of one key, a bit for each: whether they are kept.
+
+        keys: neighbours that lanes have, from a multiple of it on: GROUP_KEYS in a warp, or half as many in
+        each half of one. Eight lanes, or four, share what a call yields: each draws every eighth row's
+        numbers, or every fourth's, and gives the others theirs.
+        """
+        sharers, half = keys // 4, keys < GROUP_KEYS
+        group, place = key // GROUP_KEYS * 4 + lane % 8 // 2, lane % 2 + lane // 8 * 2
+        if half:
+            place = place % sharers
+        kept = Int32(0)
+        for first in range(0, rows, sharers):
+            row = first_row + first + place
+            words = philox((Uint32(group), Uint32(row), self.head, self.offset), self.key)
+            if half:
+                pairs = zip(words[:2], words[2:], strict=True)
+                words = tuple(where(key % GROUP_KEYS >= keys, high, low) for low, high in pairs)
+            for other in range(sharers):
+                # What the lane takes that is `other` away among them: half of one of the words.
+                taker = (place ^ other) // 2
+                pairs = zip(words[::2], words[1::2], strict=True)
+                low, *high = (where(taker % 2 == 1, b, a) for a, b in pairs)
+                word = where(taker >= 2, high[0], low) if high else low
+                word = Uint32(cute.arch.shuffle_sync_bfly(word, other % 2 + other // 2 * 8))
+                number = Int32(where(lane % 2 == 1, word >> 16, word & 0xFFFF))
+                is_kept = where(number < self.keep_threshold, 1, 0)
+                kept |= is_kept << (first + (place ^ other))
+        return kept
 
     def apply_to_row(self, p: cute.Tensor, row: Int32, first_key: Int32) -> None:
         """Zero what is dropped of P (1, columns), the columns being neighbouring keys of one row.

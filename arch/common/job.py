@@ -55,10 +55,12 @@ def visits_of(problem: Problem, config: Any, job: Any, rules: Rules) -> blocks.R
 
 def sources(job: Job, q: Operand, k: Operand, v: Operand) -> tuple[HeadRows, HeadRows, HeadRows]:
     """The rows of Q, K and V that tiles of a job are copied from."""
-    s, maps = job.sequence, job.maps
+    s, maps, table = job.sequence, job.maps, job.call.page_table
+    if table is not None:
+        table = table[s.batch, None]
     q_rows = q.head_rows(maps.q, s.batch, job.heads.place, s.q_start, s.q_start + s.q_rows)
     k_rows, v_rows = (
-        operand.head_rows(mapped, s.batch, job.heads.kv, s.k_start, s.k_start + s.seqlen_k)
+        operand.head_rows(mapped, s.k_batch, job.heads.kv, s.k_start, s.k_start + s.seqlen_k, table)
         for operand, mapped in ((k, maps.k), (v, maps.v))
     )
     return q_rows, k_rows, v_rows

@@ -9,26 +9,34 @@ partly used) row r of a sequence is given two coordinates (i, j) at address `bas
 with i bounded by the tile's height: choosing i = rows - (what is left of the sequence) puts the bound where
 the sequence ends. So nothing of the next sequence is ever read or written.
 
+Keys may lie in pages of one size: a tile is then filled by several copies, each of rows of one page, inside
+which a sequence ends as inside a tensor. So rows of a page beyond the keys in use are zeros, whatever lies
+there.
+
 A tile may hold several query heads that share a KV head: row i is then row i // heads of head i % heads. TMA
 takes them as one more dimension, which ends with the group: rows of heads beyond are zeros, and not written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from ..elementwise import maximum, minimum
 from ..precision import Precision
 from .element import element_type
 
+LOOKED_UP = 4  # pages at a time: as registers of a role that copies allow
+
 
 class Mapped(NamedTuple):
-    """A tensor as TMA sees it: (rows, dim, heads, batch), or (tile rows, dim, start, heads[, batch]).
+    """A tensor as TMA sees it: (rows, dim, heads, batch), or (rows of a copy, dim, start, heads[, batch]).
 
     With several heads in a tile: the heads of a group come first, and `heads` counts groups.
     """
@@ -40,13 +48,15 @@ class Mapped(NamedTuple):
 class HeadRows(NamedTuple):
     """One head's or group's rows of one sequence: start <= r < end of `coordinates`.
 
-    coordinates: ([heads of the group,] rows, dim), or with `start` between rows and dim.
+    coordinates: ([heads of the group,] rows, dim), or with `start` after dim; (rows, dim, start, pages) where
+    they lie in pages, `table` (pages,) says in which.
     """
 
     atom: cute.CopyAtom
     coordinates: cute.Tensor
     start: Int32
     end: Int32
+    table: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,9 @@ class Operand:
     """A tile of `rows` rows, `stages` of them in shared memory, `pitch` elements apart.
 
     dim: columns in global memory, padded in shared memory. ragged: sequences end inside the tensor.
-    heads: in one tile, a divisor of `rows`. parts: of the columns, of which a tile holds one.
+    heads: in one tile, a divisor of `rows`. parts: of the columns, of which a tile holds one. pieces: equal
+    ones of a tile's columns, that products take apart: no swizzled part is in two. page_size: rows of a page,
+    a multiple of 8, where global memory consists of pages.
     """
 
     precision: Precision
@@ -65,6 +77,8 @@ class Operand:
     pitch: int
     heads: int = 1
     parts: int = 1
+    pieces: int = 1
+    page_size: int | None = None
 
     @staticmethod
     def of(
@@ -81,6 +95,14 @@ class Operand:
         """The same with one of `parts` equal parts of the columns in a tile."""
         columns = self.precision.padded(self.dim, parts) // parts
         return replace(self, parts=parts, pitch=self.rows * columns)
+
+    def in_pages(self, page_size: int | None) -> Operand:
+        """The same with rows that lie in pages; None: they do not."""
+        return replace(self, page_size=page_size)
+
+    def in_pieces(self, pieces: int) -> Operand:
+        """The same with columns that products take in so many equal pieces."""
+        return replace(self, pieces=pieces)
 
     @property
     def dtype(self) -> type:
@@ -105,7 +127,7 @@ class Operand:
     @property
     def width(self) -> int:
         """Columns of a swizzled part."""
-        return self.precision.swizzle_width(self.columns)
+        return self.precision.swizzle_width(self.columns // self.pieces)
 
     def layout(self) -> cute.ComposedLayout:
         """(rows, dim, stages): a layout, and the swizzle of its bytes."""
@@ -116,10 +138,15 @@ class Operand:
         return cute.make_composed_layout(cute.make_swizzle(bits, 4, 3), 0, staged)
 
     @property
+    def copy_rows(self) -> int:
+        """Rows of a sequence that one copy moves: of a tile and of a page a whole part."""
+        return gcd(self.sequence_rows, self.page_size) if self.page_size else self.sequence_rows
+
+    @property
     def box(self) -> tuple[int, ...]:
         """What one copy moves: ([heads,] rows of a sequence, columns)."""
         together = (self.heads,) if self.heads > 1 else ()
-        return (*together, self.sequence_rows, self.columns)
+        return (*together, self.copy_rows, self.columns)
 
     def map(self, op, tensor: cute.Tensor, group: Int32 | None = None) -> Mapped:
         """The TMA descriptor of a global (batch, seq, heads, dim) or (total, heads, dim) tensor.
@@ -129,7 +156,7 @@ class Operand:
         shape, stride = tensor.shape, tensor.stride
         head, dim, together = (shape[-2], stride[-2]), (shape[-1], 1), ()
         seq, batch = (0, ()) if cute.rank(tensor) == 3 else (1, ((shape[0], stride[0]),))
-        base, height = tensor.iterator, self.sequence_rows
+        base, height = tensor.iterator, self.copy_rows
         if self.heads > 1:
             together, head = ((group, stride[-2]),), (shape[-2] // group, stride[-2] * group)
         if self.ragged:
@@ -139,14 +166,22 @@ class Operand:
             modes = ((shape[seq], stride[seq]), dim, head, *batch)
         modes = (*together, *modes)
         layout = cute.make_layout(tuple(n for n, _ in modes), stride=tuple(s for _, s in modes))
-        view, tile = cute.make_tensor(base, layout), self._boxed(cute.select(self.layout(), mode=[0, 1]))
+        tile = self._boxed(cute.select(self.layout(), mode=[0, 1]))
+        if self.page_size:
+            tile = self._copied()
+        view = cute.make_tensor(base, layout)
         return Mapped(*cpasync.make_tiled_tma_atom(op, view, tile, self.box))
 
-    def head_rows(self, mapped: Mapped, batch: Int32, head, start: Int32, end: Int32) -> HeadRows:
-        """Rows start <= r < end of one head; start is 0 unless sequences are packed.
+    def head_rows(
+        self, mapped: Mapped, batch: Int32, head, start: Int32, end: Int32, table: cute.Tensor | None = None
+    ) -> HeadRows:
+        """Rows start <= r < end of one head; start is 0 unless sequences are packed, or in a cache.
 
-        head: with several heads in a tile, (group, first of the tile's heads in it).
+        head: with several heads in a tile, (group, first of the tile's heads in it). table: of the sequence's
+        pages, where there are any.
         """
+        if table is not None:
+            return HeadRows(mapped.atom, mapped.coordinates[None, None, None, head, None], start, end, table)
         group, first = head if self.heads > 1 else (head, None)
         kept = (None,) * (len(self.box) + self.ragged)
         place = (group, batch)[: cute.rank(mapped.coordinates) - len(kept)]
@@ -160,8 +195,23 @@ class Operand:
         if self.parts == 1:
             return rows
         before = len(self.box) - 2
-        offset = (*(0,) * before, 0, part * self.columns, *(0,) * self.ragged)
+        offset = (*(0,) * before, 0, part * self.columns, *(0,) * self.ragged, *(0,) * bool(self.page_size))
         return rows._replace(coordinates=cute.domain_offset(offset, rows.coordinates))
+
+    def copies(
+        self, rows: HeadRows, first: Int32, tile: cute.Tensor
+    ) -> Iterator[tuple[cute.Tensor, cute.Tensor]]:
+        """The sides of the copies that fill a shared tile with the rows from `first` of a sequence."""
+        if rows.table is None:
+            yield self.sides(rows, first, tile)
+            return
+        count = self.sequence_rows // self.copy_rows
+        for i in range(0, count, LOOKED_UP):
+            # Several pages are looked up before the first is copied: one wait for memory for all of them.
+            steps = range(i, min(i + LOOKED_UP, count))
+            places = [self._in_page(rows, rows.start + first + s * self.copy_rows) for s in steps]
+            for s, place in zip(steps, places, strict=True):
+                yield self._sides_of_page(rows, place, cute.local_tile(tile, self.box, (s, 0)))
 
     def sides(self, rows: HeadRows, first: Int32, tile: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
         """(global, shared) sides of a copy between the rows from `first` of a sequence and a shared tile."""
@@ -172,10 +222,39 @@ class Operand:
             coordinates = coordinates[(*(None,) * before, None, None, at + left)]
             at = height - left
         coordinates = cute.domain_offset((*(0,) * before, at, 0), coordinates)
-        box, tile = cute.local_tile(coordinates, self.box, (0,) * len(self.box)), self._boxed(tile)
+        return self._partitioned(rows, coordinates, self._boxed(tile))
+
+    def _in_page(self, rows: HeadRows, at: Int32) -> tuple[Int32, Int32, Int32]:
+        """(page, row in it, rows before the sequence's end) of the rows of a copy, from `at` on."""
+        left = maximum(minimum(rows.end - at, self.copy_rows), 0)
+        # Nothing is looked up beyond the last page in use, of which rows beyond the end copy nothing.
+        place = Uint32(minimum(at, rows.end - 1))
+        return rows.table[Int32(place // self.page_size)], Int32(place % self.page_size), left
+
+    def _sides_of_page(
+        self, rows: HeadRows, place: tuple[Int32, Int32, Int32], part: cute.Tensor
+    ) -> tuple[cute.Tensor, cute.Tensor]:
+        """As `sides`, of rows that lie in one page, and their part of a shared tile."""
+        page, row, left = place
+        coordinates = rows.coordinates[None, None, row + left, page]
+        coordinates = cute.domain_offset((self.copy_rows - left, 0), coordinates)
+        return self._partitioned(rows, coordinates, part)
+
+    def _partitioned(
+        self, rows: HeadRows, coordinates: cute.Tensor, tile: cute.Tensor
+    ) -> tuple[cute.Tensor, cute.Tensor]:
+        box = cute.local_tile(coordinates, self.box, (0,) * len(self.box))
         grouped = (cute.group_modes(side, 0, len(self.box)) for side in (tile, box))
         shared, outer = cpasync.tma_partition(rows.atom, 0, cute.make_layout(1), *grouped)
         return outer, shared
+
+    def _copied(self) -> cute.ComposedLayout:
+        """(rows, columns) of one copy's part of a tile."""
+        parts = self.columns // self.width
+        outer = cute.make_layout(
+            (self.copy_rows, (self.width, parts)), stride=(self.width, (1, self.rows * self.width))
+        )
+        return cute.make_composed_layout(self.layout().inner, 0, outer)
 
     def _boxed(self, tile):
         """A tile's (rows, dim), a layout or a tensor, seen as `box`."""

@@ -8,7 +8,8 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
 from ..backward import first_scratch_row
-from .sequence import numbers_of_head, rows_of_head
+from ..problem import Problem
+from .sequence import Sequence, numbers_of_head, rows_of_head
 
 
 class Rows(NamedTuple):
@@ -41,3 +42,13 @@ def rows_of(cu_seqlens: cute.Tensor | None, seqlen: Int32, batch: Int32) -> Rows
 def scratch_row(packed: bool, start: Int32, count: Int32, batch: Int32) -> Int32:
     """The first scratch row of sequence `batch` of `count` rows. start: its first row where it is packed."""
     return first_scratch_row(start if packed else batch * count, batch)
+
+
+def scratch_row_q(problem: Problem, sequence: Sequence) -> Int32:
+    """The first scratch row of a sequence on the query side."""
+    return scratch_row(problem.varlen, sequence.q_start, sequence.q_rows, sequence.batch)
+
+
+def scratch_row_k(problem: Problem, sequence: Sequence) -> Int32:
+    """The first scratch row of a sequence on the keys' side."""
+    return scratch_row(problem.varlen, sequence.k_start, sequence.k_rows, sequence.batch)

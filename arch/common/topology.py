@@ -18,7 +18,7 @@ class Link:
     """`slots` places side by side. producers, consumers: roles, one as often as its parts are counted.
 
     ctas: of the group that hands over together, whose leader counts what consumers of all of them do.
-    emptied: consumers tell when a slot may be filled again.
+    filling: those whose producers it counts. emptied: consumers tell when a slot may be filled again.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Link:
     consumers: tuple[str, ...]
     slots: int
     ctas: int = 1
+    filling: int = 1
     emptied: bool = True
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ class Topology:
         """Every link and its barriers."""
         first = 0
         for link in self.links:
-            full = sum(self.arrivals[role] for role in link.producers)
+            full = sum(self.arrivals[role] for role in link.producers) * link.filling
             empty = sum(self.arrivals[role] for role in link.consumers) * link.ctas * link.emptied
             barriers = Barriers(first, link.slots, full, empty)
             yield link, barriers

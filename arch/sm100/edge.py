@@ -50,9 +50,9 @@ class Edge(NamedTuple):
         cute.arch.mbarrier_wait(self.empty, (turn & 1) ^ 1)
         after_sync()
 
-    def warp_filled(self) -> None:
-        """This warp has done its share of filling."""
-        warp_arrives(self.full)
+    def warp_filled(self, group: Group = ALONE) -> None:
+        """This warp has done its share of filling, of which the group's leader keeps account."""
+        warp_arrives(self.full, group)
 
     def warp_emptied(self, group: Group = ALONE) -> None:
         """This warp has done its share of emptying, of which the group's leader keeps account."""
@@ -62,6 +62,11 @@ class Edge(NamedTuple):
         """Full, in every CTA of the group, when every product that this warp has begun is complete."""
         with cute.arch.elect_one():
             group.commit(self.full)
+
+    def emptied_by_mma(self, group: Group) -> None:
+        """Empty, in every CTA of the group, when every product that this warp has begun is complete."""
+        with cute.arch.elect_one():
+            group.commit(self.empty)
 
 
 def warp_arrives(barrier: cute.Pointer, group: Group = ALONE) -> None:

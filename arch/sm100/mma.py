@@ -25,21 +25,31 @@ K, MN = OperandMajorMode.K, OperandMajorMode.MN
 SMEM, TMEM = tcgen05.OperandSource.SMEM, tcgen05.OperandSource.TMEM
 
 
-def tiled_mma(dtype: type, count: int, a_in: tcgen05.OperandSource, b_major: OperandMajorMode, group: Group):
-    """m128 per CTA x count x k16; A has k contiguous, B is (count, k) with `b_major` contiguous."""
-    shape = (ROWS * group.ctas, count, 16)
-    op = tcgen05.MmaF16BF16Op(dtype, Float32, shape, group.kind, a_in, K, b_major)
-    return cute.make_tiled_mma(op)
+def tiled_mma(
+    dtype: type, count: int, a_in: tcgen05.OperandSource, b_major: OperandMajorMode, group: Group,
+    a_major: OperandMajorMode = K, rows: int = ROWS, a_dtype: type | None = None,
+) -> cute.TiledMma:
+    """`rows` per CTA x count x 32 bytes; `b_major` is contiguous in B (count, k), `a_major` in A (rows, k).
+
+    dtype: of both, or of B where A of 8 bits has another, `a_dtype`.
+    """
+    shape, places = (rows * group.ctas, count), (group.kind, a_in, a_major, b_major)
+    if dtype.width == 8:
+        types = a_dtype or dtype, dtype, Float32
+        return cute.make_tiled_mma(tcgen05.MmaF8F6F4Op(*types, (*shape, 32), *places))
+    return cute.make_tiled_mma(tcgen05.MmaF16BF16Op(dtype, Float32, (*shape, 16), *places))
 
 
 @dataclass(frozen=True)
 class Products:
     """The two products of attention, S = Q K and O += P V. plan: where their results are. group: of CTAs.
 
-    A tiled product carries its accumulate flag along, so that each use makes its own.
+    dtype: of q, k and v. p_dtype: of P, of as many bits. A tiled product carries its accumulate flag along,
+    so that each use makes its own.
     """
 
     dtype: type
+    p_dtype: type
     plan: Plan
     group: Group
 
@@ -47,7 +57,7 @@ class Products:
         return tiled_mma(self.dtype, self.plan.tile_n, SMEM, K, self.group)
 
     def pv(self) -> cute.TiledMma:
-        return tiled_mma(self.dtype, self.plan.dim_v, TMEM, MN, self.group)
+        return tiled_mma(self.dtype, self.plan.dim_v, TMEM, MN, self.group, a_dtype=self.p_dtype)
 
     def own_qk(self) -> cute.ThrMma:
         """What partitions one CTA's part of the operands of `qk`: a product with just these."""
@@ -55,7 +65,8 @@ class Products:
 
     def own_pv(self) -> cute.ThrMma:
         """The same of `pv`."""
-        return tiled_mma(self.dtype, self.plan.dim_v // self.group.ctas, TMEM, MN, ALONE).get_slice(0)
+        columns = self.plan.dim_v // self.group.ctas
+        return tiled_mma(self.dtype, columns, TMEM, MN, ALONE, a_dtype=self.p_dtype).get_slice(0)
 
     def q(self, tiles: cute.Tensor) -> cute.Tensor:
         """Descriptors (mma, rows, k, tiles) of (rows, dim, tiles)."""
@@ -80,9 +91,9 @@ class Products:
         return cute.make_tensor(base + self.plan.o(tile), layout)
 
     def p(self, base: cute.Pointer, tile: int, turn: int | Int32) -> cute.Tensor:
-        """P of a Q tile's block as the product reads it: (mma, rows, k), two elements to a column."""
+        """P of a Q tile's block as the product reads it: (mma, rows, k), 32 bits to a column."""
         layout = cute.make_layout((ROWS, self.plan.tile_n), stride=(self.plan.tile_n, 1))
-        pointer = cute.recast_ptr(base + self.plan.p(tile, turn), dtype=self.dtype)
+        pointer = cute.recast_ptr(base + self.plan.p(tile, turn), dtype=self.p_dtype)
         p = self.own_pv().partition_A(cute.make_tensor(pointer, layout))
         # A fragment in tensor memory has a layout, but always begins at column 0.
         return cute.make_tensor(pointer, self.pv().make_fragment_A(p).layout)
@@ -103,9 +114,14 @@ def tile_of(descriptors: cute.Tensor, index: int | Int32, turn: int | Int32) -> 
     return cute.make_tensor(descriptors.iterator, layout)[None, None, None, index, zero]
 
 
-def begin(mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate) -> None:
-    """Begin acc = a b, or acc += a b; a and b are (mma, rows, k). The whole warp calls this."""
-    for k in range(cute.size(b, mode=[2])):
+def begin(
+    mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate, steps: int = 0
+) -> None:
+    """Begin acc = a b, or acc += a b; a and b are (mma, rows, k). The whole warp calls this.
+
+    steps: the first ones along k, 0: all.
+    """
+    for k in range(steps or cute.size(b, mode=[2])):
         mma.set(tcgen05.Field.ACCUMULATE, accumulate if k == 0 else True)
         cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
 

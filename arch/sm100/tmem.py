@@ -2,6 +2,10 @@
 
 A tile of 128 rows lies one row to a lane. Warp w of a warpgroup reaches lanes 32 w to 32 w + 31 only, so a
 thread of a warpgroup holds one whole row: no shuffle is ever needed to reduce it.
+
+A tile of 64 rows takes 16 lanes of every 32, the first or the others, so that two of them lie side by side in
+the same columns: row r in lane r // 16 * 32 + r % 16, or 16 further on (PTX ISA, data path layout F). Two
+threads of a warp share a row of it, half of the columns each.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from dataclasses import dataclass
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import arith, llvm, nvvm, vector
 from cutlass.cute.nvgpu import tcgen05
 
 from ..common.order import pin
@@ -19,6 +25,7 @@ from ..common.regions import Region, Regions
 COLUMNS = 512  # of one multiprocessor
 ROWS = 128
 LANE = 65536  # from one lane to the next in a tensor memory address, whose low half is the column
+HALF_LANES = 16  # of a warp's lanes: those that one of two tiles of 64 rows takes
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Plan:
 
         S[tile 0, slot 0]  S[tile 0, slot 1]  S[tile 1, slot 0]  ...  O[tile 0]  O[tile 1]
 
-    tiles: Q tiles. slots: S's of a tile. tile_n: columns of S. dim_v: columns of O.
+    tiles: Q tiles. slots: S's of a tile. tile_n: columns of S. dim_v: columns of O. bits: of an element of P.
     ValueError where they do not fit.
     """
 
@@ -35,18 +42,19 @@ class Plan:
     slots: int
     tile_n: int
     dim_v: int
+    bits: int = 16
 
     def __post_init__(self) -> None:
         self.regions  # noqa: B018
 
     @functools.cached_property
     def regions(self) -> Regions:
-        """Their columns. Two elements of P take one."""
-        scores = self.tiles * self.slots
+        """Their columns, of 32 bits."""
+        scores, p = self.tiles * self.slots, self.tile_n * self.bits // 32
         return Regions(
             regions=(
                 Region(name="s", size=self.tile_n, count=scores, filled="qk", read="softmax"),
-                Region(name="p", size=self.tile_n // 2, count=scores, filled="softmax", read="pv", over="s"),
+                Region(name="p", size=p, count=scores, filled="softmax", read="pv", over="s"),
                 Region(name="o", size=self.dim_v, count=self.tiles, filled="pv", read="correction"),
             ),
             steps=("qk", "softmax", "pv", "correction"),
@@ -134,6 +142,27 @@ def store(row: cute.Tensor, target: cute.Tensor, thread: Int32) -> None:
     cute.copy(copy, _as_copied(row), copy.partition_D(target))
 
 
+def load_shared(source: cute.Pointer, apart: int, row: cute.Tensor, thread: Int32) -> None:
+    """Read (1, n) registers of a row of 64 rows that two threads share.
+
+    source: of row 0. apart: columns between what the thread of the first 16 lanes and the other one take.
+    """
+    count, words = cute.size(row), _i32s(cute.size(row))
+    shape, offset = nvvm.Tcgen05LdStShape.SHAPE_16X32BX2, _i64(apart)
+    loaded = nvvm.tcgen05_ld(words, shape, _of_warp(source, thread), offset=offset)
+    numbers = vector.bitcast(ir.VectorType.get([count], Float32.mlir_type), loaded)
+    row.store(cute.TensorSSA(numbers, row.shape, Float32))
+    cute.arch.fence_view_async_tmem_load()
+    pin(row)
+
+
+def store_shared(row: cute.Tensor, target: cute.Pointer, apart: int, thread: Int32) -> None:
+    """Write (1, n) registers of a row of 64 rows that two threads share, likewise; `stored` waits for it."""
+    shape, offset = nvvm.Tcgen05LdStShape.SHAPE_16X32BX2, _i64(apart)
+    words = vector.bitcast(_i32s(cute.size(row)), row.load().ir_value())
+    nvvm.tcgen05_st(shape, _of_warp(target, thread), words, offset=offset)
+
+
 def stored() -> None:
     """Wait until what this thread stored is in tensor memory."""
     cute.arch.fence_view_async_tmem_store()
@@ -153,3 +182,17 @@ def _as_copied(row: cute.Tensor) -> cute.Tensor:
     count = cute.size(row)
     each = _each(count)
     return cute.make_tensor(row.iterator, cute.make_layout(((each, 1), 1, count // each)))
+
+
+def _of_warp(place: cute.Pointer, thread: Int32) -> ir.Value:
+    """The same place in the lanes that a warp reaches, as instructions take it."""
+    address = place.toint().to(Int32) + thread // 32 * (32 * LANE)
+    return llvm.inttoptr(llvm.PointerType.get(6), address.ir_value())
+
+
+def _i32s(count: int) -> ir.Type:
+    return ir.VectorType.get([count], Int32.mlir_type)
+
+
+def _i64(number: int) -> ir.Value:
+    return arith.constant(ir.IntegerType.get_signless(64), number)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..backward import PREPROCESS, steps_around
+from ..append import APPEND
+from ..backward import FORWARD_ONLY, PREPROCESS, steps_around
 from ..combine import COMBINE
 from ..kernel import Kernel, Tuning
 from ..problem import Support
+from ..quantize import QUANTIZE
 from . import tuning
 from .backward import tuning as backward
 
@@ -25,7 +27,7 @@ FORWARD = Kernel(
         features=frozenset(
             (
                 "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
-                "sink", "lse", "split_kv",
+                "sink", "lse", "split_kv", "kv_cache", "paged_kv",
             )
         ),
     ),
@@ -44,14 +46,10 @@ POSTPROCESS = Kernel(
 BACKWARD = Kernel(
     name="sm80.backward",
     operation="backward",
-    support=replace(FORWARD.support, features=FORWARD.support.features - {"split_kv"}),
-    tuning=Tuning(
-        config=lambda problem, device, sizes: backward.main_config(problem, device),
-        fitting=backward.fitting_configs,
-        blocks=backward.main_blocks,
-    ),
+    support=replace(FORWARD.support, features=FORWARD.support.features - FORWARD_ONLY),
+    tuning=backward.TABLE.tuning,
     launches=".sm80.backward.main:BackwardKernel",
     around=lambda own, device: steps_around(own, device, POSTPROCESS, backward.PostprocessConfig.of),
 )
 
-KERNELS = (FORWARD, COMBINE, BACKWARD)
+KERNELS = (FORWARD, COMBINE, APPEND, QUANTIZE, BACKWARD)

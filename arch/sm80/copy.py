@@ -14,6 +14,8 @@ import cutlass.cute as cute
 from cutlass import Int32, and_, const_expr, not_
 from cutlass.cute.nvgpu import CopyUniversalOp, LoadCacheMode, cpasync
 
+from .rows import LookedUp, Rows, Shared, beyond
+
 CHUNK = 8  # elements in 16 bytes
 
 
@@ -36,7 +38,8 @@ def tile_layout(rows: int, dim: int, stages: int) -> cute.ComposedLayout:
 class TileCopy:
     """How a CTA's threads share out a tile of rows × dim: neighbours take the chunks of one row.
 
-    Columns from dim to padded exist in shared memory only: `clear_padding` zeroes them once.
+    heads: that share a tile's rows, where the global ones are `Shared`. Columns from dim to padded exist in
+    shared memory only: `clear_padding` zeroes them once.
     """
 
     dtype: type
@@ -44,6 +47,7 @@ class TileCopy:
     dim: int
     padded: int
     threads: int
+    heads: int = 1
 
     @property
     def lanes(self) -> int:
@@ -62,31 +66,37 @@ class TileCopy:
         return tiled.get_slice(thread).partition_D(tile)
 
     @cute.jit
-    def load(self, rows: cute.Tensor, chunks: cute.Tensor, thread: Int32, last_row: Int32 | None):
-        """Begin copying global (rows, dim) into a thread's `chunks` of one shared tile.
+    def load(self, rows: Rows, chunks: cute.Tensor, thread: Int32, last_row: Int32 | None):
+        """Begin copying global rows into a thread's `chunks` of one shared tile.
 
         last_row: row that is read in place of all beyond it, so that nothing outside is touched and no
         part of the tile stays unwritten; None where the tile lies inside.
         """
         atom = self._atom(cpasync.CopyG2SOp(cache_mode=LoadCacheMode.GLOBAL))
         first = thread // self.lanes
-        mine = cute.domain_offset((first, 0), rows)
+        mine = self._found(beyond(rows, first))
         for i, j in self._steps():
             row = i * self.row_step
             if const_expr(last_row is not None):
                 row = cutlass.min(Int32(row), last_row - first)
             if self._inside(thread, i, j):
-                cute.copy(atom, self._chunk(mine[row, None], thread, j), chunks[None, i, j])
+                source = mine[i] if isinstance(mine, list) else mine[row, None]
+                cute.copy(atom, self._chunk(source, thread, j), chunks[None, i, j])
 
     @cute.jit
-    def store(self, chunks: cute.Tensor, rows: cute.Tensor, thread: Int32, end_row: Int32):
-        """Copy a thread's `chunks` of one shared tile to global (rows, dim), rows before `end_row`."""
+    def store(self, chunks: cute.Tensor, rows: Rows, thread: Int32, end_row: Int32):
+        """Copy a thread's `chunks` of one shared tile to global rows before `end_row`, or that exist."""
         atom = self._atom(CopyUniversalOp())
         first = thread // self.lanes
-        mine = cute.domain_offset((first, 0), rows)
+        mine = beyond(rows, first)
         for i, j in self._steps():
-            if and_(self._inside(thread, i, j), first + i * self.row_step < end_row):
-                target = self._chunk(mine[i * self.row_step, None], thread, j)
+            row = i * self.row_step
+            if const_expr(isinstance(mine, Shared)):
+                if and_(self._inside(thread, i, j), mine.exists(row, self.heads)):
+                    target = self._chunk(mine.row(row, self.heads), thread, j)
+                    cute.copy(atom, chunks[None, i, j], target)
+            elif and_(self._inside(thread, i, j), first + row < end_row):
+                target = self._chunk(mine[row, None], thread, j)
                 cute.copy(atom, chunks[None, i, j], target)
 
     @cute.jit
@@ -100,6 +110,13 @@ class TileCopy:
         """(row step, column step) of every chunk."""
         columns = self.padded // (self.lanes * CHUNK)
         return [(i, j) for i in range(-(-self.rows // self.row_step)) for j in range(columns)]
+
+    def _found(self, rows: Rows) -> cute.Tensor | list[cute.Tensor]:
+        """Of rows to look up, (dim,) of every row step: all are found before the first is copied."""
+        if not isinstance(rows, LookedUp):
+            return rows
+        steps = range(-(-self.rows // self.row_step))
+        return [rows.row(i * self.row_step, self.heads) for i in steps]
 
     def _inside(self, thread: Int32, i: int, j: int):
         return and_(self._row_inside(thread, i), self._column_inside(thread, j))

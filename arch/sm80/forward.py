@@ -1,7 +1,7 @@
 """FlashAttention-2 forward (Dao 2023, algorithm 1) in sm_80 instructions.
 
-One CTA takes tile_m rows of one query head and walks the KV blocks that they may see, or one split of them
-(Dao et al. 2023, "Flash-Decoding"):
+One CTA takes tile_m rows of one query head, or of several that share a KV head, and walks the KV blocks that
+they may see, or one split of them (Dao et al. 2023, "Flash-Decoding"):
 
     wait K[n]    begin V ahead    S = Q K[n]    P, rescale = softmax(S)
     wait V[n]    begin K ahead    O = rescale O + P V[n]
@@ -23,18 +23,20 @@ from ..common.blocks import Listed, Range
 from ..common.dropout import Dropout
 from ..common.element import element_type
 from ..common.fragment import as_operand_a, rows_by_columns
-from ..common.job import visits_of
+from ..common.heads import TileHeads, parts_of, row_of
+from ..common.job import rows_of_tile, visits_of
 from ..common.memory import SmemAllocator
 from ..common.order import hidden_zero, unknown
 from ..common.rules import Rules
 from ..common.schedule import InSections, OneTile, tile_per_cta
-from ..common.sequence import extent, sequence_of
+from ..common.sequence import cached_sequence_of, extent
 from ..common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ..problem import Operands, Problem
 from .copy import TileCopy, tile_layout
-from .job import RowBlock, Tiles, Walk
+from .job import RowBlock, Tiles, Walk, rows_of_tile_in
 from .kv import KvLoader, KvStream, Source
 from .mma import PIECE, Pieces, product, rounded, tiled_mma
+from .rows import keys_of
 from .store import Partial, Result
 from .tuning import Config
 
@@ -49,11 +51,11 @@ class ForwardKernel:
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         self.dtype, self.out_dtype = element_type(precision), element_type(problem.out_precision)
         self.dim, self.dim_v = precision.padded(dim), precision.padded(dim_v)
-        self.copy_q = TileCopy(self.dtype, config.tile_m, dim, self.dim, config.threads)
+        self.copy_q = TileCopy(self.dtype, config.tile_m, dim, self.dim, config.threads, config.heads)
         copy_k = TileCopy(self.dtype, config.tile_n, dim, self.dim, config.threads)
         copy_v = TileCopy(self.dtype, config.tile_n, dim_v, self.dim_v, config.threads)
-        copy_out = TileCopy(self.out_dtype, config.tile_m, dim_v, self.dim_v, config.threads)
-        self.store = Partial(problem) if problem.split_kv else Result(problem, copy_out)
+        copy_out = TileCopy(self.out_dtype, config.tile_m, dim_v, self.dim_v, config.threads, config.heads)
+        self.store = Partial(problem, config) if problem.split_kv else Result(problem, config, copy_out)
         self.row_blocks = config.tile_m // (PIECE * config.warps)
         self.kv = KvLoader(copy_k, copy_v, config.tile_n, config.stages)
 
@@ -64,8 +66,11 @@ class ForwardKernel:
         heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
         rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
         splits = call.out.shape[0] if const_expr(self.problem.split_kv) else None
-        schedule = tile_per_cta(cute.ceil_div(rows, self.config.tile_m), heads, batches, splits)
-        kernel = self.kernel(call, schedule, heads // kv_heads)
+        group = heads // kv_heads
+        if const_expr(self.config.heads > 1):
+            heads = kv_heads * parts_of(self.config.heads, group)
+        schedule = tile_per_cta(cute.ceil_div(rows, rows_of_tile(self.config)), heads, batches, splits)
+        kernel = self.kernel(call, schedule, group)
         threads = (self.config.threads, 1, 1)
         kernel.launch(
             grid=schedule.grid(),
@@ -78,18 +83,20 @@ class ForwardKernel:
     @cute.kernel
     def kernel(self, call: Operands, schedule: OneTile | InSections, group_size: Int32):
         m_block, head, batch, split = schedule.tile(cute.arch.block_idx()[0])
-        sequence = sequence_of(call, batch)
-        kv_head = head // group_size if const_expr(self.problem.gqa) else head
-        first_row = m_block * self.config.tile_m
+        sequence = cached_sequence_of(call, batch)
+        heads = TileHeads.of(self.problem, self.config.heads, head, group_size)
+        first_row = m_block * rows_of_tile(self.config)
         splits = schedule.splits if const_expr(self.problem.split_kv) else 1
         if first_row < sequence.q_rows:
             thread = cute.arch.thread_idx()[0]
-            self.row_block(RowBlock(call, sequence, head, kv_head, first_row, split, splits, thread))
+            mine = heads.of_row(self.config.heads, thread % 32 // 4)
+            self.row_block(RowBlock(call, sequence, heads, mine, first_row, split, splits, thread))
 
     @cute.jit
     def row_block(self, block: RowBlock):
         tiles = self.tiles()
-        rules = Rules.of(self.problem, block.call, block.sequence, block.head)
+        head = block.heads.known(self.config.heads, block.head)
+        rules = Rules.of(self.problem, block.call, block.sequence, head)
         visits = visits_of(self.problem, self.config, block, rules)
         stream = self.stream(block, tiles, visits)
         walk = self.walk(block, tiles, stream, rules)
@@ -159,7 +166,12 @@ class ForwardKernel:
         columns = 8 * cute.size(acc, mode=[2])
         tile = cute.make_identity_tensor((self.config.tile_m, columns))
         at = rows_by_columns(walk.mma.get_slice(walk.block.thread).partition_C(tile))
-        return rows_by_columns(acc), lambda r: walk.block.first_row + at[r, 0][0], lambda c: at[0, c][1]
+        return rows_by_columns(acc), lambda r: self.row_of(walk.block, at[r, 0][0]), lambda c: at[0, c][1]
+
+    def row_of(self, block: RowBlock, row: Int32) -> Int32:
+        """In the sequence: a row of the tile."""
+        heads = self.config.heads
+        return block.first_row + row if heads == 1 else row_of(heads, block.first_row, row)
 
     def q_registers(self) -> list[cute.Tensor]:
         """Room for all of Q's operands, one per k step, where the config keeps them."""
@@ -197,18 +209,19 @@ class ForwardKernel:
         )
 
     def stream(self, block: RowBlock, tiles: Tiles, visits: Range | Listed) -> KvStream:
-        k_rows, v_rows = (block.sequence.k_rows_of(t, block.kv_head) for t in (block.call.k, block.call.v))
+        call, sequence = block.call, block.sequence
+        k_rows, v_rows = (keys_of(self.problem, call, sequence, t, block.heads.kv) for t in (call.k, call.v))
         return KvStream(
             k=Source(k_rows, self.kv.copy_k.partition(tiles.k, block.thread)),
             v=Source(v_rows, self.kv.copy_v.partition(tiles.v, block.thread)),
             visits=visits,
-            seqlen_k=block.sequence.seqlen_k,
+            seqlen_k=sequence.seqlen_k,
             thread=block.thread,
         )
 
     def begin_q(self, block: RowBlock, tiles: Tiles) -> None:
         """Start copying the rows of Q; the first group."""
-        rows = cute.domain_offset((block.first_row, 0), block.sequence.q_rows_of(block.call.q, block.head))
+        rows = rows_of_tile_in(self.config, block, block.call.q, block.sequence.seqlen_q)
         chunks = self.copy_q.partition(tiles.q, block.thread)
         self.copy_q.clear_padding(chunks, block.thread)
         last_row = block.sequence.seqlen_q - 1 - block.first_row
@@ -217,6 +230,7 @@ class ForwardKernel:
 
     def walk(self, block: RowBlock, tiles: Tiles, stream: KvStream, rules: Rules) -> Walk:
         call, thread = block.call, block.thread
+        head = block.heads.known(self.config.heads, block.head)
         mma = tiled_mma(self.dtype, self.config.warps)
         acc_o = self.accumulator(mma, self.dim_v)
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
@@ -227,7 +241,7 @@ class ForwardKernel:
             block=block,
             stream=stream,
             rules=rules,
-            dropout=Dropout.of(self.problem, call, block.sequence, block.head),
+            dropout=Dropout.of(self.problem, call, block.sequence, head),
             q=Pieces.a(tiles.q, thread),
             q_registers=self.q_registers(),
             k=Pieces.b(tiles.k, thread),

@@ -8,21 +8,27 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ..common.dropout import Dropout
+from ..common.heads import TileHeads
 from ..common.rules import Rules
 from ..common.sequence import Sequence
 from ..common.softmax import OnlineSoftmax
 from ..problem import Operands
 from .kv import KvStream
 from .mma import Pieces
+from .rows import Rows, Shared
+from .tuning import Config
 
 
 class RowBlock(NamedTuple):
-    """Rows first_row and on of one query head of one sequence. split: which part of the keys, of `splits`."""
+    """Rows first_row and on of some query heads of one sequence. split: which part of the keys, of `splits`.
+
+    head: of the thread's rows, all of which are of one; it may not exist, see `TileHeads`.
+    """
 
     call: Operands
     sequence: Sequence
+    heads: TileHeads
     head: Int32
-    kv_head: Int32
     first_row: Int32
     split: Int32 | int
     splits: Int32 | int
@@ -52,3 +58,11 @@ class Walk(NamedTuple):
     v: Pieces
     acc_o: cute.Tensor  # (mma, M, dim_v / 8) fp32
     softmax: OnlineSoftmax
+
+
+def rows_of_tile_in(config: Config, block: RowBlock, tensor: cute.Tensor, count: Int32) -> Rows:
+    """A tile's rows of q or out, of which a sequence has `count`."""
+    first_row, sequence = block.first_row, block.sequence
+    if config.heads == 1:
+        return cute.domain_offset((first_row, 0), sequence.q_rows_of(tensor, block.head))
+    return Shared(sequence.q_heads_of(tensor), block.heads, first_row, count - 1, Int32(0))

@@ -14,12 +14,13 @@ from cutlass import Boolean, Constexpr, Int32
 from ..common.blocks import Listed, Range
 from ..common.order import hidden_zero
 from .copy import TileCopy
+from .rows import Rows, beyond
 
 
 class Source(NamedTuple):
-    """K or V: global (seqlen_k, dim), and this thread's chunks of its shared tiles."""
+    """K or V: global rows of the sequence, and this thread's chunks of its shared tiles."""
 
-    rows: cute.Tensor
+    rows: Rows
     chunks: cute.Tensor
 
 
@@ -84,7 +85,7 @@ class KvLoader:
     def _begin(self, stream: Constexpr, source, copy, place: Int32, due: Boolean, bounded: Constexpr):
         if due:
             first_row = self._first_row(stream, place)
-            rows = cute.domain_offset((first_row, 0), source.rows)
+            rows = beyond(source.rows, first_row)
             last_row = stream.seqlen_k - 1 - first_row if bounded else None
             copy.load(rows, source.chunks[None, None, None, self.slot(place)], stream.thread, last_row)
         cute.arch.cp_async_commit_group()

@@ -8,7 +8,6 @@ timed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from ..problem import Device, Problem
 from ..tuning import Row, Table
@@ -24,6 +23,8 @@ class Config:
 
     tile_m, tile_n: rows of Q, and of K and V, at a time. warps: each takes tile_m / warps rows.
     stages: K and V tiles in shared memory. q_in_registers: Q is read from shared memory once.
+    heads: query heads of one KV head that share a tile's rows, a power of two; at most 8, as many as a warp's
+    threads have rows side by side, so that those of a thread are of one head.
     """
 
     tile_m: int
@@ -31,7 +32,7 @@ class Config:
     warps: int
     stages: int = 1
     q_in_registers: bool = False
-    heads: ClassVar[int] = 1  # in a tile
+    heads: int = 1
 
     @property
     def threads(self) -> int:
@@ -92,6 +93,24 @@ def at_once(config: Config, problem: Problem, device: Device) -> int:
     return device.multiprocessors * config.resident(problem, device)
 
 
+FEW_ROWS = 64  # of 16 for each of four warps
+STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many under way as leave room for two CTAs
+
+
+def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
+    """Small tiles of Q, and more of K and V under way, where keys are all that there is to move.
+
+    How many keys make a block stays as it is for many rows, for a row's numbers depend on that. A single head
+    whose keys are no cache is taken as many rows are.
+    """
+    if config.heads == 1 and problem.cache is None:
+        return config
+    few = replace(config, tile_m=FEW_ROWS, warps=4, stages=1)
+    deep = (replace(few, stages=stages) for stages in range(STAGES_FOR_FEW_ROWS, 1, -1))
+    resident = min(few.resident(problem, device), 2)
+    return next((c for c in deep if c.resident(problem, device) >= resident), few)
+
+
 # Of a warp's rows a thread holds rows * head_dim_v / 32 numbers of O and rows * tile_n / 32 of S.
 ROWS = (
     Row(
@@ -126,4 +145,14 @@ ROWS = (
         why="16 rows a warp, the most that 256 columns of O allow; fits 100 KB",
     ),
 )  # fmt: skip
-FORWARD = Table(rows=ROWS, register_pressure=register_pressure, fitted=fitted, at_once=at_once)
+FORWARD = Table(
+    rows=ROWS,
+    register_pressure=register_pressure,
+    fitted=fitted,
+    at_once=at_once,
+    most_heads=8,  # a group of more is taken in several
+    few_rows=FEW_ROWS,
+    for_few_rows=for_few_rows,
+    # 32 rows a warp of several heads spill at (128, 128) with parts of keys; a cache is to be read once.
+    shares_many=lambda problem: problem.cache is not None,
+)

@@ -73,14 +73,22 @@ def begin_sum(
     warpgroup.commit_group()
 
 
-def to_shared(mma: cute.TiledMma, rounded: cute.Tensor, tile: cute.Tensor, thread: Int32) -> None:
-    """Registers in an accumulator's order, of 16 bits, to a shared tile that wgmma and TMA may read.
+def to_shared(
+    mma: cute.TiledMma, rounded: cute.Tensor, tile: cute.Tensor, thread: Int32, transposed: bool = False
+) -> None:
+    """Registers in an accumulator's order, of 16 bits, to a shared tile for wgmma or TMA to read.
 
-    They may when all threads of the warpgroup have met behind it.
+    They may when the threads of the warpgroup have made it `visible`, and all have met. transposed: the tile,
+    (rows, columns) as the accumulator, has rows contiguous.
     """
-    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), rounded.element_type)
+    matrices = 4 if cute.size(tile, mode=[1]) % 16 == 0 else 2
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transposed, matrices), rounded.element_type)
     copy = cute.make_tiled_copy_C(atom, mma).get_slice(thread)
     cute.copy(copy, copy.retile(rounded), copy.partition_D(tile))
+
+
+def visible() -> None:
+    """What this thread has stored in shared memory, to wgmma and TMA."""
     cute.arch.fence_proxy("async.shared", space="cta")
 
 

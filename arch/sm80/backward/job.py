@@ -18,12 +18,16 @@ from .grid import Grid, HeldPieces
 
 
 class KeyBlock(NamedTuple):
-    """Keys first_key and on of one sequence, as one query head sees them."""
+    """Keys first_key and on of one sequence, as one query head sees them.
+
+    member: which of the query heads that share them.
+    """
 
     call: BackwardOperands
     sequence: Sequence
     head: Int32
     kv_head: Int32
+    member: Int32
     first_key: Int32
     thread: Int32
 

@@ -25,12 +25,12 @@ from ...common.blocks import Range, visits_from_keys
 from ...common.dropout import Dropout
 from ...common.element import element_type
 from ...common.fragment import rows_by_columns
+from ...common.keys import KeyTiles
 from ...common.memory import SmemAllocator
 from ...common.order import hidden_zero
-from ...common.rows import scratch_row
+from ...common.rows import scratch_row_k, scratch_row_q
 from ...common.rules import Rules
-from ...common.schedule import OneTile
-from ...common.sequence import Sequence, extent, sequence_of
+from ...common.sequence import Sequence, sequence_of
 from ...common.softmax import LOG2_E, exp2
 from ...common.sums import SummedTile
 from ...elementwise import where
@@ -72,32 +72,25 @@ class BackwardKernel:
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
         call = BackwardOperands(*operands)
-        keys, batches = extent(call.k, call.cu_seqlens_k, call.max_seqlen_k)
-        heads = call.q.shape[-2]
-        schedule = OneTile(cute.ceil_div(keys, self.config.tile_n), heads, batches)
-        kernel = self.kernel(call, schedule, heads // call.k.shape[-2])
-        kernel.launch(
+        schedule = KeyTiles.of(call, self.config.tile_n)
+        self.kernel(call, schedule).launch(
             grid=schedule.grid(), block=(self.config.threads, 1, 1), stream=stream, min_blocks_per_mp=1
         )
 
     @cute.kernel
-    def kernel(self, call: BackwardOperands, schedule: OneTile, group_size: Int32):
-        block = self.block_of(call, schedule, group_size, 0)
+    def kernel(self, call: BackwardOperands, schedule: KeyTiles):
+        block = self.block_of(call, schedule, 0)
         if block.first_key < block.sequence.k_rows:
-            self.key_block(block, schedule, group_size)
+            self.key_block(block, schedule)
 
-    def block_of(
-        self, call: BackwardOperands, schedule: OneTile, group_size: Int32, zero: Int32 | int
-    ) -> KeyBlock:
+    def block_of(self, call: BackwardOperands, schedule: KeyTiles, zero: Int32 | int) -> KeyBlock:
         """What this CTA works on. zero: see `hidden_zero`."""
-        turn, head, batch, _ = schedule.tile(cute.arch.block_idx()[0] + zero)
-        n_block = schedule.m_blocks - 1 - turn  # under a causal mask the first keys have the most to do
-        sequence, thread = sequence_of(call, batch), cute.arch.thread_idx()[0] + zero
-        kv_head = head // group_size if self.problem.gqa else head
-        return KeyBlock(call, sequence, head, kv_head, n_block * self.config.tile_n, thread)
+        tile = schedule.tile(cute.arch.block_idx()[0] + zero, self.config.tile_n, self.problem.gqa)
+        sequence, thread = sequence_of(call, tile.batch), cute.arch.thread_idx()[0] + zero
+        return KeyBlock(call, sequence, tile.head, tile.kv_head, tile.member, tile.first_key, thread)
 
     @cute.jit
-    def key_block(self, block: KeyBlock, schedule: OneTile, group_size: Int32):
+    def key_block(self, block: KeyBlock, schedule: KeyTiles):
         tiles = self.tiles()
         rules = Rules.of(self.problem, block.call, block.sequence, block.head)
         tile = self.config.tile_m, self.config.tile_n
@@ -112,13 +105,13 @@ class BackwardKernel:
             for i in cutlass.range(phases[p].visits, unroll=1):
                 self.visit(walk, visits.nth(phases[p], i), phases[p].masked)
         # Found once more, so that no register holds through the products what only the end needs.
-        block = self.block_of(block.call, schedule, group_size, hidden_zero(group_size))
+        block = self.block_of(block.call, schedule, hidden_zero(schedule.group))
         if const_expr(self.problem.gqa):
-            row, member = self.scratch_k(block), block.head % group_size
-            self.turns.wait_k(block, row, member)
+            row = self.scratch_k(block)
+            self.turns.wait_k(block, row)
             if visits.any():
                 self.add(walk, block, row)
-            self.turns.pass_k(block, row, member)
+            self.turns.pass_k(block, row)
         else:
             self.store(walk, block)
 
@@ -311,13 +304,11 @@ class BackwardKernel:
 
     def scratch_q(self, sequence: Sequence) -> Int32:
         """The sequence's first scratch row on the query side."""
-        return scratch_row(self.problem.varlen, sequence.q_start, sequence.q_rows, sequence.batch)
+        return scratch_row_q(self.problem, sequence)
 
     def scratch_k(self, block: KeyBlock) -> Int32:
         """The keys' first scratch row."""
-        sequence = block.sequence
-        first = scratch_row(self.problem.varlen, sequence.k_start, sequence.k_rows, sequence.batch)
-        return first + block.first_key
+        return scratch_row_k(self.problem, block.sequence) + block.first_key
 
     def sums_q(self, walk: Walk, place: Int32, row: Int32) -> SummedTile:
         """Where a visit's dQ is added, from scratch row `row` on."""

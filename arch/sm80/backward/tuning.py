@@ -7,11 +7,11 @@ shared memory allows. No row was timed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...backward import BackwardProblem, PostprocessProblem, scratch_columns
 from ...problem import Device, Sizes
+from ...tuning import GradientTable
 from ..tuning import HEAVY, LIGHT, register_pressure
 
 
@@ -146,27 +146,16 @@ BACKWARD = (
 )  # fmt: skip
 
 
-def main_config(problem: BackwardProblem, device: Device) -> Config | None:
-    """The first row that fits and divides the blocks of a block mask, or None."""
-    fitting = fitting_configs(problem, device)
-    return next((c for c in fitting if problem.forward.takes_tiles(c.tile_m, c.tile_n)), None)
-
-
-def fitting_configs(problem: BackwardProblem, device: Device) -> Iterator[Config]:
-    """Of rows that the device has room for, block mask aside."""
+def serves(row: Row, problem: BackwardProblem, device: Device) -> bool:
+    """Whether a row is for these head dims, warps share out dQ, and registers are enough."""
     asked = problem.forward
-    pressure, largest = register_pressure(asked, device), max(asked.head_dim, asked.head_dim_v)
-    for row in BACKWARD:
-        reaches = largest <= row.head_dim and row.config.shares_out(scratch_columns(asked.head_dim))
-        fits = row.config.shared_memory(problem) <= device.shared_memory
-        most = min(row.pressure, row.turns) if problem.deterministic else row.pressure
-        if reaches and fits and pressure <= most:
-            yield row.config
+    reaches = max(asked.head_dim, asked.head_dim_v) <= row.head_dim
+    most = min(row.pressure, row.turns) if problem.deterministic else row.pressure
+    shared_out = row.config.shares_out(scratch_columns(asked.head_dim))
+    return reaches and shared_out and register_pressure(asked, device) <= most
 
 
-def main_blocks(config: Config, sizes: Sizes, _: int) -> int:
-    """Of the grid: one for every key tile of every query head."""
-    return -(-sizes.seqlen_k // config.tile_n) * sizes.heads_q * sizes.batch
+TABLE = GradientTable(rows=BACKWARD, serves=serves)
 
 
 def postprocess_blocks(config: PostprocessConfig, sizes: Sizes, _: int) -> int:

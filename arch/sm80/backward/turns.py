@@ -28,10 +28,10 @@ class AsTheyCome:
     def pass_q(self, walk: Walk, place: Int32, row: Int32) -> None:
         """After it, as late as it costs nothing."""
 
-    def wait_k(self, block: KeyBlock, row: Int32, member: Int32) -> None:
-        """Before dK and dV. row: their first scratch row. member: which of the heads that share them."""
+    def wait_k(self, block: KeyBlock, row: Int32) -> None:
+        """Before dK and dV. row: their first scratch row."""
 
-    def pass_k(self, block: KeyBlock, row: Int32, member: Int32) -> None:
+    def pass_k(self, block: KeyBlock, row: Int32) -> None:
         """After them."""
 
 
@@ -64,13 +64,13 @@ class InTurns(NamedTuple):
         block = walk.block
         pass_on(self._of_q(block, place, row), self._key_tile(block, place) + 1)
 
-    def wait_k(self, block: KeyBlock, row: Int32, member: Int32) -> None:
+    def wait_k(self, block: KeyBlock, row: Int32) -> None:
         """Until all heads before this one have added, or have nothing to add."""
-        wait(self._of_warp(block.call.turns_k, block.kv_head, row, block.thread), member)
+        wait(self._of_warp(block.call.turns_k, block.kv_head, row, block.thread), block.member)
 
-    def pass_k(self, block: KeyBlock, row: Int32, member: Int32) -> None:
+    def pass_k(self, block: KeyBlock, row: Int32) -> None:
         """Let the next head add."""
-        pass_on(self._of_warp(block.call.turns_k, block.kv_head, row, block.thread), member + 1)
+        pass_on(self._of_warp(block.call.turns_k, block.kv_head, row, block.thread), block.member + 1)
 
     def _key_tile(self, block: KeyBlock, place: Int32) -> Int32:
         return (block.first_key + _zero(place)) // self.tile[1]

@@ -7,22 +7,27 @@ from typing import Any, NamedTuple
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from ...backward import BackwardOperands
-from ...common.blocks import Listed, Range, visits_from_keys
+from ...common.key_block import KeyBlock, Launch
 from ...common.memory import SmemAllocator, allocate, in_place
-from ...common.operand import HeadRows, Mapped, Operand
-from ...common.rows import scratch_row
-from ...common.rules import Rules
-from ...common.schedule import OneTile
-from ...common.sequence import Sequence, sequence_of
+from ...common.operand import Operand
+from ...common.sequence import sequence_of
 from ...problem import Problem
-from .tuning import DS_STAGES, ROWS, Config
+from ..edge import Edge
+from .tuning import ROWS, Tiling
+
+
+class Edges(NamedTuple):
+    """What warps fill with ordinary stores. peer_ds: between the two CTAs of a pair, or None."""
+
+    grad_q: Edge
+    peer_ds: Edge | None = None
 
 
 class GradientOperands(NamedTuple):
     """What TMA moves, one head's at a time; maps of it; or tiles of it in shared memory.
 
-    k, v, grad_k, grad_v: a tile for each warpgroup. grad_k, grad_v: no maps where heads share keys.
+    k, v: a tile for each warpgroup, or one for all of them. grad_k, grad_v: a tile for each; no maps where
+    heads share keys. peer_k: as k, half of the columns of the other CTA of a pair, or None.
     """
 
     q: Any
@@ -31,92 +36,42 @@ class GradientOperands(NamedTuple):
     grad_out: Any
     grad_k: Any
     grad_v: Any
+    peer_k: Any = None
 
     @staticmethod
-    def of(problem: Problem, config: Config) -> GradientOperands:
+    def of(problem: Problem, config: Tiling) -> GradientOperands:
         """The operands of a problem. Rows out of use come as zeros: what is there may be no numbers."""
         ragged_q, ragged_k = problem.varlen or problem.seqused_q, problem.varlen or problem.seqused_k
 
         def operand(rows: int, columns: int, count: int, ragged: bool) -> Operand:
             return Operand.of(problem.precision, rows, columns, count, ragged)
 
-        k, v = ((ROWS, columns, config.warpgroups) for columns in (config.columns, config.columns_v))
+        columns, columns_v, tiles = config.columns, config.columns_v, config.k_tiles
+        keys, peer_k = config.cta_keys // tiles, None
+        if config.ctas > 1:
+            of_peer = operand(keys, columns, tiles, ragged_k).in_parts(columns // config.peer_columns)
+            peer_k = of_peer.in_pieces(config.warpgroups)
         return GradientOperands(
-            q=operand(config.tile_m, config.columns, config.stages, ragged_q),
-            k=operand(*k, ragged_k),
-            v=operand(*v, ragged_k),
-            grad_out=operand(config.tile_m, config.columns_v, config.stages, ragged_q),
-            grad_k=operand(*k, problem.varlen),
-            grad_v=operand(*v, problem.varlen),
+            q=operand(config.tile_m, columns, config.q_stages, ragged_q),
+            k=operand(keys, columns, tiles, ragged_k).in_pieces(columns // config.part_columns),
+            v=operand(keys, columns_v, tiles, ragged_k),
+            grad_out=operand(config.tile_m, columns_v, config.grad_out_stages, ragged_q),
+            grad_k=operand(config.keys, columns, config.warpgroups, problem.varlen),
+            grad_v=operand(config.keys, columns_v, config.warpgroups, problem.varlen),
+            peer_k=peer_k,
         )
 
 
-class Launch(NamedTuple):
-    """What CTAs are launched with. group: query heads that share a KV head."""
-
-    call: BackwardOperands
-    maps: GradientOperands
-    schedule: OneTile
-    group: Int32
-
-
-class KeyBlock(NamedTuple):
-    """Keys first_key and on of one sequence, as one query head sees them.
-
-    member: which of the query heads that share them.
-    """
-
-    call: BackwardOperands
-    maps: GradientOperands
-    sequence: Sequence
-    head: Int32
-    kv_head: Int32
-    member: Int32
-    first_key: Int32
-
-    @staticmethod
-    def of(problem: Problem, config: Config, launch: Launch, zero: Int32 | int = 0) -> KeyBlock:
-        """What this CTA works on. Under a causal mask the first keys have the most to do: they come first.
-
-        zero: one that is not known to be 0, where all of it is to be found anew.
-        """
-        turn, head, batch, _ = launch.schedule.tile(cute.arch.block_idx()[0] + zero)
-        n_block = launch.schedule.m_blocks - 1 - turn
-        kv_head = head // launch.group if problem.gqa else head
-        sequence = sequence_of(launch.call, batch)
-        member = head % launch.group if problem.gqa else Int32(0)
-        first_key = n_block * config.tile_n
-        return KeyBlock(launch.call, launch.maps, sequence, head, kv_head, member, first_key)
-
-    def visits(self, problem: Problem, config: Config, rules: Rules) -> Range | Listed:
-        """The query tiles that see these keys."""
-        tile = config.tile_m, config.tile_n
-        return visits_from_keys(problem, tile, self.call, rules, self.sequence, self.first_key)
-
-    def q_rows(self, operand: Operand, mapped: Mapped) -> HeadRows:
-        """The query head's rows of Q or dO."""
-        s = self.sequence
-        return operand.head_rows(mapped, s.batch, self.head, s.q_start, s.q_start + s.seqlen_q)
-
-    def k_rows(self, operand: Operand, mapped: Mapped) -> HeadRows:
-        """The keys' head's rows of K or V."""
-        s = self.sequence
-        return operand.head_rows(mapped, s.batch, self.kv_head, s.k_start, s.k_start + s.seqlen_k)
-
-    def grad_rows(self, operand: Operand, mapped: Mapped) -> HeadRows:
-        """The keys' head's rows of dK or dV, those out of use too."""
-        s = self.sequence
-        return operand.head_rows(mapped, s.batch, self.kv_head, s.k_start, s.k_start + s.k_rows)
-
-    def scratch_q(self, problem: Problem) -> Int32:
-        """The sequence's first scratch row on the query side."""
-        s = self.sequence
-        return scratch_row(problem.varlen, s.q_start, s.q_rows, s.batch)
-
-    def scratch_k(self, problem: Problem) -> Int32:
-        """The keys' first scratch row."""
-        s = self.sequence
-        return scratch_row(problem.varlen, s.k_start, s.k_rows, s.batch) + self.first_key
+def key_block(problem: Problem, config: Tiling, launch: Launch, zero: Int32 | int = 0) -> KeyBlock:
+    """What this CTA works on. zero: one that is not known to be 0, where all of it is to be found anew."""
+    cta = cute.arch.block_idx()[0] + zero
+    tile = launch.schedule.tile(cta // config.ctas, config.tile_n, problem.gqa)
+    sequence, rank = sequence_of(launch.call, tile.batch), cta % config.ctas
+    first_key = tile.first_key + rank * config.cta_keys
+    return KeyBlock(
+        launch.call, launch.maps, sequence, tile.head, tile.kv_head, tile.member, first_key,
+        tile.first_key, rank,
+    )  # fmt: skip
 
 
 class Sums(NamedTuple):
@@ -130,25 +85,35 @@ class Tiles(NamedTuple):
     """Shared memory; see `Config.regions`."""
 
     moved: GradientOperands  # (rows, columns, tiles); dK and dV in the places of K and V
-    ds: cute.Tensor  # (keys, tile_m, warpgroups * DS_STAGES): dS of a warpgroup's keys, transposed
+    p: cute.Tensor | None  # as ds, or None where no product takes P from here
+    ds: cute.Tensor  # (keys, tile_m, tiles): dS transposed, of keys as in a tile of K
+    peer_ds: cute.Tensor | None  # as ds: of the keys of the other CTA of a pair
     grad_q: cute.Tensor  # (numbers, warpgroups) fp32
     lse: cute.Tensor  # (tile_m, stages) fp32
     delta: cute.Tensor  # (tile_m, stages) fp32
 
     @staticmethod
-    def allocate(smem: SmemAllocator, problem: Problem, config: Config, operands: GradientOperands) -> Tiles:
+    def allocate(smem: SmemAllocator, problem: Problem, config: Tiling, operands: GradientOperands) -> Tiles:
         """Places for all of it."""
         k, v, q, grad_out = (allocate(smem, getattr(operands, name)) for name in ("k", "v", "q", "grad_out"))
         grad_k, grad_v = in_place(k, operands.grad_k), in_place(v, operands.grad_v)
-        ds = Operand.of(problem.precision, ROWS, config.tile_m, config.warpgroups * DS_STAGES, False)
+        keys, paired = config.cta_keys // config.k_tiles, config.ctas > 1
+        p, ds, peer_ds = (
+            Operand.of(problem.precision, keys, config.tile_m, config.k_tiles * stages, False)
+            for stages in (config.p_stages, config.ds_stages, 1)
+        )
 
         def numbers(*shape: int) -> cute.Tensor:
             return smem.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=128)
 
         return Tiles(
-            moved=GradientOperands(q, k, v, grad_out, grad_k, grad_v),
+            moved=GradientOperands(
+                q, k, v, grad_out, grad_k, grad_v, allocate(smem, operands.peer_k) if paired else None
+            ),
+            p=allocate(smem, p) if config.p_stages else None,
             ds=allocate(smem, ds),
-            grad_q=numbers(ROWS * ROWS, config.warpgroups),
-            lse=numbers(config.tile_m, config.stages),
-            delta=numbers(config.tile_m, config.stages),
+            peer_ds=allocate(smem, peer_ds) if paired else None,
+            grad_q=numbers(ROWS * config.handed_columns, config.warpgroups),
+            lse=numbers(config.tile_m, config.q_stages),
+            delta=numbers(config.tile_m, config.grad_out_stages),
         )

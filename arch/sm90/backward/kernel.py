@@ -1,15 +1,16 @@
 """The main kernel of the backward pass (Dao 2023, algorithm 2) for sm_90a, after FlashAttention-3's.
 
-    compute   2 warpgroups   64 keys each: S^T, dP^T, dV, dK and a part of dQ with wgmma
+    compute   2 warpgroups   S, dP, dV and dK of half of the keys each, and a part of dQ, with wgmma
     load      1 warp         TMA: K and V, then every query tile's Q with LSE, and dO with D
     store     2 warps        dQ, added to its sum by bulk reductions; one for each compute warpgroup
 
-    load --k, v--> compute, compute         once, a tile for each warpgroup
-    load --q--> compute, compute            `stages` tiles, with LSE of their rows
-    load --grad_out--> compute, compute     `stages` tiles, with D of their rows
+    load --k, v--> compute, compute         once
+    load --q--> compute, compute            `q_stages` tiles, with LSE of their rows
+    load --grad_out--> compute, compute     `grad_out_stages` tiles, with D of their rows
     compute --grad_q--> store               a part of dQ for each warpgroup
 
-A CTA keeps tile_n keys of one query head. Registers move from load and store to compute (setmaxnreg).
+A CTA keeps some keys of one query head; two may be a pair (pair.py). Registers move from load and store to
+compute (setmaxnreg).
 """
 
 from __future__ import annotations
@@ -23,25 +24,34 @@ from cutlass.cute.nvgpu import cpasync
 
 from ...backward import BackwardOperands, BackwardProblem
 from ...common.channel import channel, channels_ready
+from ...common.key_block import Launch
+from ...common.keys import KeyTiles
 from ...common.memory import SmemAllocator
 from ...common.roles import Role, specialize_warps
-from ...common.schedule import OneTile
-from ...common.sequence import extent
 from ...reverse import differentiated, seen_from_keys
+from ..edge import Edge
 from .compute import Compute, ComputeEnds
-from .edge import Edge
-from .job import GradientOperands, Launch, Tiles
-from .load import Load, LoadEnds
-from .store import Result, Store
+from .exchange import pair_meets
+from .job import Edges, GradientOperands, Tiles
+from .load import Load, LoadEnds, brought
+from .pair import PairCompute
+from .store import Store
 from .topology import WARPGROUP, topology
-from .tuning import Config
+from .tuning import Config, PairConfig, Tiling, WideConfig
 from .turns import AsTheyCome, InTurns
+from .wide import WideCompute
+
+COMPUTE = {
+    Config: Compute,
+    WideConfig: WideCompute,
+    PairConfig: PairCompute,
+}
 
 
 class BackwardKernel:
     """The kernel for one problem and config: compiled with `BackwardOperands` and a stream."""
 
-    def __init__(self, problem: BackwardProblem, config: Config):
+    def __init__(self, problem: BackwardProblem, config: Tiling):
         mask, score = problem.forward.mask, problem.forward.score
         self.problem = replace(
             problem.forward, mask=mask and seen_from_keys(mask), score=score and differentiated(score)
@@ -54,22 +64,25 @@ class BackwardKernel:
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = BackwardOperands(*operands)
-        keys, batches = extent(call.k, call.cu_seqlens_k, call.max_seqlen_k)
-        heads = call.q.shape[-2]
-        schedule = OneTile(cute.ceil_div(keys, self.config.tile_n), heads, batches)
-        launch = Launch(call, self.maps(call), schedule, heads // call.k.shape[-2])
+        call, ctas = BackwardOperands(*operands), self.config.ctas
+        launch = Launch(call, self.maps(call), KeyTiles.of(call, self.config.tile_n))
         self.kernel(launch).launch(
-            grid=schedule.grid(), block=(self.config.threads, 1, 1), stream=stream, min_blocks_per_mp=1
+            grid=(launch.schedule.tiles.count * ctas, 1, 1),
+            block=(self.config.threads, 1, 1),
+            cluster=(ctas, 1, 1) if ctas > 1 else None,
+            stream=stream,
+            min_blocks_per_mp=1,
         )
 
     def maps(self, call: BackwardOperands) -> GradientOperands:
         """The tensors as TMA sees them."""
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        both = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.config.ctas > 1 else load
+        ways = {"q": both, "grad_out": both, "grad_k": store, "grad_v": store}
         made = {
-            name: operand.map(store if name in ("grad_k", "grad_v") else load, getattr(call, name))
+            name: brought(operand, name, self.config).map(ways.get(name, load), tensor)
             for name, operand in self.operands._asdict().items()
-            if getattr(call, name) is not None
+            if operand is not None and (tensor := getattr(call, name.removeprefix("peer_"))) is not None
         }
         return GradientOperands(**{name: made.get(name) for name in GradientOperands._fields})
 
@@ -78,33 +91,45 @@ class BackwardKernel:
         problem, config, links = self.problem, self.config, self.topology
         tiles, barriers = self.shared_memory()
         numbers = 4 * config.tile_m
+        k, v, peer_k = self.operands.k, self.operands.v, self.operands.peer_k
         nbytes = {
-            "k": config.warpgroups * self.operands.k.bytes,
-            "v": config.warpgroups * self.operands.v.bytes,
+            "k": k.stages * k.bytes + (peer_k.stages * peer_k.bytes if peer_k else 0),
+            "v": v.stages * v.bytes,
             "q": self.operands.q.bytes + numbers,
             "grad_out": self.operands.grad_out.bytes + numbers,
         }
-        channels = [channel(barriers, links[name], size) for name, size in nbytes.items()]
-        edge = Edge.at(barriers, links["grad_q"])
+        shared = {"q": config.ctas, "grad_out": config.ctas}
+        channels = [
+            channel(barriers, links[name], size, shared.get(name, 1)) for name, size in nbytes.items()
+        ]
+        names = ("grad_q", "peer_ds") if config.ctas > 1 else ("grad_q",)
+        edges = Edges(*(Edge.at(barriers, links[name]) for name in names))
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             with cute.arch.elect_one():
-                edge.make(links["grad_q"])
+                for name, edge in zip(names, edges, strict=False):
+                    edge.make(links[name])
         channels_ready()
-        compute = Compute(problem, config, Result(problem, config, self.operands, self.turns))
+        if cutlass.const_expr(config.ctas > 1):
+            pair_meets()
+        compute = COMPUTE[type(config)](problem, config, self.operands, self.turns)
         load, store = Load(problem, config, self.operands), Store(problem, config, self.turns)
         consumers = ComputeEnds(*(made.consumer for made in channels))
         producers = LoadEnds(*(made.producer for made in channels))
         roles = (
             Role(
-                partial(compute.run, launch, tiles, consumers, edge),
+                partial(compute.run, launch, tiles, consumers, edges),
                 WARPGROUP * config.warpgroups,
                 config.consumer_registers,
             ),
             Role(partial(load.run, launch, tiles, producers), 1, config.producer_registers),
-            Role(partial(store.run, launch, tiles, edge), config.warpgroups, config.producer_registers),
+            Role(
+                partial(store.run, launch, tiles, edges.grad_q), config.warpgroups, config.producer_registers
+            ),
         )
         specialize_warps(roles, config.launch_registers, warp)
+        if cutlass.const_expr(config.ctas > 1):
+            pair_meets()  # neither leaves while the other may still tell it something
 
     def shared_memory(self) -> tuple[Tiles, cute.Pointer]:
         """The tiles, and the barriers of all links."""

@@ -1,8 +1,8 @@
 """What leaves: dQ of every visit by the store role, dK and dV in the end by the warpgroups that have them.
 
-dQ is added to its sum by bulk reductions, a warpgroup's part at a time, in the order of `common.sums`
-for 128 threads: 64 rows are 64 * columns neighbouring numbers, columns in order, so that parts that are 64
-columns of them are neighbours, too.
+dQ is added to its sum by bulk reductions, as much as a warpgroup hands over at a time, in the order of
+`common.sums` for 128 threads: 64 rows are 64 * columns neighbouring numbers, columns in order, so that those
+of some columns are neighbours, too.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from cutlass._mlir.dialects import llvm
 from ...backward import scratch_columns
 from ...common.blocks import Listed, Range
 from ...common.element import element_type
+from ...common.key_block import KeyBlock, Launch
 from ...common.rules import Rules
 from ...common.sums import SummedTile
 from ...elementwise import maximum, minimum
 from ...problem import Problem
-from ..mma import tiled_mma, to_shared
-from .edge import Edge
-from .job import GradientOperands, KeyBlock, Launch, Sums, Tiles
-from .tuning import ROWS, THREADS, Config
+from ..edge import Edge
+from ..mma import tiled_mma, to_shared, visible
+from .job import GradientOperands, Sums, Tiles, key_block
+from .tuning import ROWS, THREADS, Tiling
 from .turns import AsTheyCome, InTurns
 
 RESULT = 2  # first of the named barriers, one per warpgroup
@@ -31,37 +32,48 @@ RESULT = 2  # first of the named barriers, one per warpgroup
 class Store:
     """A warp for each warpgroup, which brings its part of dQ away. turns: when it may."""
 
-    def __init__(self, problem: Problem, config: Config, turns: AsTheyCome | InTurns):
+    def __init__(self, problem: Problem, config: Tiling, turns: AsTheyCome | InTurns):
         self.problem, self.config, self.turns = problem, config, turns
         self.columns = scratch_columns(problem.head_dim)
 
     @cute.jit
     def run(self, launch: Launch, tiles: Tiles, edge: Edge, warpgroup: Int32):
-        block = KeyBlock.of(self.problem, self.config, launch)
-        if block.first_key < block.sequence.k_rows:
+        block = key_block(self.problem, self.config, launch)
+        if block.any():
             self.key_block(block, tiles.grad_q[None, warpgroup], edge.of(warpgroup), warpgroup)
 
     @cute.jit
     def key_block(self, block: KeyBlock, numbers: cute.Tensor, edge: Edge, warpgroup: Int32):
         rules = Rules.of(self.problem, block.call, block.sequence, block.head)
         visits = block.visits(self.problem, self.config, rules)
-        rows, first_column = (warpgroup * ROWS, 0) if self.config.rows_apart else (0, warpgroup * ROWS)
-        # Of columns that are padded further than scratch is, so many are of use.
-        count = minimum(maximum(self.columns - first_column, 0), ROWS) * ROWS
+        config = self.config
+        width, hands = config.handed_columns, config.part_columns // config.handed_columns
+        part = block.rank * config.warpgroups + warpgroup  # of a pair's columns each CTA has half
+        first_column = 0 if config.rows_apart else part * config.part_columns
+        rows = warpgroup * ROWS if config.rows_apart else 0
         first_row = block.scratch_q(self.problem)
         for i in cutlass.range(visits.total, unroll=1):
             place = visits.after(visits.start, i)
             row = first_row + Int32(visits.block(place)) * self.config.tile_m
             sums = block.call.grad_q_sum[block.head, row + rows, None].iterator + first_column * ROWS
-            edge.wait_full(Int32(i))
-            self.turns.wait_q(block, rules, visits, place, row, warpgroup)
-            with cute.arch.elect_one():
-                if count > 0:
-                    add(sums, numbers.iterator, count * 4)
-                cute.arch.cp_async_bulk_commit_group()
-                cute.arch.cp_async_bulk_wait_group(0, read=self.turns.only_read)
-            edge.warp_emptied()
-            self.turns.pass_q(block, row, warpgroup)
+            for h in cutlass.range_constexpr(hands):
+                # Of columns that are padded further than scratch is, so many are of use.
+                count = minimum(maximum(self.columns - first_column - h * width, 0), width) * ROWS
+                edge.wait_full(Int32(i) * hands + h)
+                if cutlass.const_expr(h == 0):
+                    self.turns.wait_q(block, rules, visits, place, row, part)
+                self.bring_away(sums + h * width * ROWS, numbers, count)
+                edge.warp_emptied()
+            self.turns.pass_q(block, row, part)
+
+    @cute.jit
+    def bring_away(self, sums: cute.Pointer, numbers: cute.Tensor, count: Int32):
+        """Add what was handed over; it may be overwritten behind this."""
+        with cute.arch.elect_one():
+            if count > 0:
+                add(sums, numbers.iterator, count * 4)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=self.turns.only_read)
 
 
 def add(sums: cute.Pointer, numbers: cute.Pointer, nbytes: Int32) -> None:
@@ -78,7 +90,7 @@ class Result:
     """
 
     def __init__(
-        self, problem: Problem, config: Config, operands: GradientOperands, turns: AsTheyCome | InTurns
+        self, problem: Problem, config: Tiling, operands: GradientOperands, turns: AsTheyCome | InTurns
     ):
         self.problem, self.config, self.operands, self.turns = problem, config, operands, turns
         self.dtype = element_type(problem.precision)
@@ -86,14 +98,25 @@ class Result:
     def store(
         self, block: KeyBlock, tiles: Tiles, sums: Sums, visits: Range | Listed, warpgroup: Int32
     ) -> None:
-        """When all warpgroups have read K and V for the last time."""
-        if self.problem.gqa:
-            row = block.scratch_k(self.problem)
-            self.turns.wait_k(block, row)
-            self.add(block, sums, visits, row + warpgroup * ROWS)
-            self.turns.pass_k(block, row)
-        else:
+        """When all warpgroups have read K and V for the last time, unless heads share them."""
+        if not self.problem.gqa:
             self.write(block, tiles, sums, warpgroup)
+        elif self.config.ctas == 1:
+            self.add_in_turn(block, sums, visits, warpgroup)
+        else:
+            self.add_own(block, sums, visits, warpgroup)
+
+    @cute.jit
+    def add_own(self, block: KeyBlock, sums: Sums, visits: cutlass.Constexpr, warpgroup: Int32):
+        """A CTA of a pair may have no keys, and then no scratch rows either."""
+        if block.first_key < block.sequence.k_rows:
+            self.add_in_turn(block, sums, visits, warpgroup)
+
+    def add_in_turn(self, block: KeyBlock, sums: Sums, visits: Range | Listed, warpgroup: Int32) -> None:
+        row = block.scratch_k(self.problem)
+        self.turns.wait_k(block, row)
+        self.add(block, sums, visits, row + warpgroup * self.config.keys)
+        self.turns.pass_k(block, row)
 
     @cute.jit
     def add(self, block: KeyBlock, sums: Sums, visits: cutlass.Constexpr, row: Int32):
@@ -118,9 +141,10 @@ class Result:
         )
         self.to_tile(sums.k, tile_k, self.config.columns)
         self.to_tile(sums.v, tile_v, self.config.columns_v)
+        visible()
         cute.arch.barrier(barrier_id=RESULT + warpgroup, number_of_threads=THREADS)
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
-            first = block.first_key + warpgroup * ROWS
+            first = block.first_key + warpgroup * self.config.keys
             for operand, mapped, tile in (
                 (operands.grad_k, maps.grad_k, tile_k), (operands.grad_v, maps.grad_v, tile_v)
             ):

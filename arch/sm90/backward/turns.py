@@ -13,10 +13,10 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ...common.blocks import Listed, Range
+from ...common.key_block import KeyBlock
 from ...common.rules import Rules
 from ...common.turns import WARP, KeyTurns, pass_on, wait
 from ...problem import Problem
-from .job import KeyBlock
 
 
 class AsTheyCome:
@@ -67,7 +67,7 @@ class InTurns(NamedTuple):
         pass_on(self._of_k(block, row), block.member + 1)
 
     def _key_tile(self, block: KeyBlock) -> Int32:
-        return block.first_key // self.tile[1]
+        return block.tile_key // self.tile[1]
 
     def _of_q(self, block: KeyBlock, row: Int32, part: Int32) -> cute.Pointer:
         return block.call.turns_q[block.head, None].iterator + (row + part)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32
 
-from ...common.topology import Barriers
+from ..common.topology import Barriers
 
 
 class Edge(NamedTuple):

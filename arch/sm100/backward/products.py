@@ -1,0 +1,104 @@
+"""The five products: what they multiply, and where in tensor memory their results are.
+
+    S^T = K Q^T       dP^T = V dO^T       keys x rows; both operands in shared memory
+    dV += P^T dO      dK += dS^T Q        keys x columns; P^T and dS^T in tensor memory
+    dQ = dS K                             rows x columns, in parts; dS lies in shared memory transposed
+
+A tiled product carries its accumulate flag along, so that each use makes its own. A pair's takes half of A's
+rows, and half of B's columns of the result, from each CTA: what is one's own is partitioned as by a product
+with just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import cutlass.cute as cute
+
+from ...common.operand import transposed
+from ..group import ALONE, Group
+from ..mma import MN, SMEM, TMEM, K, tiled_mma
+from .plan import Plan
+from .tuning import WARPGROUPS
+
+
+@dataclass(frozen=True)
+class Products:
+    """plan: where results are. group: of CTAs."""
+
+    dtype: type
+    plan: Plan
+    group: Group
+
+    def scores(self, group: Group) -> cute.TiledMma:
+        """Of S^T and dP^T. group: all of it, or ALONE: what is a CTA's own."""
+        return tiled_mma(self.dtype, self.share(self.plan.rows, group), SMEM, K, group, rows=self.plan.keys)
+
+    def grad_kv(self, columns: int, group: Group) -> cute.TiledMma:
+        """Of dK and dV, likewise."""
+        return tiled_mma(self.dtype, self.share(columns, group), TMEM, MN, group, rows=self.plan.keys)
+
+    def grad_q(self, group: Group) -> cute.TiledMma:
+        """Of a part of dQ's columns, likewise."""
+        rows, columns = self.plan.grad_q_shape
+        return tiled_mma(self.dtype, self.share(columns, group), SMEM, MN, group, MN, rows)
+
+    def share(self, columns: int, group: Group) -> int:
+        """Of all columns those that `group` has."""
+        return columns * group.ctas // self.group.ctas
+
+    def keys(self, tiles: cute.Tensor) -> cute.Tensor:
+        """Descriptors (mma, keys, k, tiles) of K or V (keys, dim, tiles), as A of S^T or dP^T."""
+        return as_a(self.scores, self.group, tiles)
+
+    def rows(self, tiles: cute.Tensor) -> cute.Tensor:
+        """Descriptors (mma, rows, k, tiles) of Q or dO (rows, dim, tiles), as B of S^T or dP^T."""
+        return as_b(self.scores, self.group, tiles)
+
+    def columns(self, tiles: cute.Tensor) -> cute.Tensor:
+        """Descriptors (mma, columns, k, tiles) of Q or dO, as B of dK or dV."""
+        columns = cute.size(tiles, mode=[1]) * self.group.ctas
+        return as_b(partial(self.grad_kv, columns), self.group, transposed(tiles))
+
+    def ds(self, tiles: cute.Tensor) -> cute.Tensor:
+        """Descriptors (mma, rows, k, tiles) of dS^T (keys, rows, tiles), as A of dQ."""
+        return as_a(self.grad_q, self.group, transposed(tiles))
+
+    def k_of_grad_q(self, tiles: cute.Tensor, part: int) -> cute.Tensor:
+        """Descriptors (mma, columns, k, tiles) of a part of the columns of K, as B of dQ."""
+        keys, count = cute.size(tiles, mode=[0]), cute.size(tiles, mode=[2])
+        columns = (self.plan.columns_at_once, keys, count)
+        return as_b(self.grad_q, self.group, cute.local_tile(transposed(tiles), columns, (part, 0, 0)))
+
+    def result(self, mma: cute.TiledMma, base: cute.Pointer, at: int, shape: tuple[int, int]) -> cute.Tensor:
+        """What a product writes, of a CTA's (rows, columns), from place `at` of tensor memory on."""
+        rows, columns = shape
+        layout = mma.make_fragment_C(mma.partition_shape_C((rows * self.group.ctas, columns))).layout
+        return cute.make_tensor(base + at, layout)
+
+    def weights(self, base: cute.Pointer, name: str, columns: int) -> cute.Tensor:
+        """P^T or dS^T in tensor memory as A of dV or dK: (mma, keys, k), two elements to a column.
+
+        Each warpgroup's rows of Q are neighbours.
+        """
+        pointer = cute.recast_ptr(base + self.plan.at(name), dtype=self.dtype)
+        rows = self.plan.half_rows
+        part = cute.make_tensor(pointer, cute.make_layout((self.plan.keys, rows), stride=(rows, 1)))
+        layout = as_a(partial(self.grad_kv, columns), self.group, part).layout
+        (within, keys, k), (within_step, keys_step, k_step) = layout.shape, layout.stride
+        # A fragment in tensor memory has a layout, but always begins at column 0.
+        steps = k_step, 2 * self.plan.step(name)
+        halves = cute.make_layout((within, keys, (k, WARPGROUPS)), stride=(within_step, keys_step, steps))
+        return cute.make_tensor(pointer, halves)
+
+
+def as_a(mma: Callable[[Group], cute.TiledMma], group: Group, tiles: cute.Tensor) -> cute.Tensor:
+    """A CTA's tiles (rows, k, tiles) as operands of a product of the group."""
+    return mma(group).make_fragment_A(mma(ALONE).get_slice(0).partition_A(tiles))
+
+
+def as_b(mma: Callable[[Group], cute.TiledMma], group: Group, tiles: cute.Tensor) -> cute.Tensor:
+    """A CTA's tiles (columns, k, tiles) as operands of a product of the group."""
+    return mma(group).make_fragment_B(mma(ALONE).get_slice(0).partition_B(tiles))

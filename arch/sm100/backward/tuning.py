@@ -1,0 +1,217 @@
+"""Tile sizes of Blackwell's backward kernel: a table, read top to bottom; the first row that serves is taken.
+
+A CTA has 128 keys, a lane of tensor memory for each, or 64, half a lane for each, and takes 128 or 64 rows of
+Q at a time. What a row rests on:
+
+tile_m, tile_n: dK and dV take head_dim + head_dim_v columns of tensor memory for 128 keys, S and dP two of
+    tile_m. Where that is too much tile_m is 64, or else tile_n, for which dK and dV take the more of both.
+registers: `setmaxnreg` moves 512 per thread between four warpgroups, two of which compute. Each of their
+    threads has one key and 64 rows: 64 registers of P, and 32 of dP at a time. With smaller tiles, 32 of P.
+at_once: where dQ lies in dP's columns of tensor memory, the next dP waits until the store role has dQ in
+    registers, one for each column. Where dQ has columns of its own nobody waits for them.
+stages: two of Q, of which one is read until dK is begun; of dO two where shared memory has room.
+
+Nothing here is timed: there is no such GPU at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...backward import BackwardProblem, scratch_columns
+from ...common.regions import Region, Regions
+from ...problem import Device, Problem
+from ...tuning import GradientTable
+from ..tuning import HEAVY, LIGHT, register_pressure
+
+ROWS = 128  # lanes of tensor memory, and so rows of an accumulator; or half as many
+WARPGROUPS = 2  # that compute, half of the rows of Q each
+THREADS = 128  # of a warpgroup
+REGISTERS = 512  # of four threads, one of each warpgroup
+NUMBERS = 2  # places of LSE and D
+CHUNK = 32  # columns or rows that are in registers at a time
+OF_PAIRS = ("q_columns", "k_columns", "out_columns")  # half of the columns: what a pair's CTAs have besides
+ALIGNMENT = 1024  # bytes that barriers and the alignment of tiles may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the main kernel works on a problem.
+
+    tile_m: rows of Q and dO at a time. tile_n: keys that visit the same of them: of a CTA, or of both of a
+    pair. Of a CTA both are 64 or 128. ctas: 1, or 2 for a pair that multiplies together: see `pair`.
+    q_stages, out_stages: tiles of Q, and of dO, in shared memory. chunk: columns of dQ, and of sums of dK and
+    dV, that leave at a time; of dQ of 64 rows twice as many. sums: places of such columns of dQ, on their
+    way. p_apart: P has columns of tensor memory of its own, otherwise S's. at_once: the store role takes all
+    columns of dQ that there are into registers, otherwise `chunk`. store_registers, compute_registers,
+    other_registers: per thread.
+
+    ValueError for registers that are not launched.
+    """
+
+    tile_m: int = ROWS
+    tile_n: int = ROWS
+    q_stages: int = 2
+    out_stages: int = 2
+    chunk: int = 32
+    sums: int = 2
+    ctas: int = 1
+    p_apart: bool = False
+    at_once: bool = False
+    store_registers: int
+    compute_registers: int
+    other_registers: int
+
+    def __post_init__(self) -> None:
+        together = self.store_registers + WARPGROUPS * self.compute_registers + self.other_registers
+        if together > REGISTERS:
+            raise ValueError(f"{self}: {together} registers, a thread of each warpgroup, are not launched")
+
+    @property
+    def paired(self) -> bool:
+        return self.ctas > 1
+
+    @property
+    def s_emptied(self) -> bool:
+        """Whether who reads S tells when: something else than P comes there."""
+        return self.p_apart or self.paired
+
+    @property
+    def cta_keys(self) -> int:
+        """Keys of a CTA."""
+        return self.tile_n // self.ctas
+
+    @property
+    def cta_rows(self) -> int:
+        """Rows of dQ of a CTA, which are a tile of its sums."""
+        return self.tile_m // self.ctas
+
+    @property
+    def threads(self) -> int:
+        """The store role's, those that compute, and those of mma and load."""
+        return THREADS * (WARPGROUPS + 2)
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers per thread before `setmaxnreg`."""
+        return REGISTERS // (WARPGROUPS + 2)
+
+    def regions(self, problem: Problem) -> Regions:
+        """Shared memory in bytes."""
+        columns, nbytes = columns_of(problem), problem.precision.nbytes
+        k, v = (nbytes(self.cta_keys * count) for count in columns)
+        q, grad_out = (nbytes(self.cta_rows * count) for count in columns)
+        ds, numbers = nbytes(self.tile_m * self.cta_keys), 4 * self.tile_m
+        sums, shared_sums = 4 * ROWS * self.chunk, 4 * self.cta_keys * self.chunk
+        of_pairs = (
+            Region(name="k_columns", size=k, filled="load", read="dq"),
+            Region(name="q_columns", size=q, filled="load", read="dk"),
+            Region(name="out_columns", size=grad_out, filled="load", read="dv"),
+            Region(name="peer_ds", size=ds // 2, filled="ds", read="dq"),
+        )
+        return Regions(
+            regions=(
+                Region(name="k", size=k, filled="load", read="dq"),
+                Region(name="v", size=v, filled="load", read="dp"),
+                Region(name="q", size=q, count=self.q_stages, filled="load", read="dk"),
+                Region(name="grad_out", size=grad_out, count=self.out_stages, filled="load", read="dv"),
+                Region(name="ds", size=ds // 2, count=2, filled="ds", read="dq"),
+                Region(name="sums", size=sums, count=self.sums, filled="store", read="store"),
+                Region(name="lse", size=numbers, count=NUMBERS, filled="load", read="p"),
+                Region(name="delta", size=numbers, count=NUMBERS, filled="load", read="ds"),
+                Region(name="grad_k", size=k, filled="end", read="end", over="k"),
+                Region(name="grad_v", size=v, filled="end", read="end", over="v"),
+                Region(
+                    name="shared_sums", size=shared_sums, count=WARPGROUPS, filled="end", read="end",
+                    over="ds",
+                ),
+                *(of_pairs if self.paired else ()),
+            ),
+            steps=("load", "s", "dp", "p", "dv", "ds", "dk", "dq", "store", "end"),
+            unit="bytes of shared memory",
+        )  # fmt: skip
+
+    def shared_memory(self, problem: BackwardProblem) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.regions(problem.forward).used + ALIGNMENT
+
+
+def columns_of(problem: Problem) -> tuple[int, int]:
+    """Columns of tiles of Q and K, and of dO and V: those of their gradients' sums."""
+    return scratch_columns(problem.head_dim), scratch_columns(problem.head_dim_v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A config for head dims up to these, of problems whose registers allow it: up to `pressure`.
+
+    narrowest: neither head dim may be less. few: also where queries see a window of the keys.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    pressure: int
+    config: Config
+    why: str
+    narrowest: int = 8
+    few: bool = True
+
+
+PIECEWISE = {"store_registers": 80, "compute_registers": 184, "other_registers": 64}
+AT_ONCE = {"at_once": True, "store_registers": 152, "compute_registers": 152, "other_registers": 56}
+BACKWARD = (
+    Row(
+        head_dim=64, head_dim_v=64, pressure=HEAVY, config=Config(p_apart=True, **PIECEWISE),
+        why="P and dQ have columns of their own: the next S is computed beside the exponentials of the one "
+        "before, and the store role may take dQ piece by piece",
+    ),
+    Row(
+        head_dim=128, head_dim_v=128, pressure=HEAVY, narrowest=104, few=False,
+        config=Config(
+            tile_n=256, ctas=2, q_stages=1, out_stages=1, chunk=16, at_once=True, store_registers=88,
+            compute_registers=184, other_registers=56,
+        ),
+        why="FlashAttention-4's pair: shared memory takes 2560 clocks for 128 keys, as the products do, 3328 "
+        "alone; a window leaves it rows that only one of its CTAs visits",
+    ),
+    Row(
+        head_dim=128, head_dim_v=128, pressure=LIGHT,
+        config=Config(out_stages=1, **AT_ONCE),
+        why="FlashAttention-4's: dQ lies over dP, and leaves it at once",
+    ),
+    Row(
+        head_dim=128, head_dim_v=128, pressure=HEAVY, config=Config(out_stages=1, **PIECEWISE),
+        why="rules and dropout take the registers that dQ would leave at once with",
+    ),
+    Row(
+        head_dim=192, head_dim_v=128, pressure=HEAVY, config=Config(tile_m=64, chunk=16, sums=4, **AT_ONCE),
+        why="64 rows of Q leave tensor memory for sums of 128 keys: of 64, dQ would leave twice as often",
+    ),
+    Row(
+        head_dim=192, head_dim_v=192, pressure=HEAVY,
+        config=Config(tile_n=64, out_stages=1, chunk=16, **PIECEWISE),
+        why="tensor memory has room for sums of 64 keys only",
+    ),
+    Row(
+        head_dim=256, head_dim_v=256, pressure=HEAVY,
+        config=Config(tile_n=64, q_stages=1, out_stages=1, chunk=16, **AT_ONCE),
+        why="likewise; and shared memory for one tile of Q",
+    ),
+    Row(
+        head_dim=256, head_dim_v=256, pressure=HEAVY,
+        config=Config(tile_m=64, tile_n=64, chunk=16, **PIECEWISE),
+        why="only block masks with blocks of 64 rows and keys get here",
+    ),
+)  # fmt: skip
+
+
+def serves(row: Row, problem: BackwardProblem, device: Device) -> bool:
+    """Whether a row is for these head dims, and registers are enough."""
+    asked = problem.forward
+    reaches = asked.head_dim <= row.head_dim and asked.head_dim_v <= row.head_dim_v
+    wide = min(asked.head_dim, asked.head_dim_v) >= row.narrowest
+    sees = row.few or asked.mask is None or not asked.mask.sees_few()
+    return reaches and wide and sees and register_pressure(asked, device) <= row.pressure
+
+
+TABLE = GradientTable(rows=BACKWARD, serves=serves, ctas=lambda config: config.ctas)
