@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
-from .. import sm80
-from .forward import FORWARD
+from dataclasses import replace
 
-KERNELS = (FORWARD, *sm80.KERNELS)
+from .. import sm80
+from ..backward import FORWARD_ONLY, PostprocessProblem, steps_around
+from ..kernel import Kernel
+from ..sm80.backward.tuning import PostprocessConfig
+from .backward import tuning as backward
+from .forward import FORWARD
+from .fp8 import QUANTIZED
+
+
+def sums_of(problem: PostprocessProblem, main: backward.Config) -> PostprocessConfig:
+    """Sums lie as the accumulators of eight or four warps, with 16 rows each."""
+    rows = main.cta_rows if problem.side == "q" else main.cta_keys
+    return PostprocessConfig(rows=rows, grid=(rows // 16, 1))
+
+
+# After FlashAttention-4's backward pass (Zadouri et al. 2026).
+BACKWARD = Kernel(
+    name="sm100.backward",
+    operation="backward",
+    support=replace(FORWARD.support, features=FORWARD.support.features - FORWARD_ONLY),
+    tuning=backward.TABLE.tuning,
+    launches=".sm100.backward.kernel:BackwardKernel",
+    around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, sums_of),
+)
+
+KERNELS = (FORWARD, QUANTIZED, BACKWARD, *sm80.KERNELS)

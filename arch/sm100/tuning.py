@@ -68,8 +68,13 @@ class Config:
 
     @property
     def is_persistent(self) -> bool:
-        """Whether a CTA takes several tiles: then O has a place of its own."""
+        """Whether a CTA takes several tiles."""
         return self.dynamic or self.persistent
+
+    @property
+    def apart(self) -> bool:
+        """Whether O has a place of its own in shared memory, not Q's."""
+        return self.is_persistent
 
     @property
     def tile_m(self) -> int:
@@ -88,13 +93,14 @@ class Config:
 
     def shared_memory(self, problem: Problem) -> int:
         """Bytes of a CTA's dynamic shared memory: Q, O in its place or beside it, K, V, factors, barriers."""
-        precision = problem.precision
+        precision, out_precision = problem.precision, problem.out_precision
         dim, dim_v = map(precision.padded, (problem.head_dim, problem.head_dim_v))
         rows, v_part = TILE_M * self.tiles, precision.padded(dim_v, self.ctas) // self.ctas
-        q_and_out = dim + dim_v if self.is_persistent else max(dim, dim_v)
-        q, k = rows * q_and_out, self.tile_n // self.ctas * self.k_stages * dim
+        q, out = precision.nbytes(rows * dim), out_precision.nbytes(rows * dim_v)
+        k, v = self.tile_n // self.ctas * self.k_stages * dim, self.tile_n * self.v_stages * v_part
         small = 4 * (self.slots + 1) * rows + 512
-        return precision.nbytes(q + k + self.tile_n * self.v_stages * v_part) + -(-small // 1024) * 1024
+        q_and_out = q + out if self.apart else max(q, out)
+        return q_and_out + precision.nbytes(k + v) + -(-small // 1024) * 1024
 
 
 LIGHT, HEAVY = range(2)

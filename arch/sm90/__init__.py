@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .. import sm80
-from ..backward import steps_around
-from ..kernel import Kernel, Tuning
-from ..sm80.backward.tuning import PostprocessConfig, main_blocks
+from ..backward import FORWARD_ONLY, steps_around
+from ..kernel import Kernel
+from ..sm80.backward.tuning import PostprocessConfig
 from .backward import tuning as backward
 from .forward import FORWARD
+from .fp8 import QUANTIZED
 
 # Sums lie as the accumulators of one warpgroup, whose four warps have 64 rows below each other.
 SUMS = PostprocessConfig(rows=backward.ROWS, grid=(4, 1))
@@ -17,16 +18,10 @@ SUMS = PostprocessConfig(rows=backward.ROWS, grid=(4, 1))
 BACKWARD = Kernel(
     name="sm90.backward",
     operation="backward",
-    support=replace(
-        FORWARD.support, head_dims=range(8, 129, 8), features=FORWARD.support.features - {"split_kv"}
-    ),
-    tuning=Tuning(
-        config=lambda problem, device, sizes: backward.main_config(problem, device),
-        fitting=backward.fitting_configs,
-        blocks=main_blocks,
-    ),
+    support=replace(FORWARD.support, features=FORWARD.support.features - FORWARD_ONLY),
+    tuning=backward.TABLE.tuning,
     launches=".sm90.backward.kernel:BackwardKernel",
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, lambda problem, config: SUMS),
 )
 
-KERNELS = (FORWARD, BACKWARD, *sm80.KERNELS)
+KERNELS = (FORWARD, QUANTIZED, BACKWARD, *sm80.KERNELS)

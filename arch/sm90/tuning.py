@@ -75,11 +75,21 @@ def register_pressure(problem: Problem, device: Device) -> int:
 
 
 def fitted(config: Config, problem: Problem, device: Device) -> Config | None:
-    """The config where there is room for it; dropout draws its numbers for 32 keys at a time."""
+    """The config where there is room for it; dropout draws its numbers for 32 keys at a time.
+
+    Who looks up pages needs more registers than who does not: of two warpgroups' that multiply.
+    """
+    if problem.page_size and config.producer_registers < 40:
+        config = replace(config, **LOOKING_UP[config.consumers])
     fits = config.shared_memory(problem) <= device.shared_memory
     return config if fits and not (problem.dropout and config.tile_n % 32) else None
 
 
+# Registers where keys lie in pages, by how many warpgroups multiply.
+LOOKING_UP: dict[int, dict[str, int]] = {
+    2: {"producer_registers": 40, "consumer_registers": 232},
+    3: {"producer_registers": 32, "consumer_registers": 160},
+}
 # Rows of Q that one warpgroup takes: with no more, a second one would have nothing to do.
 FEW_ROWS = 64
 STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under way as shared memory holds
@@ -88,6 +98,8 @@ STAGES_FOR_FEW_ROWS = 4  # K and V then stream through once: as many bytes under
 def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
     """One warpgroup, nobody to take turns with, and more of K and V under way."""
     few = replace(config, consumers=1, producer_registers=24, consumer_registers=240, ping_pong=False)
+    if problem.page_size:
+        few = replace(few, producer_registers=64)
     deep = (replace(few, stages=stages) for stages in range(STAGES_FOR_FEW_ROWS, few.stages, -1))
     return next((c for c in deep if c.shared_memory(problem) <= device.shared_memory), few)
 
@@ -99,7 +111,7 @@ def scheduled(config: Config, problem: Problem, device: Device) -> Config:
     the hardware gives a CTA for each its place. Equal tiles leave nothing to balance, so CTAs may persist: O
     leaves while the next tile's Q, K and V arrive, if there is shared memory for Q and O at once.
     """
-    if problem.mask is not None or problem.block_size or problem.varlen:
+    if problem.mask is not None or problem.block_size or problem.varlen or problem.cache:
         return replace(config, longest_first=True)
     persistent = replace(config, persistent=True)
     fits = persistent.shared_memory(problem) <= device.shared_memory

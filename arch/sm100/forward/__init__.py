@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...kernel import Kernel
-from ...problem import Support
+from ...problem import PAGE_STEP, Support
 from .. import tuning
 
 # After FlashAttention-4 (Zadouri et al. 2026).
@@ -17,9 +17,10 @@ FORWARD = Kernel(
         features=frozenset(
             (
                 "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
-                "sink", "lse", "split_kv",
+                "sink", "lse", "split_kv", "kv_cache", "paged_kv",
             )
         ),
+        page_sizes=PAGE_STEP,
     ),
     tuning=tuning.FORWARD.tuning,
     launches=".sm100.forward.kernel:ForwardKernel",

@@ -28,6 +28,7 @@ class Correction:
     def __init__(self, problem: Problem, config: Config, plan: Plan, output: Result | Partial):
         self.problem, self.config, self.plan, self.output = problem, config, plan, output
         self.group, self.dim_v = Group(config.ctas), problem.precision.padded(problem.head_dim_v)
+        self.out_columns = problem.out_precision.padded(problem.head_dim_v)
 
     @cute.jit
     def run(self, work: Work, ends: tuple, warp: Int32):
@@ -81,7 +82,7 @@ class Correction:
             filling = work.past.turns + turns - 1 if self.config.slots > 1 else work.past.filled
             work.edges.o.of(tile).wait_full(filling)
         target = self.output.target(work, tile, thread)
-        for c in cutlass.range_constexpr(0, self.dim_v, CHUNK):
+        for c in cutlass.range_constexpr(0, self.out_columns, CHUNK):
             values = registers(CHUNK)
             values.fill(0.0)
             if turns > 0:

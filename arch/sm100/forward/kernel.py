@@ -41,7 +41,7 @@ from ...common.memory import Maps, SmemAllocator, Tiles
 from ...common.operand import Operand
 from ...common.roles import Role, specialize_warps
 from ...common.schedule import tile_per_cta
-from ...common.sequence import extent, sequence_of
+from ...common.sequence import cached_sequence_of, extent
 from ...common.topology import Barriers
 from ...elementwise import minimum
 from ...problem import Operands, Problem
@@ -67,26 +67,34 @@ CHANNELS = ("q", "k", "v")  # the links that TMA fills
 class ForwardKernel:
     """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
 
+    softmax_role: type[Softmax] = Softmax
+
     def __init__(self, problem: Problem, config: Config):
         if config.persistent and not equal_tiles(problem):
             raise ValueError(f"CTAs persist where all tiles have as many blocks: no {config} for {problem}")
         self.problem, self.config, self.topology = problem, config, topology(problem, config)
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
-        ragged_k = problem.varlen or problem.seqused_k
-        # A tile's O takes the place of its own Q, unless another tile's Q is to come there meanwhile.
-        pitch = 0 if config.is_persistent else TILE_M * max(precision.padded(dim), precision.padded(dim_v))
+        ragged_k = problem.ragged_k
+        # A tile's O may take the place of its own Q, but not that of another.
+        pitch = 0 if config.apart else TILE_M * max(precision.padded(dim), precision.padded(dim_v))
         q = Operand.of(precision, TILE_M, dim, config.tiles, problem.varlen, pitch)
         out = Operand.of(problem.out_precision, TILE_M, dim_v, config.tiles, problem.varlen, pitch)
         self.q, self.out = q.packed(config.heads), out.packed(config.heads)
-        self.k = Operand.of(precision, config.tile_n // config.ctas, dim, config.k_stages, ragged_k)
-        self.v = Operand.of(precision, config.tile_n, dim_v, config.v_stages, ragged_k).in_parts(config.ctas)
-        self.plan = Plan(config.tiles, config.slots, config.tile_n, precision.padded(dim_v, config.ctas))
+        k = Operand.of(precision, config.tile_n // config.ctas, dim, config.k_stages, ragged_k)
+        v = Operand.of(precision, config.tile_n, dim_v, config.v_stages, ragged_k).in_parts(config.ctas)
+        self.k, self.v = k.in_pages(problem.page_size), v.in_pages(problem.page_size)
+        columns = precision.padded(dim_v, config.ctas)
+        self.plan = Plan(config.tiles, config.slots, config.tile_n, columns, precision.bits)
         self.group = Group(config.ctas)
+
+    def named(self, operands: list) -> Operands:
+        """The operands of a launch, in their order, by their names."""
+        return Operands(*operands)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = Operands(*operands)
+        call = self.named(operands)
         multiprocessors, call = call.multiprocessors, call._replace(multiprocessors=None)
         group = call.q.shape[-2] // call.k.shape[-2]
         rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
@@ -125,7 +133,7 @@ class ForwardKernel:
         tile, splits = schedule.tile(index), schedule.splits if self.problem.split_kv else 1
         heads = TileHeads.of(self.problem, self.config.heads, tile.head, group)
         first_row = tile.m_block * rows_of_tile(self.config)
-        return Job(call, maps, sequence_of(call, tile.batch), heads, first_row, tile.split, splits)
+        return Job(call, maps, cached_sequence_of(call, tile.batch), heads, first_row, tile.split, splits)
 
     @cute.jit
     def run(self, role: cutlass.Constexpr, launch: Launch, memory: Memory, edges: Edges, ends, warp: Int32):
@@ -179,10 +187,10 @@ class ForwardKernel:
         group.ready()
         memory = Memory(tiles, factors, address)
         load = Load(problem, config, self.q, self.k, self.v)
-        dtype = element_type(problem.precision)
-        mma = Mma(problem, config, Products(dtype, plan, group))
+        dtype, p_dtype = map(element_type, (problem.precision, problem.p_precision))
+        mma = Mma(problem, config, Products(dtype, p_dtype, plan, group))
         output = Partial(problem, config) if problem.split_kv else Result(config, self.out.dtype)
-        softmax = Softmax(problem, config, dtype, plan, output)
+        softmax = self.softmax_role(problem, config, p_dtype, plan, output)
         correction = Correction(problem, config, plan, output)
         shared, small_role_registers = (launch, memory, edges), config.other_registers
         consumers = MmaEnds(q.consumer, k.consumer, v.consumer)
@@ -225,5 +233,5 @@ class ForwardKernel:
         address = smem.allocate_array(cutlass.Int32, 1)
         shape = (TILE_M, config.slots + 1, config.tiles)
         factors = smem.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=16)
-        tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=config.is_persistent)
+        tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=config.apart)
         return tiles, factors, barriers, address, answers

@@ -74,5 +74,5 @@ class Load:
 
     def copy(self, operand: Operand, rows: HeadRows, first: Int32, tiles: cute.Tensor, slot) -> None:
         """Begin copying rows `first` and on into the slot's tile."""
-        source, target = operand.sides(rows, first, tiles[None, None, slot.index])
-        cute.copy(rows.atom, source, target, tma_bar_ptr=slot.barrier)
+        for source, target in operand.copies(rows, first, tiles[None, None, slot.index]):
+            cute.copy(rows.atom, source, target, tma_bar_ptr=slot.barrier)

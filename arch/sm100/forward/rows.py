@@ -18,7 +18,7 @@ from ...common.softmax import OnlineSoftmax, exp2, finite
 from ...elementwise import where
 from ..tmem import registers
 
-THRESHOLD = 8.0
+THRESHOLD = 8.0  # where P has 16 bits
 PATTERN = 32  # elements after which the choice of exponential units repeats
 
 
@@ -30,13 +30,13 @@ def largest(s: cute.Tensor) -> Float32:
     return cute.arch.fmax(cute.arch.fmax(chains[0], chains[1]), cute.arch.fmax(chains[2], chains[3]))
 
 
-def raise_max(softmax: OnlineSoftmax, most: Float32) -> Float32:
+def raise_max(softmax: OnlineSoftmax, most: Float32, threshold: float = THRESHOLD) -> Float32:
     """Take a block's maximum into the row's; the factor for what was accumulated before, mostly exactly 1."""
     before = softmax.row_max[0]
     now = cute.arch.fmax(before, most)
     power = (before - finite(now)) * softmax.scale_log2
     # Without a key so far it is -infinite: raised.
-    stays = power >= -THRESHOLD
+    stays = power >= -threshold
     softmax.row_max[0] = where(stays, before, now)
     return where(stays, 1.0, exp2(power))
 

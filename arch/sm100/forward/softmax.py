@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -23,7 +23,7 @@ from ..tmem import Plan, columns, load, load_with_max, registers, some_columns, 
 from ..tuning import TILE_M, Config
 from .job import Work, row_of_thread, turns_of, visits_of
 from .output import Partial, Result
-from .rows import accumulate, add_up, exponentials, largest, raise_max, sums_of, take_in
+from .rows import THRESHOLD, accumulate, add_up, exponentials, largest, raise_max, sums_of, take_in
 
 CHUNK = 32  # columns whose exponentials are computed before they are stored
 PIECE = 16  # of them fetched at a time where S is lowered: with more, kernels of heavy rules spill
@@ -32,7 +32,7 @@ PIECE = 16  # of them fetched at a time where S is lowered: with more, kernels o
 class Row(NamedTuple):
     """One thread's row: its number in the sequence, its place among a tile's, its state.
 
-    tensor: tensor memory. factors: its part of `Memory.factors`.
+    tensor: tensor memory. factors: its part of `Memory.factors`. scales: of what is quantized.
     """
 
     number: Int32
@@ -43,6 +43,7 @@ class Row(NamedTuple):
     dropout: Dropout | None
     tensor: cute.Pointer
     factors: cute.Tensor
+    scales: Any = None
 
 
 class First(NamedTuple):
@@ -56,10 +57,12 @@ class Softmax:
     """plan: where S and P are. output: where the log-sum-exp goes."""
 
     fetches_tiles = False
+    threshold = THRESHOLD  # the maximum lags so far behind
 
     def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan, output: Result | Partial):
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
         self.group, self.output = Group(config.ctas), output
+        self.packed = 32 // problem.precision.bits  # P's in a column of tensor memory
 
     @cute.jit
     def run(self, work: Work, ends: tuple, warp: Int32):
@@ -85,10 +88,11 @@ class Softmax:
         first = First(self.plan.s(row.tile, turn), self.plan.p(row.tile, turn))
         s, factors = work.edges.s.of(place), work.edges.factors.of(place)
         scores, first_key = registers(self.config.tile_n), n * self.config.tile_n
+        row = self.at_block(row, first_key)
         s.wait_full(turn // self.config.slots)
         most = self.fetch(row, columns(row.tensor, first.s, self.config.tile_n), scores, first_key, masked)
-        factor = raise_max(row.softmax, most)
-        row.factors[self.plan.slot(turn)] = factor
+        factor = raise_max(row.softmax, most, self.threshold)
+        row.factors[self.plan.slot(turn)] = self.of_output(row, factor)
         factors.warp_filled()
         shift = row.softmax.shifts()[0]
         if cute.arch.vote_any_sync(is_large(shift)):
@@ -98,7 +102,7 @@ class Softmax:
         else:
             for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
                 chunk = some_columns(scores, c, CHUNK)
-                self.to_p(row, chunk, shift, first.p + c // 2, first_key + c, masked)
+                self.to_p(row, chunk, shift, first.p + c // self.packed, first_key + c, masked)
             stored()
             s.warp_emptied(self.group)
             accumulate(row.softmax, scores, factor)
@@ -124,7 +128,7 @@ class Softmax:
             source = columns(row.tensor, first.s + column + c, PIECE)
             self.scored(row, source, some_columns(s, c, PIECE), first_key + column + c, masked)
         row.softmax.lower(s, shifts)
-        self.to_p(row, s, shifts[0], first.p + column // 2, first_key + column, masked)
+        self.to_p(row, s, shifts[0], first.p + column // self.packed, first_key + column, masked)
         take_in(sums, s)
 
     def to_p(
@@ -133,7 +137,7 @@ class Softmax:
         """CHUNK columns of S become P in place, and rounded in tensor memory, from `column` on."""
         # What a mask hides must be exactly 0, which ex2 makes of -inf.
         exponentials(row.softmax, s, shift, 0 if masked else self.config.polynomial)
-        store(self.rounded(row, s, first_key), columns(row.tensor, column, CHUNK // 2), row.thread)
+        store(self.rounded(row, s, first_key), columns(row.tensor, column, CHUNK // self.packed), row.thread)
 
     def fetch(
         self, row: Row, source: cute.Tensor, scores: cute.Tensor, first_key: Int32, masked: bool
@@ -149,8 +153,12 @@ class Softmax:
     ) -> None:
         """Columns of S from tensor memory, by the rules."""
         load(source, scores, row.thread)
+        self.scale_scores(row, scores, first_key)
         number, key = (depend_on_load(scores[0], x) for x in (row.number, first_key))
         row.rules.apply(scores, lambda r: number, lambda c: key + c, masked)
+
+    def scale_scores(self, row: Row, scores: cute.Tensor, first_key: Int32) -> None:
+        """Columns of S as products of what was given."""
 
     @cute.jit
     def finish(self, row: Row, work: Work):
@@ -159,15 +167,27 @@ class Softmax:
         exists = Boolean(True) if self.config.heads == 1 else head < work.job.heads.end
         head = work.job.heads.known(self.config.heads, head)
         rows = OutputRows.of(self.problem, work.job, head, self.output.lse(work.job))
-        factor = rows.close(row.softmax, 0, row.number, exists)
+        factor = self.normaliser(row, rows, exists)
         final_scale = work.edges.final_scale.of(row.tile)
         if cutlass.const_expr(self.config.is_persistent):
             final_scale.wait_empty(work.past.tiles)
         row.factors[self.plan.slots] = factor
         final_scale.warp_filled()
 
+    def at_block(self, row: Row, first_key: Int32) -> Row:
+        """The row before the block of keys that begins with `first_key`."""
+        return row
+
+    def of_output(self, row: Row, factor: Float32) -> Float32:
+        """What O is to be multiplied by, where `factor` is what the sum is."""
+        return factor
+
+    def normaliser(self, row: Row, rows: OutputRows, exists: Boolean) -> Float32:
+        """What normalises the row's O; its log-sum-exp is written, where the row `exists`."""
+        return rows.close(row.softmax, 0, row.number, exists)
+
     def rounded(self, row: Row, chunk: cute.Tensor, first_key: Int32) -> cute.Tensor:
-        """CHUNK columns of P, less what dropout takes, as 32-bit words of two elements."""
+        """CHUNK columns of P, less what dropout takes, as 32-bit words of them."""
         if row.dropout is not None:
             kept = registers(CHUNK)
             kept.store(chunk.load())

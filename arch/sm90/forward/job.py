@@ -6,7 +6,7 @@ from cutlass import Int32
 
 from ...common.heads import TileHeads
 from ...common.job import Job, Launch, rows_of_tile
-from ...common.sequence import sequence_of
+from ...common.sequence import cached_sequence_of
 from ...problem import Problem
 from ..tuning import Config
 
@@ -17,7 +17,7 @@ def job_of(problem: Problem, config: Config, launch: Launch, index: Int32) -> Jo
     return Job(
         call=launch.call,
         maps=launch.maps,
-        sequence=sequence_of(launch.call, tile.batch),
+        sequence=cached_sequence_of(launch.call, tile.batch),
         heads=TileHeads.of(problem, config.heads, tile.head, launch.group),
         first_row=tile.m_block * rows_of_tile(config),
         split=tile.split,

@@ -50,8 +50,9 @@ class ForwardKernel:
         q = Operand.of(precision, ROWS, dim, config.consumers, problem.varlen, pitch)
         out = Operand.of(problem.out_precision, ROWS, dim_v, config.consumers, problem.varlen, pitch)
         self.q, self.out = q.packed(config.heads), out.packed(config.heads)
-        self.k = Operand.of(precision, config.tile_n, dim, config.stages, ragged_k)
-        self.v = Operand.of(precision, config.tile_n, dim_v, config.stages, ragged_k)
+        k = Operand.of(precision, config.tile_n, dim, config.stages, ragged_k)
+        v = Operand.of(precision, config.tile_n, dim_v, config.stages, ragged_k)
+        self.k, self.v = k.in_pages(problem.page_size), v.in_pages(problem.page_size)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -78,7 +79,7 @@ class ForwardKernel:
     def schedule(self, call: Operands, group: Int32) -> InSections:
         """The tiles in order; heads that share K and V are neighbours."""
         rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
-        keys = call.k.shape[0] // maximum(batches, 1) if self.problem.varlen else call.k.shape[1]
+        keys = call.k.shape[0] // maximum(batches, 1) if self.problem.packed_k else call.k.shape[1]
         group = parts_of(self.config.heads, group)
         heads = call.k.shape[-2] * group if self.config.heads > 1 else call.q.shape[-2]
         together = 1

@@ -85,6 +85,6 @@ class Load:
 
     def copy(self, operand: Operand, rows: HeadRows, first: Int32, tiles: cute.Tensor, slot, index) -> None:
         """Begin copying rows `first` and on into tile `index`."""
-        source, target = operand.sides(rows, first, tiles[None, None, index])
         policy = Int64(EVICT_FIRST if operand is self.q else EVICT_LAST)
-        cute.copy(rows.atom, source, target, tma_bar_ptr=slot.barrier, cache_policy=policy)
+        for source, target in operand.copies(rows, first, tiles[None, None, index]):
+            cute.copy(rows.atom, source, target, tma_bar_ptr=slot.barrier, cache_policy=policy)

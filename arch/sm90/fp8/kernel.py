@@ -1,0 +1,115 @@
+"""FlashAttention-3's forward pass in FP8 (Shah et al. 2024, section 3.3) for sm_90a.
+
+    load        1 warp            TMA: Q, then K[n] and V[n], latest first
+    transpose   3 warps           V, of which a product wants keys next to each other
+    compute     2 warpgroups      S = Q K, softmax, O += P V with wgmma; O by TMA
+
+    load --q, k--> compute        Q once, K `stages` tiles
+    load --v--> transpose --transposed--> compute
+
+A tile is 128 rows of a query head, with all keys.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32
+from cutlass.cute.nvgpu import cpasync
+
+from ...common.channel import channel, channels_ready
+from ...common.element import element_type, elements
+from ...common.job import Launch, rows_of_tile
+from ...common.memory import Maps, SmemAllocator, Tiles, allocate
+from ...common.operand import Operand
+from ...common.roles import Role, warp_specialize
+from ...common.schedule import InSections
+from ...problem import Operands
+from ...quantized import QuantizedProblem, Scales
+from ..edge import Edge
+from ..forward.load import Load, LoadEnds
+from ..mma import ROWS
+from .compute import AllTiles, Ends, QuantizedCompute
+from .topology import topology
+from .transpose import Transpose, TransposeEnds
+from .tuning import TRANSPOSED, Config
+
+
+class QuantizedKernel:
+    """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
+
+    def __init__(self, problem: QuantizedProblem, config: Config):
+        self.problem, self.config, self.topology = problem, config, topology(config)
+        precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
+        self.q = Operand.of(precision, ROWS, dim, config.consumers, False)
+        self.out = Operand.of(problem.out_precision, ROWS, dim_v, config.consumers, False)
+        self.k = Operand.of(precision, config.tile_n, dim, config.stages, False)
+        self.v = Operand.of(precision, config.tile_n, dim_v, config.stages, False)
+        self.transposed = Operand.of(precision, precision.padded(dim_v), config.tile_n, TRANSPOSED, False)
+
+    @cute.jit
+    def __call__(self, *operands_and_stream):
+        *operands, stream = operands_and_stream
+        count = len(Operands._fields)
+        call, scales = Operands(*operands[:count]), Scales(*operands[count:])
+        dtype = element_type(self.problem.precision)
+        q, k, v = (elements(x, dtype) for x in (call.q, call.k, call.v))
+        call = call._replace(q=q, k=k, v=v, multiprocessors=None)
+        group = q.shape[-2] // k.shape[-2]
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        maps = Maps(
+            q=self.q.map(load, q, group),
+            k=self.k.map(load, k),
+            v=self.v.map(load, v),
+            out=self.out.map(store, call.out, group),
+        )
+        blocks = cute.ceil_div(q.shape[1], rows_of_tile(self.config))
+        schedule = InSections(*map(Int32, (blocks, q.shape[-2], q.shape[0], 1, 1)))
+        self.kernel(Launch(call, maps, schedule, group), scales).launch(
+            grid=(schedule.count, 1, 1), block=(self.config.threads, 1, 1), stream=stream, min_blocks_per_mp=1
+        )
+
+    @cute.kernel
+    def kernel(self, launch: Launch, scales: Scales):
+        config, links = self.config, self.topology
+        tiles, transposed, barriers = self.shared_memory()
+        q = channel(barriers, links["q"], config.consumers * self.q.bytes)
+        k = channel(barriers, links["k"], self.k.bytes)
+        v = channel(barriers, links["v"], self.v.bytes)
+        edge = Edge.at(barriers, links["transposed"])
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            with cute.arch.elect_one():
+                edge.make(links["transposed"])
+        channels_ready()
+        load = Load(self.problem, config, self.q, self.k, self.v)
+        transpose = Transpose(self.problem, config, self.v, self.transposed)
+        compute = QuantizedCompute(self.problem, config, self.out)
+        producers = LoadEnds(q.producer, k.producer, v.producer)
+        every, consumers = AllTiles(tiles, transposed), Ends(q.consumer, k.consumer)
+        arguments = launch, every, producers, TransposeEnds(v.consumer, edge)
+        roles = (
+            Role(partial(feed, load, transpose, arguments), 1, config.producer_registers),
+            Role(
+                partial(compute.run, launch, scales, every, consumers, edge),
+                config.consumers,
+                config.consumer_registers,
+            ),
+        )
+        warp_specialize(roles, config.launch_registers, warp // 4)
+
+    def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer]:
+        """The tiles, V transposed, and the barriers of all links."""
+        smem = SmemAllocator()
+        barriers = smem.allocate_array(cutlass.Int64, self.topology.count)
+        tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=True)
+        return tiles, allocate(smem, self.transposed), barriers
+
+
+def feed(load: Load, transpose: Transpose, arguments: tuple, warpgroup: Int32) -> None:
+    """One warp loads, the others transpose."""
+    launch, every, producers, ends = arguments
+    load.run(launch, every.tiles, producers, warpgroup)
+    transpose.run(launch, every, ends)
