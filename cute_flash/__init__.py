@@ -4,7 +4,6 @@ from importlib.util import find_spec
 
 if find_spec("torch") is not None:
     from .api import (
-        flash_attn_combine,
         flash_attn_func,
         flash_attn_kvpacked_func,
         flash_attn_qkvpacked_func,
@@ -16,6 +15,9 @@ if find_spec("torch") is not None:
     from .block_mask import BlockMask, create_block_mask
     from .dispatch import emulated, features, supports
     from .masks import Causal, Document, Mask, PrefixLM, SlidingWindow
+    from .merging import flash_attn_combine, merge_states
+    from .quantization import Quantized, quantize
+    from .quantized import flash_attn_quantized_func
     from .scores import ALiBi, Score, Softcap
 
 __version__ = "0.1.0"
@@ -27,6 +29,7 @@ __all__ = [
     "Document",
     "Mask",
     "PrefixLM",
+    "Quantized",
     "Score",
     "SlidingWindow",
     "Softcap",
@@ -38,10 +41,13 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_quantized_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "merge_states",
+    "quantize",
     "supports",
 ]
 

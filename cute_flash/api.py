@@ -26,8 +26,10 @@ from typing import Any
 
 import torch
 
-from . import ops, repeat, request
+from . import decoding, ops, quantized, repeat, request
 from .block_mask import BlockMask
+from .kv_cache import Cache
+from .quantized import Descale
 from .repeat import Result
 from .request import Options, Packing
 
@@ -52,6 +54,11 @@ def flash_attn_func(
     out: torch.Tensor | None = None,
     block_mask: BlockMask | None = None,
     num_splits: int | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    quantization_block: int | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Exact attention on dense batches, in O(seqlen) memory (Dao et al. 2022; Dao 2023).
 
@@ -89,6 +96,11 @@ def flash_attn_func(
         (Flash-Decoding, Dao et al. 2023): for few queries and many keys. None or 0: as many as fill the GPU,
         so that a row's last bits may depend on how large the call is; 1 where the kernel cannot split;
         more than 1 there is NotImplementedError.
+    q_descale, k_descale, v_descale: of q, k and v of float8_e4m3fn or float8_e5m2, all three of one, what
+        their numbers are multiplied by, above 0: float32 (batch, heads_kv), of which q's is for all heads
+        that share a KV head; or with a quantization_block of 64 or 128 rows a number for each: (batch, heads
+        or heads_kv, blocks). None: 1. Without gradients, dropout, block_mask, out and return_attn_probs.
+    out_dtype: of the result for such q, k and v: bfloat16, also if None, or float16.
 
     Returns out, (batch, seqlen_q, heads, head_dim_v) in q's dtype; (out, lse) with return_lse, lse the
     natural log of the softmax's sum, float32 (batch, heads, seqlen_q); (out, lse, S_dmask) with
@@ -100,6 +112,11 @@ def flash_attn_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         lse, out, block_mask, num_splits, deterministic,
     )
+    descale = Descale(q_descale, k_descale, v_descale, quantization_block, out_dtype)
+    if quantized.is_meant(q, descale):
+        if return_attn_probs:
+            raise NotImplementedError("return_attn_probs is True; allowed for q of 8 bits: False")
+        return _result(quantized.forward(q, k, v, None, options, descale), return_lse)
     return _dense(q, k, v, options, return_lse, return_attn_probs)
 
 
@@ -130,6 +147,11 @@ def flash_attn_varlen_func(
     out: torch.Tensor | None = None,
     block_mask: BlockMask | None = None,
     num_splits: int | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    quantization_block: int | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Exact attention on sequences of different lengths, packed one after the other without padding.
 
@@ -140,16 +162,18 @@ def flash_attn_varlen_func(
     max_seqlen_q, max_seqlen_k: at least the longest sequence's length; longer costs idle blocks.
     seqused_q, seqused_k: int32 (batch,): use only so many rows of each sequence. Rows of q beyond get
         out 0 and lse -inf.
-    block_table: paged keys and values are not available: NotImplementedError unless None.
+    block_table: int32 (batch, pages), contiguous: k is (num_pages, page_size, heads_kv, head_dim), v as k,
+        and key j of sequence b is row j % page_size of page block_table[b, j // page_size]. seqused_k, or
+        else cu_seqlens_k, says how many keys a sequence has; one of both may be None. Nothing else is used:
+        neither a page's rows beyond the last key nor the table's numbers there. No gradients.
     block_mask: for dense batches only: NotImplementedError unless None.
+    quantization_block: None, for q of 8 bits: a scale is for all rows of a sequence.
     All others: as in `flash_attn_func`; alibi_slopes (heads,) or (batch, heads); tables of rules by
     sequence and position inside it. return_attn_probs: NotImplementedError if True.
 
     Returns out, (total_q, heads, head_dim_v); with return_lse (out, lse), lse float32 (heads, total_q).
     Rows that belong to no sequence, beyond cu_seqlens_q[-1], are not written.
     """
-    if block_table is not None:
-        raise NotImplementedError("block_table is given; allowed: None, there are no paged keys yet")
     if block_mask is not None:
         raise NotImplementedError(
             "block_mask is given; allowed for packed sequences: None, for its blocks are of one seqlen_q and "
@@ -160,7 +184,13 @@ def flash_attn_varlen_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         return_lse, out, num_splits=num_splits, deterministic=deterministic,
     )
-    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+    packing = Packing(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
+        block_table is not None, None, None, block_table,
+    )  # fmt: skip
+    descale = Descale(q_descale, k_descale, v_descale, quantization_block, out_dtype)
+    if quantized.is_meant(q, descale):
+        return _result(quantized.forward(q, k, v, packing, options, descale), return_lse)
     return _result(repeat.forward(q, k, v, packing, options), return_lse)
 
 
@@ -307,17 +337,90 @@ def flash_attn_varlen_kvpacked_func(
     return _result(repeat.forward(q, *kv.unbind(1), packing, options), return_lse)
 
 
-def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Decoding with a key-value cache: not available yet, NotImplementedError."""
-    raise NotImplementedError(
-        "flash_attn_with_kvcache does not exist yet; flash_attn_varlen_func with seqused_k attends to a "
-        "cache that you fill yourself"
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int | None = 0,
+    return_softmax_lse: bool = False,
+    *,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None,
+    mask: Any = None,
+    score: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the keys of a cache, after new ones are appended to it, in place: prefill and decoding.
+
+    Nothing reads a length on the host, so that a CUDA graph serves every length; they are checked as
+    cu_seqlens are. A sequence's keys are those in the cache and the new ones: masks, windows and ALiBi count
+    from its last, new ones included. What lies in the cache beyond them, NaN too, reaches no result.
+
+    q: (batch, seqlen_q, heads, head_dim), or packed (total_q, heads, head_dim), with cu_seqlens_q int32
+        (batch + 1,) and max_seqlen_q as in `flash_attn_varlen_func`.
+    k_cache: (batch_cache, seqlen_cache, heads_kv, head_dim), or pages of any size (pages, page_size,
+        heads_kv, head_dim). v_cache: the same with head_dim_v.
+    k, v: (batch, seqlen_new, heads_kv, head_dim or head_dim_v), new keys and values. Key j of a sequence is
+        written at position cache_seqlens + j of its row of the cache or of its pages.
+    rotary_cos, rotary_sin: (seqlen_rotary, rotary_dim / 2) in q's dtype, as many rows as a sequence may have
+        keys in the cache: new keys and q are rotated in float32 and rounded once, the keys before they are
+        written. rotary_dim is a multiple of 16 up to head_dim. Only with k and v.
+    cache_seqlens: int32 (batch,), or an int: keys in the cache before new ones are appended, counted from
+        the cache's first position. None: all that there is room for. An int is made a tensor in every call.
+    cache_batch_idx: int32 (batch,): the row of the cache of each sequence, instead of its own number.
+    cache_leftpad: int32 (batch,): the position of each sequence's first key; none before it is read.
+    block_table, page_table: int32 (batch, max_pages), two names of one argument: the pages of each sequence,
+        in order; behind those in use it may hold anything. Not with cache_batch_idx or cache_leftpad.
+    rotary_interleaved: pairs are neighbours, (0, 1), (2, 3), ...; False: of the halves of rotary_dim (NeoX).
+    rotary_seqlens: int32 (batch,): the position of the first new key in the rotary tables, instead of
+        cache_seqlens. Query i stands at that position + i where causal, a window or a mask is given, and
+        all queries at that position elsewhere.
+    num_splits: as in `flash_attn_func`; few queries of many keys are split to fill the GPU where it is 0.
+    qv: NotImplementedError unless None.
+    batch_invariant: a sequence's bits depend on its own keys and queries, not on the others nor on how many
+        there are: num_splits, where it is left open, comes from the cache's room alone (a row's keys, or the
+        table's pages), a part for each 1024 keys of it, and is 1 with a window or a mask. Of packed queries
+        max_seqlen_q must be the same, too. Without it as many parts as fill the GPU.
+    All others: as in `flash_attn_func`.
+
+    Returns out, shaped as q with head_dim_v; (out, lse) with return_softmax_lse, lse float32 (batch, heads,
+    seqlen_q), or (heads, total_q). There are no gradients. Two keys that are to be written to one place, by
+    cache_batch_idx or block_table, are a ValueError where numbers are looked at.
+    """
+    if qv is not None:
+        raise NotImplementedError("qv is given; allowed: None, no kernel adds up scores of two parts yet")
+    if page_table is not None:
+        if block_table is not None:
+            raise ValueError("block_table and page_table are given, two names of one argument; allowed: one")
+        block_table = page_table
+    cache = Cache(
+        k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
+        bool(rotary_interleaved), rotary_seqlens, cu_seqlens_q, max_seqlen_q, bool(batch_invariant),
     )
-
-
-def flash_attn_combine(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merging partial results of split keys: not available yet, NotImplementedError."""
-    raise NotImplementedError("flash_attn_combine does not exist yet: num_splits merges by itself")
+    options = Options(
+        0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        return_softmax_lse, out, num_splits=num_splits,
+    )
+    return _result(decoding.forward(q, k_cache, v_cache, cache, options), return_softmax_lse)
 
 
 def _dense(q, k, v, options: Options, return_lse: bool, return_attn_probs: bool) -> Any:

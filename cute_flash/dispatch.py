@@ -160,6 +160,13 @@ def plan(problem: Asked, device: Device, sizes: Sizes, num_splits: int = 0) -> S
     return planned
 
 
+def beside(problem: Asked, device: Device, sizes: Sizes) -> Steps:
+    """The step that answers a problem which is not attention's; NotImplementedError as `dispatch` has it."""
+    planned = Steps((_helper(problem, device),))
+    _check_grid(planned, sizes, 1)
+    return planned
+
+
 def _check_grid(planned: Steps, sizes: Sizes, splits: int) -> None:
     """All blocks of a launch are counted along one dimension of the grid."""
     most = max(step.kernel.tuning.blocks(step.config, sizes, splits) for step in planned.steps)
@@ -264,7 +271,8 @@ def supports(
     or a list of them that apply together. backward: ask for the gradients of such a call; the answer says
     what workspace they take. deterministic: of gradients, whose sums are then added in one order. features:
     `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`, `sink`, `lse`, `split_kv` (num_splits above 1), all
-    False unless given; `block_size`, a block mask's (block_q, block_k).
+    False unless given; `block_size`, a block mask's (block_q, block_k). Where dtype is float8_e4m3fn or
+    float8_e5m2 also `out_dtype` ("float16", "bfloat16") and `block`, rows that share a scale (64, 128).
     """
     asked = problem(
         dtype=dtype,
@@ -294,6 +302,7 @@ def _parts(given: Any, base: type) -> list:
 def features() -> str:
     """The table of architectures and features, in Markdown, from what the kernels declare."""
     forward = [_serving(device, "forward") for device in EMULATED.values()]
+    quantized = [_serving(device, "quantized") for device in EMULATED.values()]
 
     def merged(served: list, values: Any) -> str:
         return ", ".join(dict.fromkeys(text for kernel in served for text in values(kernel.support))) or "–"
@@ -305,13 +314,13 @@ def features() -> str:
     rows.append(["dtypes", *(merged(served, lambda s: s.dtypes) for served in forward)])
     rows.append(["head dims", *(merged(served, _head_dims) for served in forward)])
     for feature, words in FEATURES.items():
-        has = (any(feature in kernel.support.features for kernel in served) for served in forward)
+        serving = quantized if feature.startswith("scale_blocks") else forward
+        has = (any(feature in kernel.support.features for kernel in served) for served in serving)
         rows.append([words, *marked(has)])
-    for operation in ("decode", "backward"):
+    for operation in ("append", "backward"):
         served = (_serving(device, operation) for device in EMULATED.values())
         rows.append([OPERATIONS[operation], *marked(served)])
-    eight_bits = (merged(served, lambda s: s.dtypes).count("float8") for served in forward)
-    rows.append(["FP8", *marked(eight_bits)])
+    rows.append(["FP8", *marked(quantized)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

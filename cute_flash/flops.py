@@ -5,7 +5,8 @@ five of its gradients.
 
 Like torch's, the count knows no masks: a causal call counts every pair of query and key. Of packed
 sequences it takes the lengths in cu_seqlens, for which it waits for the GPU, and where they cannot be read
-(meta and fake tensors) the longest of each.
+(meta and fake tensors) the longest of each. Of keys in a cache it takes the longest sequence's for every
+query.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ def of_forward(*arguments: Any, out_val: Any = None) -> int:
     """Floating-point operations of the operators `forward` and `probabilities`, from their arguments."""
     call = Call(*arguments)
     per_pair = 2 * call.q.shape[-2] * (call.q.shape[-1] + call.v.shape[-1])
+    if call.cached:
+        rows_q = call.q.numel() // (call.q.shape[-2] * call.q.shape[-1])
+        return per_pair * rows_q * call.max_seqlen_k
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         return per_pair * call.q.shape[0] * call.q.shape[1] * call.k.shape[1]
     lengths = zip(

@@ -25,6 +25,8 @@ class _Term(NamedTuple):
 
 def span(tensor: torch.Tensor) -> int:
     """Bytes from its first element's first to its last one's last."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
     return _reach(_dims(tensor)) + 1 if tensor.numel() else 0
 
 
@@ -32,9 +34,10 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a byte belongs to an element of both."""
     if not (a.numel() and b.numel()):
         return False
-    distance, ours, theirs = b.data_ptr() - a.data_ptr(), _dims(a), _dims(b)
-    if not -_reach(theirs) <= distance <= _reach(ours):
+    distance = b.data_ptr() - a.data_ptr()
+    if not -span(b) < distance < span(a):
         return False
+    ours, theirs = _dims(a), _dims(b)
     terms = [_Term(stride, 0, count - 1) for count, stride in ours]
     terms += [_Term(stride, 1 - count, 0) for count, stride in theirs]
     return _solvable(distance, _merged(terms))
@@ -42,7 +45,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two of its elements share a byte."""
-    if not tensor.numel():
+    if tensor.is_contiguous():
         return False
     strides = [stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True) if count > 1]
     if 0 in strides or len(set(strides)) < len(strides):

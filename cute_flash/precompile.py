@@ -14,18 +14,20 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import cache, rules
+from .arch.append import AppendProblem
 from .arch.backward import BackwardProblem
 from .arch.kernel import Step
-from .arch.problem import Asked, Device, Problem
+from .arch.problem import Asked, Device, KvCache, Problem
 from .dispatch import EMULATED, select, steps
 from .executable import artifact, key_of
+from .kv_cache import ROTARY_STEP
 from .masks import Document, PrefixLM
 from .problems import problem
 from .request import DTYPES
@@ -53,7 +55,15 @@ _BLOCKS = {"block_mask": (128, 128)}  # a block mask's default block size
 # "deterministic" is said of gradients, with one of these words or alone.
 _DETERMINISTIC = "deterministic"
 _GRADIENTS = ("backward", "backward_lse", _DETERMINISTIC)
-WORDS = ("dense", *_FLAGS, *_RULES, *_BLOCKS, *_GRADIENTS)
+# Keys in a cache: its rows, and what finds a sequence's; or pages, of which the word tells the size.
+_CACHES = {"kv_cache": {}, "cache_batch_idx": {"batch_idx": True}, "cache_leftpad": {"leftpad": True}}
+_PAGES = "page_size="
+# What is done to a cache before attention; of a rotation the word tells how many numbers of a row it turns.
+_TURNED = {"rotary_interleaved": "interleaved", "rotary_seqlens": "rotary_seqlens"}  # to fields
+_APPENDS = ("append", *_TURNED)
+_ROTARY = "rotary_dim="
+WORDS = ("dense", *_FLAGS, *_RULES, *_BLOCKS, *_GRADIENTS, *_CACHES, *_APPENDS)
+_WITH_NUMBERS = f"{_PAGES}N, {_ROTARY}N"
 DEFAULT_FEATURES = ("dense", "causal", "varlen", "varlen,causal")
 PARTS = {"object": "kernel.o", "ptx": "kernel.ptx", "cubin": "kernel.cubin", "json": "kernel.json"}
 
@@ -72,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = " ".join(DEFAULT_FEATURES)
     add(
         "--features", nargs="+", type=_features, default=list(DEFAULT_FEATURES), metavar="WORDS",
-        help=f"one problem per comma-separated list of: {', '.join(WORDS)}; default: {default}",
+        help=f"one problem per comma-separated list of: {', '.join(WORDS)}, {_WITH_NUMBERS}; "
+        f"default: {default}",
     )
     add(
         "--emit", type=_parts, metavar="PARTS",
@@ -124,13 +135,49 @@ def problem_of(dtype: str, head_dims: tuple[int, int], words: list[str]) -> Prob
             flags["lse"] = True
         elif word in _BLOCKS:
             flags["block_size"] = _BLOCKS[word]
-        elif word != "dense":
-            raise ValueError(f"--features has {word!r}; allowed: {', '.join(WORDS)}")
+        elif word in _CACHES:
+            flags["cache"] = replace(flags.get("cache", KvCache()), **_CACHES[word])
+        elif (page_size := _number(word, _PAGES)) is not None:
+            flags["cache"] = replace(flags.get("cache", KvCache()), page_size=page_size)
+        elif word not in ("dense", *_APPENDS) and _number(word, _ROTARY) is None:
+            raise ValueError(f"--features has {word!r}; allowed: {', '.join(WORDS)}, {_WITH_NUMBERS}")
     masks = rules.mask_of(given["causal"], given["window"], given["mask"])
     scores = rules.score_of(given["softcap"], given["alibi_slopes"], None)
     head_dim, head_dim_v = head_dims
     code = rules.encode(masks, scores).code
     return problem(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, code=code, **flags)
+
+
+def append_of(asked: Problem, words: list[str]) -> AppendProblem | None:
+    """What comes before attention to a cache, where words name it."""
+    numbers = [number for word in words if (number := _number(word, _ROTARY)) is not None]
+    turned = {field: True for word, field in _TURNED.items() if word in words}
+    if not (numbers or turned or "append" in words):
+        return None
+    if asked.cache is None:
+        beside = f"{', '.join(_CACHES)} or {_PAGES}N"
+        raise ValueError(f"--features appends to no cache; allowed: beside {beside}")
+    rotary = numbers[0] if numbers else 0
+    if turned and not rotary:
+        raise ValueError(f"--features has {', '.join(turned)} without {_ROTARY}N; allowed: with it")
+    if rotary % ROTARY_STEP:
+        raise ValueError(f"--features has {_ROTARY}{rotary}; allowed: multiples of {ROTARY_STEP}")
+    return AppendProblem(
+        dtype=asked.dtype,
+        head_dim=asked.head_dim,
+        head_dim_v=asked.head_dim_v,
+        varlen=asked.varlen and rotary > 0,
+        paged=asked.page_size is not None,
+        batch_idx=asked.cache.batch_idx,
+        rotary_dim=rotary,
+        **turned,
+    )
+
+
+def _number(word: str, name: str) -> int | None:
+    """N of a word "name=N"."""
+    number = word.removeprefix(name)
+    return int(number) if word.startswith(name) and number.isdecimal() else None
 
 
 def _refuse_contradictions(words: list[str]) -> None:
@@ -153,6 +200,8 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[Device, Asked, str]
         if any(word in _GRADIENTS for word in words):
             gradients = BackwardProblem(asked, "backward_lse" in words, _DETERMINISTIC in words)
             yield EMULATED[arch], gradients, f"{name}, gradients"
+        if (appending := append_of(asked, words)) is not None:
+            yield EMULATED[arch], appending, f"{name}, appending"
 
 
 def _head_dims(text: str) -> tuple[int, int]:
@@ -165,7 +214,7 @@ def _head_dims(text: str) -> tuple[int, int]:
 
 def _features(text: str) -> str:
     try:
-        problem_of("float16", (64, 64), text.split(","))
+        append_of(problem_of("float16", (64, 64), text.split(",")), text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--features ")) from None
     return text

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from . import rules
-from .arch.problem import Problem, Sizes
+from .arch.problem import KvCache, Problem, Sizes
+from .arch.quantized import DTYPES, QuantizedProblem
 from .request import Call
 
 
@@ -18,12 +19,16 @@ def problem(
 ) -> Problem:
     """The Problem of a call with these head dims, rules and features, remembered.
 
-    head_dim_v: head_dim if None. code: the rules, as `rules.encode` has them. features: fields of Problem;
-    TypeError for others.
+    head_dim_v: head_dim if None. code: the rules, as `rules.encode` has them. features: fields of Problem, or
+    with a dtype of 8 bits of QuantizedProblem; TypeError for others.
     """
     mask, score = rules.decode(code)
-    return Problem(
-        dtype=str(dtype).removeprefix("torch."),
+    name = str(dtype).removeprefix("torch.")
+    kind = Problem
+    if name in DTYPES:
+        kind, features = QuantizedProblem, {"out_dtype": "bfloat16", **features}
+    return kind(
+        dtype=name,
         head_dim=head_dim,
         head_dim_v=head_dim if head_dim_v is None else head_dim_v,
         mask=mask,
@@ -32,8 +37,18 @@ def problem(
     )
 
 
-def problem_of(call: Call) -> Problem:
-    """What a checked call asks. What kernels are compiled for is a number, no symbol of torch.compile."""
+def problem_of(call: Call, **quantized: Any) -> Problem:
+    """What a checked call asks. What kernels are compiled for is a number, no symbol of torch.compile.
+
+    quantized: fields that only a QuantizedProblem has, and out_dtype.
+    """
+    cache = None
+    if call.cached:
+        cache = KvCache(
+            page_size=None if call.block_table is None else int(call.k.shape[1]),
+            batch_idx=call.cache_batch_idx is not None,
+            leftpad=call.cache_leftpad is not None,
+        )
     return problem(
         dtype=call.q.dtype,
         head_dim=int(call.q.shape[-1]),
@@ -47,6 +62,8 @@ def problem_of(call: Call) -> Problem:
         sink=call.sink is not None,
         lse=call.lse,
         block_size=tuple(call.block_size) or None,
+        cache=cache,
+        **quantized,
     )
 
 

@@ -13,17 +13,26 @@ and nothing else, besides dropout's state, a sink in another dtype and the scrat
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
-from . import backward, contents, dispatch, launch, ops, overlap, request, rules
+from . import backward, cached, contents, dispatch, launch, ops, overlap, request, rules
 from .request import Call, Options, Packing
 
 MOST = 1024  # decisions that are remembered; the oldest is forgotten first
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_DECIDED: dict[Hashable, Decided] = {}
+_TABLES: list[dict] = []
+
+
+def decisions() -> dict:
+    """A table of what calls came to, by their keys, which `forget_calls` empties."""
+    _TABLES.append({})
+    return _TABLES[-1]
+
+
+_DECIDED: dict[Hashable, Decided] = decisions()
 
 _modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
@@ -65,11 +74,11 @@ class Decided(NamedTuple):
             out = torch.empty_like(q) if self.like_q else q.new_empty(self.out_shape)
         if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % contents.ALIGNMENT:
             return _by_all_checks(q, k, v, packing, options)
-        cu_q = cu_k = used_q = used_k = counts = indices = None
+        cu_q = cu_k = used_q = used_k = batch_idx = leftpad = table = counts = indices = None
         if packing is not None:
-            cu_q, cu_k, _, _, used_q, used_k = packing
+            cu_q, cu_k, _, _, used_q, used_k, _, batch_idx, leftpad, table = packing
             if contents.can_be_read(q.device):
-                contents.check_lengths(packing, q.shape[0], k.shape[0])
+                contents.check_lengths(packing, q, k)
         if options.block_mask is not None:
             counts, indices = options.block_mask.counts, options.block_mask.indices
             if contents.can_be_read(q.device):
@@ -81,7 +90,8 @@ class Decided(NamedTuple):
             mask_values, score_values = mask_values + seen.mask, score_values + seen.score
             tensors = (*tensors, *seen.tensors)
         if given is not None:
-            inputs = (q, k, v, cu_q, cu_k, used_q, used_k, sink, counts, indices, *tensors)
+            lengths = (cu_q, cu_k, used_q, used_k, batch_idx, leftpad, table)
+            inputs = (q, k, v, *lengths, sink, counts, indices, *tensors)
             if _meet(out, inputs, self.spans):
                 return _by_all_checks(q, k, v, packing, options)
         lse = None if self.lse_shape is None else ops.new_lse(q, self.lse_shape)
@@ -104,6 +114,9 @@ class Decided(NamedTuple):
                 "keep_threshold": threshold,
                 "keep_scale": keep_scale,
                 "max_seqlen_q": longest,
+                "batch_idx": batch_idx,
+                "leftpad": leftpad,
+                "page_table": table,
                 "block_counts": counts,
                 "block_indices": indices,
                 "mask_values": mask_values or None,
@@ -138,7 +151,13 @@ def forget() -> None:
     """Decide every call anew, plans included: for whoever changes what kernels say of themselves."""
     for remembered in (dispatch.select, dispatch._planned):
         remembered.cache_clear()
-    _DECIDED.clear()
+    forget_calls()
+
+
+def forget_calls() -> None:
+    """Check and decide every call anew; plans stay."""
+    for decided in _TABLES:
+        decided.clear()
 
 
 def watched() -> bool:
@@ -156,7 +175,10 @@ def watched() -> bool:
 
 def checked(q, k, v, packing: Packing | None, options: Options) -> Call:
     """The call, by all checks that `request` has, and that of its gradients, where any is required."""
-    call = request.dense(q, k, v, options) if packing is None else request.varlen(q, k, v, packing, options)
+    if packing is None:
+        call = request.dense(q, k, v, options)
+    else:
+        call = (cached.checked if packing.cached else request.varlen)(q, k, v, packing, options)
     if request.needs_gradient(q, k, v, options.learnable_sink) and not torch.compiler.is_compiling():
         backward.check(call)
     return call
@@ -177,32 +199,39 @@ def key_of(q, k, v, packing: Packing | None, options: Options, seen: rules.Seen 
     ) = options
     window = tuple(window)
     key = (
-        *_seen(q), *_seen(k), *_seen(v),
+        *outside(q), *outside(k), *outside(v),
         dropout_p, type(dropout_p), scale, type(scale), softcap, type(softcap), num_splits, type(num_splits),
         window, *map(type, window), bool(causal), bool(deterministic), lse,
         torch.is_grad_enabled(), launch.executable, dispatch.wanted(),
         None if q.is_cuda else dispatch.emulation().device,
-        None if slopes is None else _seen(slopes),
-        None if sink is None else _seen(sink),
-        None if out is None else _seen(out),
+        None if slopes is None else outside(slopes),
+        None if sink is None else outside(sink),
+        None if out is None else outside(out),
     )
     if packing is not None:
-        cu_q, cu_k, longest_q, longest_k, used_q, used_k = packing
+        cu_q, cu_k, longest_q, longest_k, used_q, used_k, in_cache, batch_idx, leftpad, table = packing
         key += (
-            _seen(cu_q), _seen(cu_k), longest_q, type(longest_q), longest_k, type(longest_k),
-            None if used_q is None else _seen(used_q), None if used_k is None else _seen(used_k),
+            longest_q, type(longest_q), longest_k, type(longest_k),
+            None if cu_q is None else outside(cu_q), None if cu_k is None else outside(cu_k),
+            None if used_q is None else outside(used_q), None if used_k is None else outside(used_k),
         )
+        if in_cache:
+            key += (
+                None if batch_idx is None else outside(batch_idx),
+                None if leftpad is None else outside(leftpad),
+                None if table is None else outside(table), in_cache,
+            )
     if block_mask is not None:
         key += (
-            block_mask.__class__, mask is None, _seen(block_mask.counts), _seen(block_mask.indices),
+            block_mask.__class__, mask is None, outside(block_mask.counts), outside(block_mask.indices),
             block_mask.block_size, block_mask.seqlens,
         )
     if seen is not None:
-        key += (seen.key, *map(_seen, seen.tensors))
+        key += (seen.key, *map(outside, seen.tensors))
     return key
 
 
-def _seen(tensor: torch.Tensor) -> tuple:
+def outside(tensor: torch.Tensor) -> tuple:
     """What can be told of a tensor without looking inside."""
     return (
         tensor.__class__, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
@@ -227,14 +256,29 @@ def _first(key: Hashable, q, k, v, packing: Packing | None, options: Options, se
     call = checked(q, k, v, packing, options)
     given = (options.out, *call, *call.rule_tensors)
     tensors = [value for value in given if isinstance(value, torch.Tensor)]
-    if call.q.is_meta or not all(type(tensor) in _PLAIN and not tensor.is_neg() for tensor in tensors):
+    if call.q.is_meta or not all(map(plain, tensors)):
         return Result(*ops.forward(call, options.out))
     out, lse, bound = ops.answer(call, options.out)
     if bound is not None:
-        if len(_DECIDED) >= MOST:
-            _DECIDED.pop(list(_DECIDED)[0], None)  # other threads may be doing the same
-        _DECIDED[key] = _decide(call, out, bound, options, seen)
+        remember(_DECIDED, key, _decide(call, out, bound, options, seen))
     return Result(out, lse)
+
+
+def remember(decided: dict[Hashable, Any], key: Hashable, decision: Any) -> None:
+    """Keep what a call came to; the oldest goes where there are too many."""
+    if len(decided) >= MOST:
+        decided.pop(list(decided)[0], None)  # other threads may be doing the same
+    decided[key] = decision
+
+
+def remembered(key: Hashable) -> Decided | None:
+    """What calls of a key have in common, where there was one."""
+    return _DECIDED.get(key)
+
+
+def plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of no class of somebody's own, and its memory holds its numbers as they are."""
+    return type(tensor) in _PLAIN and not tensor.is_neg()
 
 
 def _decide(
@@ -247,7 +291,8 @@ def _decide(
     given = options.out is not None
     order = (
         call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
-        options.learnable_sink, call.block_counts, call.block_indices, *tensors,
+        call.cache_batch_idx, call.cache_leftpad, call.block_table, options.learnable_sink,
+        call.block_counts, call.block_indices, *tensors,
     )
     shape = tuple(out.shape)
     return Decided(

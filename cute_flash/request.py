@@ -1,9 +1,9 @@
 """From the user's arguments to one checked `Call`.
 
 `dense` and `varlen` check what shapes, dtypes and devices tell, also while torch.compile traces; scalars.py
-checks numbers, contents.py what only real tensors tell. No other file rejects user input. Every
-rejection names the argument, what was given and what is allowed: TypeError for a wrong type or dtype,
-ValueError for a wrong size or number, NotImplementedError for what no kernel does.
+checks numbers, cached.py calls on a cache, contents.py what only real tensors tell. No other file rejects
+user input. Every rejection names the argument, what was given and what is allowed: TypeError for a wrong type
+or dtype, ValueError for a wrong size or number, NotImplementedError for what no kernel does.
 """
 
 from __future__ import annotations
@@ -44,14 +44,22 @@ class Options(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """What only packed calls have."""
+    """Where sequences lie that are not dense rows of q, k and v.
 
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
+    Packed ones: cu_seqlens of both. cached: k and v are a cache, (cache_rows, seqlen, heads, dim) or, with a
+    block_table, (num_pages, page_size, heads, dim); q is packed where there is a cu_seqlens_q, else dense.
+    """
+
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
     seqused_q: torch.Tensor | None
     seqused_k: torch.Tensor | None
+    cached: bool = False
+    cache_batch_idx: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -71,6 +79,10 @@ class Call(NamedTuple):
     seqused_k: torch.Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
+    cached: bool  # k and v are a cache: `Packing`
+    cache_batch_idx: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
+    block_table: torch.Tensor | None
     sink: torch.Tensor | None
     rng_state: torch.Tensor | None
     softmax_scale: Annotated[float, "Scalar"]
@@ -96,7 +108,9 @@ def parts_of(joint: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return dict(zip("qkv"[3 - len(parts) :], parts, strict=True))
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
+    """What tables of rules are held to."""
+
     batch: int
     heads: int
     seqlen_q: int
@@ -116,8 +130,13 @@ def joint(name: str, tensor: Any, rows: tuple[str, ...]) -> torch.Tensor:
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Call:
     """Check a call on dense batches."""
-    q, k, v = as_autocast_has_it(q, k, v)
-    _check_qkv(q, k, v, ("batch", "seqlen", "heads", "head_dim"))
+    return dense_of(*as_autocast_has_it(q, k, v), options, DTYPES)
+
+
+def dense_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, dtypes: tuple) -> Call:
+    """The same for q, k and v of one of `dtypes`."""
+    dims = ("batch", "seqlen", "heads", "head_dim")
+    check_qkv(q, k, v, dims, dims, dtypes)
     batch, seqlen_q, heads, _ = q.shape
     batch_k, seqlen_k, _, _ = k.shape
     if batch_k != batch:
@@ -128,18 +147,21 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
         cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k,
         seqused_q=None, seqused_k=None,
     )  # fmt: skip
-    return _call(q, k, v, packing, options, _Sizes(batch, heads, seqlen_q, seqlen_k))
+    return checked(q, k, v, packing, options, Sizes(batch, heads, seqlen_q, seqlen_k))
 
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, options: Options) -> Call:
     """Check a call on packed sequences."""
-    q, k, v = as_autocast_has_it(q, k, v)
-    _check_qkv(q, k, v, ("total", "heads", "head_dim"))
-    cu_q, cu_k, longest_q, longest_k, used_q, used_k = packing
+    return varlen_of(*as_autocast_has_it(q, k, v), packing, options, DTYPES)
+
+
+def varlen_of(q, k, v, packing: Packing, options: Options, dtypes: tuple[torch.dtype, ...]) -> Call:
+    """The same for q, k and v of one of `dtypes`."""
+    dims = ("total", "heads", "head_dim")
+    check_qkv(q, k, v, dims, dims, dtypes)
+    cu_q, cu_k, _, _, used_q, used_k = packing[:6]
     for name, tensor in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
-        _check_tensor(name, tensor, q, (torch.int32,), 1)
-        if tensor.shape[0] < 1:
-            raise ValueError(f"{name} is empty: it must hold batch + 1 numbers, the first 0")
+        check_starts(name, tensor, q)
     if cu_q.shape != cu_k.shape:
         raise ValueError(
             f"cu_seqlens_q has {cu_q.shape[0]} numbers and cu_seqlens_k {cu_k.shape[0]}: "
@@ -148,13 +170,26 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, 
     batch = cu_q.shape[0] - 1
     for name, tensor in (("seqused_q", used_q), ("seqused_k", used_k)):
         if tensor is not None:
-            _check_tensor(name, tensor, q, (torch.int32,), 1)
+            check_tensor(name, tensor, q, (torch.int32,), 1)
             if tensor.shape[0] != batch:
                 raise ValueError(f"{name} has {tensor.shape[0]} numbers, cu_seqlens has {batch} sequences")
-    longest_q = scalars.length("max_seqlen_q", longest_q)
-    longest_k = scalars.length("max_seqlen_k", longest_k)
-    packing = packing._replace(max_seqlen_q=longest_q, max_seqlen_k=longest_k)
-    return _call(q, k, v, packing, options, _Sizes(batch, q.shape[1], longest_q, longest_k))
+    packing = with_longest(packing)
+    sizes = Sizes(batch, q.shape[1], packing.max_seqlen_q, packing.max_seqlen_k)
+    return checked(q, k, v, packing, options, sizes)
+
+
+def with_longest(packing: Packing) -> Packing:
+    """Checked lengths of the longest sequences."""
+    return packing._replace(
+        max_seqlen_q=scalars.length("max_seqlen_q", packing.max_seqlen_q),
+        max_seqlen_k=scalars.length("max_seqlen_k", packing.max_seqlen_k),
+    )
+
+
+def check_starts(name: str, starts: torch.Tensor, q: torch.Tensor) -> None:
+    check_tensor(name, starts, q, (torch.int32,), 1)
+    if starts.shape[0] < 1:
+        raise ValueError(f"{name} is empty: it must hold batch + 1 numbers, the first 0")
 
 
 def draw_rng_state(device: torch.device) -> torch.Tensor:
@@ -170,14 +205,16 @@ def keep_threshold(dropout_p: float) -> int:
     return round((1.0 - dropout_p) * DROPOUT_STEPS)
 
 
-def _call(q, k, v, packing: Packing, options: Options, sizes: _Sizes) -> Call:
+def checked(q, k, v, packing: Packing, options: Options, sizes: Sizes) -> Call:
     dropout_p = _dropout_p(options.dropout_p)
     scale = options.softmax_scale
     scale = q.shape[-1] ** -0.5 if scale is None else scalars.positive("softmax_scale", scale)
     if options.alibi_slopes is not None:
-        _check_tensor("alibi_slopes", options.alibi_slopes, q, (torch.float32,), None)
+        check_tensor("alibi_slopes", options.alibi_slopes, q, (torch.float32,), None)
         _check_table_is_constant("alibi_slopes", options.alibi_slopes)
-    masks, block_mask = _masks(options, q, k, sizes), options.block_mask
+    # Of the longest sequences; those of packed ones are not more than all together.
+    longest = q.shape[-3], sizes.seqlen_k if packing.cached else k.shape[-3]
+    masks, block_mask = _masks(options, q, sizes, *longest), options.block_mask
     scores = rules.score_of(scalars.softcap(options.softcap), options.alibi_slopes, options.score)
     encoded = rules.encode(masks, scores)
     if encoded.ints or encoded.floats:
@@ -232,9 +269,8 @@ def _dropout_p(given: Any) -> float:
     raise ValueError(f"dropout_p is {given}; allowed: 0 <= dropout_p <= 1 - 1/{DROPOUT_STEPS}")
 
 
-def _masks(options: Options, q: torch.Tensor, k: torch.Tensor, sizes: _Sizes) -> list[Rule]:
-    """Masks that must all show a pair."""
-    rows_q, rows_k = q.shape[-3], k.shape[-3]  # at least those of the longest sequence
+def _masks(options: Options, q: torch.Tensor, sizes: Sizes, rows_q: int, rows_k: int) -> list[Rule]:
+    """Masks that must all show a pair. rows_q, rows_k: at least those of the longest sequence."""
     window, block_mask = scalars.window(options.window_size, rows_q, rows_k), options.block_mask
     if block_mask is None:
         return rules.mask_of(bool(options.causal), window, options.mask)
@@ -249,14 +285,14 @@ def _masks(options: Options, q: torch.Tensor, k: torch.Tensor, sizes: _Sizes) ->
     return rules.mask_of(False, (None, None), block_mask.mask)
 
 
-def _check_block_mask(block_mask: Any, q: torch.Tensor, sizes: _Sizes) -> None:
+def _check_block_mask(block_mask: Any, q: torch.Tensor, sizes: Sizes) -> None:
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"block_mask is {type(block_mask).__name__}; allowed: a BlockMask, from create_block_mask or "
             "BlockMask.from_blocks"
         )
     for name in ("counts", "indices"):
-        _check_tensor(f"block_mask.{name}", getattr(block_mask, name), q, (torch.int32,), 4)
+        check_tensor(f"block_mask.{name}", getattr(block_mask, name), q, (torch.int32,), 4)
     if tuple(block_mask.seqlens) != (sizes.seqlen_q, sizes.seqlen_k):
         raise ValueError(
             f"block_mask is for seqlen_q and seqlen_k {tuple(block_mask.seqlens)}, q and k have "
@@ -300,12 +336,14 @@ def as_autocast_has_it(*tensors: Any) -> tuple:
     )
 
 
-def _check_qkv(q: Any, k: Any, v: Any, dims: tuple[str, ...]) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+def check_qkv(
+    q: Any, k: Any, v: Any, dims_q: tuple[str, ...], dims_k: tuple[str, ...], dtypes: tuple = DTYPES
+) -> None:
+    for name, tensor, dims in (("q", q, dims_q), ("k", k, dims_k), ("v", v, dims_k)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; allowed: torch.Tensor")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {_listed(DTYPES)}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {_listed(dtypes)}")
         if tensor.ndim != len(dims):
             raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: ({', '.join(dims)})")
     for name, tensor in (("k", k), ("v", v)):
@@ -328,7 +366,7 @@ def _check_qkv(q: Any, k: Any, v: Any, dims: tuple[str, ...]) -> None:
         raise ValueError(f"q has {heads} heads, k has {heads_kv}: q's must be a multiple of k's")
 
 
-def _check_tensor(name: str, tensor: Any, q: torch.Tensor, dtypes: tuple, rank: int | None) -> None:
+def check_tensor(name: str, tensor: Any, q: torch.Tensor, dtypes: tuple, rank: int | None) -> None:
     """A small tensor beside q: contiguous, of one of `dtypes`, of `rank` dimensions where given."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; allowed: torch.Tensor")
@@ -346,13 +384,13 @@ def _check_beside(name: str, tensor: torch.Tensor, q: torch.Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}: they must be on one device")
 
 
-def _check_tables(rule: Rule, q: torch.Tensor, sizes: _Sizes) -> None:
+def _check_tables(rule: Rule, q: torch.Tensor, sizes: Sizes) -> None:
     """The tensors inside a rule: their dtypes, devices, and the shapes that the rule declares."""
     for field in type(rule).__match_args__:
         value = getattr(rule, field)
         name = f"{type(rule).__name__}.{field}"
         if isinstance(value, torch.Tensor):
-            _check_tensor(name, value, q, TABLE_DTYPES, None)
+            check_tensor(name, value, q, TABLE_DTYPES, None)
             _check_table_is_constant(name, value)
             allowed = type(rule).tables.get(field)
             if allowed and not any(_fits(value, dims, sizes) for dims in allowed):
@@ -363,7 +401,7 @@ def _check_tables(rule: Rule, q: torch.Tensor, sizes: _Sizes) -> None:
                 _check_tables(nested, q, sizes)
 
 
-def _fits(table: torch.Tensor, dims: tuple[str, ...], sizes: _Sizes) -> bool:
+def _fits(table: torch.Tensor, dims: tuple[str, ...], sizes: Sizes) -> bool:
     """A table may be longer than the sequences, as one made for the longest of several calls is."""
     if table.ndim != len(dims):
         return False
@@ -378,7 +416,7 @@ def _sink(sink: Any, q: torch.Tensor, heads: int) -> torch.Tensor | None:
     """The sink's scores in float32, one per query head."""
     if sink is None:
         return None
-    _check_tensor("learnable_sink", sink, q, SINK_DTYPES, 1)
+    check_tensor("learnable_sink", sink, q, SINK_DTYPES, 1)
     if sink.shape[0] != heads:
         raise ValueError(f"learnable_sink has {sink.shape[0]} numbers; allowed: {heads}, one per head of q")
     return sink.float()

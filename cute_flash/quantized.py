@@ -1,0 +1,226 @@
+"""Attention on q, k and v of 8 bits: `flash_attn_quantized_func`, what `flash_attn_func` and
+`flash_attn_varlen_func` do with such tensors, and the operator, `forward_quantized`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from . import contents, launch, ops, request, schema
+from .arch.precision import QUANTIZATION_BLOCKS
+from .arch.quantized import DTYPES as NAMES
+from .dispatch import place_of, plan
+from .problems import problem_of, sizes_of
+from .quantization import Quantized
+from .repeat import Result
+from .request import Call, Options, Packing
+
+DTYPES = tuple(getattr(torch, name) for name in NAMES)
+OUT_DTYPES = (torch.float16, torch.bfloat16)
+NAMED = ("q_descale", "k_descale", "v_descale", "quantization_block", "out_dtype")
+
+
+class Descale(NamedTuple):
+    """The arguments that are for tensors of 8 bits, in the order of NAMED."""
+
+    q: torch.Tensor | None = None
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    block: int | None = None
+    out_dtype: torch.dtype | None = None
+
+
+class Scaling(NamedTuple):
+    """What the operator is given besides a `Call`. block 0: a scale for all rows. half: out is float16."""
+
+    q_scale: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    block: int
+    half: bool
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Of the result."""
+        return torch.float16 if self.half else torch.bfloat16
+
+
+def flash_attn_quantized_func(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    out_dtype: torch.dtype = torch.bfloat16,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention in FP8: both products of 8-bit numbers, softmax and sums in float32, without gradients.
+
+    q: (batch, seqlen_q, heads, head_dim), k: (batch, seqlen_k, heads_kv, head_dim),
+    v: (batch, seqlen_k, heads_kv, head_dim_v), from `quantize` in one format, "e4m3" or "e5m2", of one block;
+        heads is a multiple of heads_kv. q and k are rotated alike or not at all, v is not. Without a block q
+        has a scale for each KV head: quantize(q, heads_kv=heads_kv).
+    softmax_scale, causal, window_size, return_lse: as in `flash_attn_func`.
+    out_dtype: float16 or bfloat16.
+
+    P is lifted to 2**8 at most before it is rounded to e4m3. On compute capability 9.0 it is divided by the
+    sum of what was rounded, and O is summed in float32 tile by tile, since the tensor core keeps less;
+    beyond, by the sum of P itself (profiling/results/accuracy.md has what all of it costs).
+
+    Returns out, (batch, seqlen_q, heads, head_dim_v), and with return_lse (out, lse), lse float32 (batch,
+    heads, seqlen_q), the natural log of the softmax's sum.
+
+    Raises TypeError and ValueError with the argument, what was given and what is allowed; NotImplementedError
+    with every reason where no kernel serves: there are some for compute capabilities 9.0 and 10.0 to 11.0.
+    """
+    _check(q, k, v)
+    options = Options(0.0, softmax_scale, causal, window_size, 0.0, None, None, None, None, return_lse, None)
+    descale = Descale(*(x.scale for x in (q, k, v)), q.block, out_dtype)
+    found = forward(q.data, k.data, v.data, None, options, descale)
+    return tuple(found) if return_lse else found.out
+
+
+def _check(q: Any, k: Any, v: Any) -> None:
+    tensors = {"q": q, "k": k, "v": v}
+    for name, x in tensors.items():
+        if not isinstance(x, Quantized):
+            raise TypeError(f"{name} is {type(x).__name__}; allowed: Quantized, from cute_flash.quantize")
+        if x.data.dtype not in DTYPES or x.scale.dtype is not torch.float32:
+            raise NotImplementedError(f"{name} has format {x.format}; allowed: e4m3, e5m2")
+        if (x.data.device, x.block, x.format) != (q.data.device, q.block, q.format):
+            raise ValueError(
+                f"{name} is on {x.data.device} with block {x.block} in {x.format}, q on {q.data.device} with "
+                f"block {q.block} in {q.format}: they must be equal"
+            )
+    (batch, _, heads, head_dim), (_, seqlen_k, heads_kv, _) = q.shape, k.shape
+    if k.shape != (batch, seqlen_k, heads_kv, head_dim) or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"k and v have shapes {k.shape} and {v.shape}, q has {q.shape}; allowed: ({batch}, seqlen_k, "
+            f"heads_kv, {head_dim}) and ({batch}, seqlen_k, heads_kv, head_dim_v)"
+        )
+    if heads % heads_kv:
+        raise ValueError(f"q has {heads} heads and k {heads_kv}; allowed: a multiple")
+    if q.rotation != k.rotation:
+        raise ValueError(f"q is rotated by {q.rotation}, k by {k.rotation}: they must be equal")
+    if v.rotation is not None:
+        raise ValueError(f"v is rotated by {v.rotation}; allowed: None, quantize(v, hadamard=False)")
+    for name, x in tensors.items() if q.block is None else ():
+        if x.scale.shape[1] != heads_kv:
+            raise ValueError(
+                f"{name} has {x.scale.shape[1]} scales for each sequence; allowed: {heads_kv}, one for each "
+                f"KV head: quantize({name}, heads_kv={heads_kv})"
+            )
+
+
+def forward(q: Any, k: Any, v: Any, packing: Packing | None, options: Options, descale: Descale) -> Result:
+    """Attention on tensors of 8 bits, from the user's arguments."""
+    call, scaling = checked(q, k, v, packing, options, descale)
+    out, lse = torch.ops.cute_flash.forward_quantized.default(*call, *scaling)
+    return Result(out, lse if options.lse else None)
+
+
+def is_meant(q: Any, descale: Descale) -> bool:
+    """Whether a call is one on 8 bits; TypeError where q is not but an argument is for such tensors."""
+    if isinstance(q, torch.Tensor) and q.dtype in DTYPES:
+        return True
+    if descale.count(None) < len(descale):
+        name = next(name for name, given in zip(NAMED, descale, strict=True) if given is not None)
+        kind = q.dtype if isinstance(q, torch.Tensor) else type(q).__name__
+        raise TypeError(f"{name} is given, q is of {kind}; allowed beside it: {_listed(DTYPES)}")
+    return False
+
+
+def checked(
+    q: Any, k: Any, v: Any, packing: Packing | None, options: Options, descale: Descale
+) -> tuple[Call, Scaling]:
+    """A call and its scales, by all checks of those of 16 bits and what 8 bits need."""
+    out_dtype = torch.bfloat16 if descale.out_dtype is None else descale.out_dtype
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(f"out_dtype is {out_dtype}; allowed: {_listed(OUT_DTYPES)}")
+    if options.out is not None:
+        raise NotImplementedError("out is given; allowed for q of 8 bits: None")
+    if request.needs_gradient(q, k, v, options.learnable_sink):
+        raise NotImplementedError("a gradient is required; of q, k and v of 8 bits there is none: no_grad()")
+    if packing is None:
+        call = request.dense_of(q, k, v, options, DTYPES)
+    elif packing.cached:
+        raise NotImplementedError("block_table is given; allowed for q of 8 bits: None")
+    else:
+        call = request.varlen_of(q, k, v, packing, options, DTYPES)
+    return call, _scaling(call, descale, out_dtype)
+
+
+def _scaling(call: Call, descale: Descale, out_dtype: torch.dtype) -> Scaling:
+    block, sizes = descale.block, sizes_of(call)
+    if block is not None and (type(block) is not int or block not in QUANTIZATION_BLOCKS):
+        raise ValueError(f"quantization_block is {block!r}; allowed: None, {_listed(QUANTIZATION_BLOCKS)}")
+    shape_q = shape_k = (sizes.batch, sizes.heads_kv)
+    if block is not None:
+        shape_q = (sizes.batch, sizes.heads_q, -(-sizes.seqlen_q // block))
+        shape_k = (*shape_k, -(-sizes.seqlen_k // block))
+    scales = (
+        _scale(f"{name}_descale", getattr(descale, name), call.q, shape)
+        for name, shape in (("q", shape_q), ("k", shape_k), ("v", shape_k))
+    )
+    return Scaling(*scales, block or 0, out_dtype is torch.float16)
+
+
+def _scale(name: str, scale: Any, q: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """What a tensor's numbers are multiplied by; None: 1."""
+    if scale is None:
+        return q.new_ones(shape, dtype=torch.float32)
+    scale = scale.contiguous() if isinstance(scale, torch.Tensor) else scale
+    request.check_tensor(name, scale, q, (torch.float32,), None)
+    if tuple(scale.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(scale.shape)}; allowed: {shape}")
+    return scale
+
+
+def _listed(values: tuple) -> str:
+    return ", ".join(map(str, values))
+
+
+def _parted(arguments: tuple) -> tuple[Call, Scaling]:
+    count = len(Call._fields)
+    return Call(*arguments[:count]), Scaling(*arguments[count:])
+
+
+def _new(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    call, scaling = _parted(arguments)
+    out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]), dtype=scaling.out_dtype)
+    return out, ops.new_lse(call.q, ops.lse_shape(call))
+
+
+def _forward(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    (call, scaling), (out, lse) = _parted(arguments), _new(*arguments)
+    contents.check_scales(dict(zip(NAMED, scaling[:3], strict=False)))
+    if ops.has_no_sequence(call):
+        contents.check(call, out)
+        out.zero_()
+        lse.fill_(-torch.inf)
+    elif out.numel():
+        _launch(call, scaling, out, lse)
+    return out, lse
+
+
+def _launch(call: Call, scaling: Scaling, out: torch.Tensor, lse: torch.Tensor) -> None:
+    out_dtype = str(out.dtype).removeprefix("torch.")
+    asked = problem_of(call, out_dtype=out_dtype, block=scaling.block or None)
+    place = place_of(call.q.device)
+    planned = plan(asked, place.device, sizes_of(call), call.num_splits)
+    contents.check(call, out)
+    values = ops.values_of(call, out, lse) | scaling._asdict()
+    values |= {name: values[name].view(torch.uint8) for name in "qkv"}
+    launch.run(launch.bind(planned, place, values), values)
+
+
+ops.register(
+    "forward_quantized",
+    f"forward_quantized({schema.arguments(Call)}, {schema.arguments(Scaling)}) -> (Tensor out, Tensor lse)",
+    _forward,
+    _new,
+)
