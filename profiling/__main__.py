@@ -13,11 +13,17 @@ WHAT = {
     "one": "a single call, for tools that watch a process",
     "static": "registers, spills, occupancy and hot loop of every kernel, from its machine code",
     "cycles": "what each unit of a GPU allows per KV tile, from the emulator's counts",
+    "accuracy": "what formats of 8 and 4 bits cost, from a model of the kernels' arithmetic",
+    "timing": "what kernels take, by a model of SMs that is held to published speeds",
+    "tune": "configs of a forward kernel by that model, the best beside the table's row",
+    "timeline": "a trace and a picture of what every warp and unit of an SM does, by that model",
     "host": "the host's time per call and its parts, without a GPU",
     "emulator": "the emulator's own speed",
     "readme": "write README's performance section from the newest results",
 }
-TABLES = ("static", "cycles")  # what the module NAME finds, the module NAME_table prints and keeps
+# What the first finds, the second prints and keeps.
+TABLES = {"static": "static_table", "cycles": "cycles_table", "timing": "timing.table"}
+TABLES |= {"timeline": "timing.timeline", "tune": "timing.tune"}
 
 
 def main(arguments: list[str]) -> int:
@@ -27,7 +33,7 @@ def main(arguments: list[str]) -> int:
         wrong = f"no measurement {arguments[0]!r}\n" if arguments and arguments[0][0] != "-" else ""
         print(f"{wrong}python -m profiling WHAT:\n{known}", file=sys.stderr)
         return 2
-    module = f"{arguments[0]}_table" if arguments[0] in TABLES else arguments[0]
+    module = TABLES.get(arguments[0], arguments[0])
     return importlib.import_module(f"{__package__}.{module}").main(arguments[1:])
 
 

@@ -26,9 +26,9 @@ __all__ = ["NAME", "compiled", "full_name", "has", "tensors_of"]
 DIMS = (64, 128, 256)  # head dims that are looked at
 
 
-def has(case: Any) -> bool:
-    """Whether the tables have it for a case of theirs."""
-    plain = case.backward and case.rules == "plain"
+def has(case: Any, arch: str) -> bool:
+    """Whether the tables have it for a case of theirs on an architecture."""
+    plain = arch == "sm80" and case.backward and case.rules == "plain"
     return plain and case.dims[0] == case.dims[1] and case.dims[0] in DIMS
 
 

@@ -1,7 +1,7 @@
 """What each unit of a GPU allows per KV tile: counts from the emulator, over rates from `rates.py`.
 
-    python -m profiling cycles                          d64, d128, d192_128, d256; every GPU of rates.py;
-                                                        gradients on an A100
+    python -m profiling cycles                          d64, d128, d192_128, d256, and gradients; every GPU
+                                                        of rates.py
     python -m profiling cycles --case d128 --gpu H200
     python -m profiling cycles --write                  keep the rows in results/cycles.json and cycles.md
 
@@ -10,7 +10,8 @@ the time. One cluster of CTAs runs on the emulator over some KV tiles and over t
 is the steady cost of a tile. Matrix FLOP, exponentials, shared memory and barriers are counted there; FP32
 and integer issue slots are those of the hot loops' machine code, because the compiler fuses what PTX has
 apart. Warps outside these loops (copies, rescaling by warps of their own) take slots that are not counted.
-Of gradients, a tile is one of queries: a CTA of the main kernel keeps its keys and walks the queries.
+Of gradients, a tile is one of queries: a CTA of the main kernel keeps its keys and walks the queries. Under a
+causal mask it is one that the mask leaves whole.
 
     ceiling   the slowest unit alone: everything overlaps perfectly
     in turn   the tensor cores wait for the rest of the tile, and that for them: nothing overlaps
@@ -20,48 +21,36 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 import cute_flash
 from cute_flash import emulator, executable
 from cute_flash.arch.problem import Operands
 from cute_flash.dispatch import Answer
-from cute_flash.emulator.checks.counters import BankConflicts
 from cute_flash.emulator.execution.launch import Driver
 from cute_flash.objectfile import ObjectFileError
 
 from . import flash_attn_4, flash_attn_4_backward, gradients, sass
 from .rates import GPUS, PARTITIONS, WARP, Gpu
 from .static import CASES, Case, in_words
+from .watch import KINDS, PARTS, Totals, Watch
 
 FORWARD = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
 BACKWARD = tuple(name for name, case in CASES.items() if case.backward and case.rules == "plain")
-DEFAULT = (*FORWARD, *BACKWARD)
+CAUSAL_BACKWARD = ("d64_causal_backward", "d128_causal_backward")
+DEFAULT = (*FORWARD, *BACKWARD, *CAUSAL_BACKWARD)
+# Gradients are counted on one GPU of each tree, under a mask only on Blackwell's.
+GRADIENTS_ON = ("A100", "H200", "B200")
+ALONE = ", no pairs"  # what a peer's name ends in where its CTAs might work in pairs, and do not
 # The emulator runs so many KV tiles, and twice as many. Few: after many turns it lets other warps go first,
 # and lanes of a warp that then run apart count twice.
 TILES = 4
-
-# Kinds of PTX instructions that are counted per warp; the first match wins.
-KINDS = {
-    "matrix": re.compile(r"(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b.*"),
-    "mufu": re.compile(r"(ex2|lg2|rcp|rsqrt|sqrt|tanh|sin|cos)\b.*"),
-    "fp32": re.compile(r"(add|sub|mul|fma|max|min|selp|setp|abs|neg)\b.*\.f32(x2)?"),
-    "conversion": re.compile(r"cvt\b.*(f32|f16|bf16).*"),
-    "shuffle": re.compile(r"(shfl|vote|redux|match)\b.*"),
-    "barrier": re.compile(r"(bar|barrier)(\.cta)?\.(sync|red|arrive)\b.*|mbarrier\.(try|test)_wait\b.*"),
-    "shared": re.compile(r"(ld|st|atom|red)\.(\w+\.)*shared\b.*|(ld|st)matrix\b.*"),
-    "reduction": re.compile(r"(red|atom)\.(\w+\.)*global\b.*"),
-    "copy": re.compile(r"cp\.(async|reduce\.async)\.(ca|cg|bulk)\b.*"),
-    "other": re.compile(r".*"),
-}
-_SHAPE = re.compile(r"\.m(\d+)n(\d+)k(\d+)")
+CTAS = 8  # at most, all at once
 
 # Opcodes that the FP32 unit and its neighbour for compares and integers take, by the part before the dot.
 FMA = {"FADD": 1, "FMUL": 1, "FFMA": 1, "IMAD": 1, "HFMA2": 1, "FADD2": 2, "FMUL2": 2, "FFMA2": 2}
@@ -71,136 +60,12 @@ ALU = {
 }  # fmt: skip
 
 
-class Watch(BankConflicts):
-    """Counts what CTAs do: instructions by warp, and shared memory, copies into it included.
-
-    Tensor cores that read it themselves, and bulk copies, are counted without bank conflicts; what the warps
-    of a warpgroup read together in a product counts once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared_bytes = 0
-        self.opcodes: list[Counter] = []
-        self._read_now: dict[tuple, list[np.ndarray]] = {}
-
-    def begin(self, m: Any) -> None:
-        if self.opcodes or math.prod(m.launch.grid) != m.ctas:
-            raise ValueError(f"CTAs are watched that run at once; the grid is {m.launch.grid}")
-        self.launch, self.ctas = m.launch, m.ctas
-        self.opcodes = [Counter() for _ in range(m.warps)]
-
-    def step(self, m: Any, g: Any) -> None:
-        self._together()
-        for instruction in m.code.steps[m.at].instructions:
-            for warp in g.warp_at.tolist():
-                self.opcodes[warp][instruction.opcode] += 1
-
-    def copy_issue(self, m: Any, g: Any, copy: Any) -> None:
-        self._count(m, g, copy.shared, copy.size)
-
-    def async_read(self, m: Any, unit: Any, cta: int, address: np.ndarray, size: int) -> None:
-        self._read_now.setdefault((cta, unit.name, unit.number, size), []).append(np.ravel(address))
-
-    def async_write(self, m: Any, warp: Any, barrier: Any, span: Any) -> None:
-        self._in_line(span.size)
-
-    def _together(self) -> None:
-        """Count what the last step's units read."""
-        for (*_, size), addresses in self._read_now.items():
-            self._in_line(size * len(np.unique(np.concatenate(addresses))))
-        self._read_now.clear()
-
-    def _in_line(self, size: float) -> None:
-        """Bytes that pass 128 at a time."""
-        self.shared_bytes += size
-        needed, ideal = self.wavefronts.get(-1, (0, 0))
-        self.wavefronts[-1] = (needed + size / 128, ideal + size / 128)
-
-    def _count(self, m: Any, g: Any, address: np.ndarray, size: int) -> None:
-        self.shared_bytes += size * len(address)
-        super()._count(m, g, address, size)
-
-    def totals(self) -> Totals:
-        """What was seen so far, per CTA."""
-        self._together()
-        needed = sum(needed for needed, _ in self.wavefronts.values())
-        ideal = sum(ideal for _, ideal in self.wavefronts.values())
-        n = self.ctas
-        opcodes = tuple(Counter({name: count / n for name, count in w.items()}) for w in self.opcodes)
-        return Totals(opcodes, needed / n, ideal / n, self.shared_bytes / n)
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Of one CTA. opcodes: per warp, how often each was executed. wavefronts: 128-byte accesses of shared
-    memory; ideal: had there been no bank conflicts. shared_bytes: read, written, and copied in."""
-
-    opcodes: tuple[Counter, ...]
-    wavefronts: float
-    ideal: float
-    shared_bytes: float
-
-    def per_tile(self, less: Totals, tiles: int) -> Totals:
-        """The steady cost of a tile, where `less` ran `tiles` fewer."""
-        pairs = zip(self.opcodes, less.opcodes, strict=True)
-        opcodes = tuple(
-            Counter({name: (count - before[name]) / tiles for name, count in more.items()})
-            for more, before in pairs
-        )
-        return Totals(
-            opcodes,
-            (self.wavefronts - less.wavefronts) / tiles,
-            (self.ideal - less.ideal) / tiles,
-            (self.shared_bytes - less.shared_bytes) / tiles,
-        )
-
-    @property
-    def roles(self) -> dict[str, tuple[int, Counter]]:
-        """Warps that do the same kinds of work: "warps 0-3" -> (how many, counts by kind of all of them)."""
-        groups: dict[frozenset[str], list[int]] = {}
-        kinds = [by_kind(opcodes) for opcodes in self.opcodes]
-        for warp, counts in enumerate(kinds):
-            marks = frozenset(k for k in ("matrix", "mufu", "copy") if counts[k])
-            groups.setdefault(marks, []).append(warp)
-        return {
-            f"warps {warps[0]}-{warps[-1]}": (len(warps), sum((kinds[w] for w in warps), Counter()))
-            for warps in groups.values()
-        }
-
-
-def by_kind(opcodes: Counter) -> Counter:
-    """Counts by KINDS, "flops" of the matrix instructions, and bytes "reduced" in global memory."""
-    found: Counter = Counter()
-    for opcode, count in opcodes.items():
-        kind = next(kind for kind, pattern in KINDS.items() if pattern.fullmatch(opcode))
-        found[kind] += count
-        if kind == "matrix":
-            found["flops"] += count * matrix_flops(opcode)
-        if kind == "reduction":
-            found["reduced"] += count * gradients.bytes_added(opcode)
-    return found
-
-
-def matrix_flops(opcode: str) -> float:
-    """Floating-point operations of a PTX matrix instruction per warp that issues it; wgmma is issued by four.
-
-    0 for tcgen05.mma, whose shape is in a descriptor. Raises ValueError where another's is not in its name.
-    """
-    shape = _SHAPE.search(opcode)
-    if shape is None:
-        if opcode.startswith("tcgen05"):
-            return 0.0
-        raise ValueError(f"{opcode} does not tell its shape")
-    return 2 * math.prod(map(int, shape.groups())) / (4 if opcode.startswith("wgmma") else 1)
-
-
 @dataclass(frozen=True)
 class Cost:
     """What one tile asks of the units of an SM. flops: of matrix products, by mma.sync or not.
 
     mufu, fma, alu: lanes; issue: warp instructions; shared: bytes through the L1 data path, which shared
-    memory and spills take; reduced: bytes added to global memory, of which no rate is known.
+    memory and spills take; reduced: bytes added to global memory as fp32 sums.
     """
 
     flops: float
@@ -213,7 +78,8 @@ class Cost:
     reduced: float = 0.0
 
     def cycles(self, gpu: Gpu) -> dict[str, float]:
-        """Clocks that each unit of one SM needs for it."""
+        """Clocks that each unit of one SM needs; "sums" where there are some and their rate is known."""
+        sums = {"sums": self.reduced / gpu.sums} if self.reduced and gpu.sums else {}
         return {
             "matrix": self.flops / (gpu.matrix * (gpu.mma_sync if self.mma_sync else 1.0)),
             "mufu": self.mufu / gpu.mufu,
@@ -221,6 +87,7 @@ class Cost:
             "alu": self.alu / gpu.alu,
             "issue": self.issue / PARTITIONS,
             "shared": self.shared / gpu.shared,
+            **sums,
         }
 
     def ceilings(self, gpu: Gpu) -> tuple[str, float, float]:
@@ -236,8 +103,7 @@ class Cost:
 class Tile:
     """One tile of one CTA of a kernel: tile_m rows, tile_n keys.
 
-    flops: by the algorithm. From machine code: fma, alu: lanes; issue: warp instructions; local: bytes of
-    spills.
+    flops: by the algorithm. From machine code: fma, alu: lanes; issue: warp instructions; local: bytes spilt.
     """
 
     kernel: str
@@ -267,7 +133,7 @@ class Tile:
             alu=self.alu,
             issue=self.issue,
             shared=self.totals.wavefronts * 128 + self.local,
-            reduced=kinds["reduced"],
+            reduced=self.totals.reduced,
         )
 
 
@@ -278,60 +144,94 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
     config, make = answer.config, gradients.operands if case.backward else _operands
     run = executable.executable(answer.kernel, answer.problem, config, answer.device, "emulator")
 
-    def watched(tiles: int) -> Watch:
-        operands = make(answer, case.dims, tiles)
+    def watched(rows: int, keys: int) -> Watch:
+        operands = make(answer, case.dims, rows, keys)
         watch = Watch()
-        with cute_flash.emulated(arch, observers=(watch,)):
+        with cute_flash.emulated(arch, observers=(watch,), ctas_per_wave=CTAS):
             run(*operands)
         if watch.launch.shared_memory != config.shared_memory(answer.problem):
             raise ValueError(f"launched with {watch.launch.shared_memory} bytes, not as {config} says")
         return watch
 
-    cubin = executable.artifact(answer.kernel, answer.problem, config, answer.device).cubin
-    few, many = watched(TILES), watched(2 * TILES)
-    shape = (config.tile_m // few.ctas, config.tile_n)
-    return tile(answer.kernel.name, shape, case, many.totals().per_tile(few.totals(), TILES), loops_of(cubin))
+    loops = loops_of(executable.artifact(answer.kernel, answer.problem, config, answer.device).cubin)
+    shape, steady = steady_of(case, (config.tile_m, config.tile_n), watched)
+    return tile(answer.kernel.name, shape, case, steady, loops)
 
 
-def _operands(answer: Answer, dims: tuple[int, int], tiles: int) -> Operands:
-    """Of our kernel, for one tile of rows that sees `tiles` tiles of keys. Random normal."""
-    config, (dim, dim_v) = answer.config, dims
+def steady_of(
+    case: Case, cluster: tuple[int, int], watched: Callable[[int, int], Watch]
+) -> tuple[tuple[int, int], Totals]:
+    """Rows and keys of a CTA's tile, and what a tile costs that no mask cuts.
+
+    cluster: rows and keys that the CTAs of a cluster work on together. watched: runs so many rows and keys.
+    """
+    rows, keys = cluster
+    if case.backward and case.rules == "causal":
+        return _steady_of_causal_gradients(rows, keys, watched)
+    lengths = [(n * rows, keys) if case.backward else (rows, n * keys) for n in (TILES, 2 * TILES)]
+    few, many = (watched(*length) for length in lengths)
+    shape = (rows, keys // few.ctas) if case.backward else (rows // few.ctas, keys)
+    return shape, many.totals().per_tile(few.totals(), TILES)
+
+
+def _steady_of_causal_gradients(
+    rows: int, keys: int, watched: Callable[[int, int], Watch]
+) -> tuple[tuple[int, int], Totals]:
+    """As many rows as keys, of one cluster, two and three: each has the tiles that the mask cuts once, and
+    those below: none, one cluster's, and three clusters'."""
+    runs = [watched(n * keys, n * keys) for n in (1, 2, 3)]
+    one, two, three = (run.totals().times(run.ctas) for run in runs)
+    ctas = runs[0].ctas
+    return (rows, keys // ctas), three.per_tile(two, 1).per_tile(two.per_tile(one, 1), keys // rows * ctas)
+
+
+def _operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> Operands:
+    """Of our kernel. Random normal."""
+    dim, dim_v = dims
     generator = torch.Generator().manual_seed(0)
-    keys = tiles * config.tile_n
-    shapes = ((config.tile_m, dim), (keys, dim), (keys, dim_v), (config.tile_m, dim_v))
+    shapes = ((rows, dim), (keys, dim), (keys, dim_v), (rows, dim_v))
     q, k, v, out = (torch.randn(1, n, 1, d, generator=generator).bfloat16() for n, d in shapes)
     absent = dict.fromkeys(Operands._fields)
-    given = {"q": q, "k": k, "v": v, "out": out, "lse": torch.empty(1, 1, config.tile_m)}
+    given = {"q": q, "k": k, "v": v, "out": out, "lse": torch.empty(1, 1, rows)}
     given |= {"softmax_scale": dim**-0.5, "multiprocessors": answer.device.multiprocessors}
     return Operands(**absent | given)
 
 
-def peers(case: Case, target: str) -> Tile:
-    """A tile of the peer's kernel. Raises flash_attn_4.Missing, or an EmulatorError."""
+def peers(case: Case, target: str, alone: bool = False) -> Tile:
+    """A tile of the peer's kernel. Raises flash_attn_4.Missing, or an EmulatorError.
+
+    alone: of gradients, without pairs of CTAs.
+    """
     module = flash_attn_4_backward if case.backward else flash_attn_4
-    peer = module.compiled(case.peer(), target)
-    rows, tile_n = peer.kernel.tile
-    driver = Driver(emulator.Program(peer.kernel.ptx), flash_attn_4.LARGEST_SHARED_MEMORY)
+    peer = module.compiled(replace(case.peer(), alone=True) if alone else case.peer(), target)
+    rows, keys = peer.kernel.tile
+    program = emulator.Program(flash_attn_4.defined(peer.kernel.ptx))
+    driver = Driver(program, flash_attn_4.LARGEST_SHARED_MEMORY)
+    if case.backward:
+        keys *= math.prod(module.launched(peer.kernel, rows, keys).grid)
 
-    def lengths(tiles: int) -> tuple[int, int]:
-        return (tiles * rows, tile_n) if case.backward else (rows, tiles * tile_n)
-
-    def watched(tiles: int) -> Watch:
-        operands = module.tensors_of(peer.kernel.case, *lengths(tiles))
+    def watched(rows: int, keys: int) -> Watch:
+        operands = module.tensors_of(peer.kernel.case, rows, keys)
         watch = Watch()
-        # It reads rows of Q's tile that it never filled, and drops the results.
-        options = emulator.Options(observers=(watch,), uninitialized="poison")
+        # It reads rows of Q's tile that it never filled, and drops the results; a few of its kernels do what
+        # PTX leaves undefined.
+        options = emulator.Options(observers=(watch,), uninitialized="poison", permissive=True)
         flash_attn_4.call(peer.kernel, driver, driver.symbols, operands, options)
         return watch
 
-    few, many = watched(TILES), watched(2 * TILES)
-    steady = many.totals().per_tile(few.totals(), TILES)
-    return tile(peer_name(), (rows // few.ctas, tile_n), case, steady, loops_of(peer.cubin))
+    shape, steady = steady_of(case, (rows, keys), watched)
+    return tile(peer_name(alone), shape, case, steady, loops_of(peer.cubin))
 
 
-def peer_name() -> str:
+def peer_name(alone: bool = False) -> str:
     """The peer and its version. Raises flash_attn_4.Missing."""
-    return f"{flash_attn_4.NAME} {flash_attn_4.version()}"
+    return f"{flash_attn_4.NAME} {flash_attn_4.version()}{ALONE * alone}"
+
+
+def peers_of(case: Case, arch: str) -> tuple[bool, ...]:
+    """The peer's kernels for a case: whether CTAs work alone where it has pairs of them, too."""
+    paired = case.backward and arch == "sm100" and case.dims == (128, 128)  # below none, beyond always
+    return (False, True) if paired else (False,)
 
 
 def loops_of(cubin: bytes) -> tuple[sass.Loop, ...]:
@@ -344,33 +244,39 @@ def tile(
 ) -> Tile:
     """Emulator and machine code put together: each hot loop counts as often as one KV tile takes.
 
-    Raises ValueError where the two disagree on the exponentials per matrix FLOP: the loop is not the steady
-    one.
+    Raises ValueError where the two disagree on exponentials per matrix FLOP: the loop is not the steady one.
     """
     kinds = sum((counts for _, counts in steady.roles.values()), Counter())
-    times = [_times(loop, kinds) for loop in loops]
-    exponentials = sum(loop.counts["mufu"] * n for loop, n in zip(loops, times, strict=True))
+    passes = [(loop, _times(loop, loops, kinds)) for loop in loops]
+    exponentials = sum(loop.counts["mufu"] * n for loop, n in passes)
     if not math.isclose(exponentials, kinds["mufu"], rel_tol=0.02):
         raise ValueError(
             f"{kernel}: the hot loops have {exponentials:.0f} exponentials per KV tile, the emulator counts "
             f"{kinds['mufu']:.0f}"
         )
-    slots: Counter = Counter()
-    for loop, n in zip(loops, times, strict=True):
+    slots = Counter(fma=0, alu=0, issue=0, local=0)  # in Tile's order
+    for loop, n in passes:
         names = [opcode.partition(".")[0] for opcode in loop.opcodes]
         slots["fma"] += WARP * n * sum(FMA.get(name, 0) for name in names)
         slots["alu"] += WARP * n * sum(name in ALU for name in names)
         slots["local"] += WARP * n * sum(map(sass.local_bytes, loop.opcodes))
         slots["issue"] += n * loop.size
+    return Tile(kernel, *shape, steady, flops_of(case, shape), *slots.values())
+
+
+def flops_of(case: Case, shape: tuple[int, int]) -> int:
+    """Of a tile's products by the algorithm: two, of gradients five."""
     (dim, dim_v), times = case.dims, (3, 2) if case.backward else (1, 1)
-    flops = 2 * math.prod(shape) * (times[0] * dim + times[1] * dim_v)
-    return Tile(kernel, *shape, steady, flops, slots["fma"], slots["alu"], slots["issue"], slots["local"])
+    return 2 * math.prod(shape) * (times[0] * dim + times[1] * dim_v)
 
 
-def _times(loop: sass.Loop, kinds: Counter) -> float:
-    """How often warps pass through a loop per KV tile, by what of it the emulator counts, too."""
+def _times(loop: sass.Loop, loops: tuple[sass.Loop, ...], kinds: Counter) -> float:
+    """How often warps pass through one of the hot loops per KV tile, by what of it the emulator counts, too.
+
+    Where several have products, as many warps have each.
+    """
     if loop.flops:
-        return kinds["flops"] / loop.flops
+        return kinds["flops"] / sum(other.flops for other in loops)
     kind = "mufu" if loop.counts["mufu"] else "matrix"
     return kinds[kind] / loop.counts["mma" if kind == "matrix" else kind]
 
@@ -379,7 +285,9 @@ def _times(loop: sass.Loop, kinds: Counter) -> float:
 class Row:
     """One kernel on one target. roles: warps that do the same work -> instructions and matrix FLOP by kind.
 
-    wavefronts: 128-byte accesses of shared memory per KV tile; ideal: had there been no bank conflicts.
+    wavefronts: 128-byte accesses of shared memory per KV tile; ideal: had there been no bank conflicts;
+    parts: of gradients', those of each of PARTS; uniform: of gradients', loads of 16 bytes that all lanes of
+    a warp have from one place, each counted as four of them.
     """
 
     case: str
@@ -393,6 +301,19 @@ class Row:
     ideal: float
     barriers: float
     local: float
+    parts: dict[str, float] = field(default_factory=dict)
+    uniform: float = 0.0
+
+    @property
+    def merged(self) -> Cost:
+        """The cost if shared memory serves uniform loads by two accesses instead of four."""
+        return replace(self.cost, shared=self.cost.shared - 2 * 128 * self.uniform)
+
+    def ceilings(self, gpu: Gpu, cost: Cost | None = None) -> tuple[str, float, float]:
+        """The cost's, of which only the algorithm's FLOP count: what a kernel pads is no work done."""
+        binds, ceiling, in_turn = (cost or self.cost).ceilings(gpu)
+        useful = flops_of(CASES[self.case], self.tile) / self.cost.flops
+        return binds, ceiling * useful, in_turn * useful
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Row:
@@ -418,27 +339,39 @@ def row(what: NotYet, config: str, found: Tile) -> Row:
         for role, (warps, counts) in totals.roles.items()
     }
     cost = Cost(**{k: v if isinstance(v, bool) else round(v, 2) for k, v in asdict(found.cost).items()})
+    backward = CASES[what.case].backward
+    parts = {name: round(totals.parts[name], 2) for name in PARTS} if backward else {}
     return Row(
         what.case, what.target, found.kernel, config, (found.tile_m, found.tile_n), cost, roles,
         wavefronts=round(totals.wavefronts, 2),
         ideal=round(totals.ideal, 2),
         barriers=round(found.kinds["barrier"] / len(totals.opcodes), 2),
         local=round(found.local, 2),
+        parts=parts,
+        uniform=round(totals.uniform, 2) if backward else 0.0,
     )
+
+
+def counts(case: Case, target: str) -> bool:
+    """Whether the tables have a case on GPUs of a target."""
+    if not case.backward:
+        return True
+    arches = [GPUS[name].arch for name in GRADIENTS_ON if GPUS[name].device.target == target]
+    return any(case.is_on(arch) and (case.rules == "plain" or arch == "sm100") for arch in arches)
 
 
 def survey(cases: Iterable[str], gpus: Iterable[str], peer: bool) -> Iterator[Row | NotYet]:
     """Every kernel of ours and the peer's, for each case and each target of these GPUs."""
     for target, gpu in {GPUS[name].device.target: GPUS[name] for name in gpus}.items():
-        for case in (CASES[name] for name in cases if CASES[name].is_on(gpu.arch)):
+        for case in (CASES[name] for name in cases if counts(CASES[name], target)):
             for answer in case.with_products(gpu.device):
                 name = answer.kernel.name if answer else "cute_flash"
                 config = in_words(answer.config) if answer else ""
                 make = functools.partial(ours, case, answer, gpu.arch)
                 yield counted(NotYet(case.name, target, name, ""), config, make)
-            if peer:
-                make = functools.partial(peers, case, target)
-                yield counted(NotYet(case.name, target, flash_attn_4.NAME, ""), "", make)
+            for alone in peers_of(case, gpu.arch) if peer else ():
+                make = functools.partial(peers, case, target, alone)
+                yield counted(NotYet(case.name, target, flash_attn_4.NAME + ALONE * alone, ""), "", make)
 
 
 def counted(what: NotYet, config: str, make: Callable[[], Tile]) -> Row | NotYet:

@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import cycles, flash_attn_4, gradients, record, sass
-from .cycles import BACKWARD, Cost, NotYet, Row
-from .gradients import WORK, Asked
+from . import arguments, cycles, flash_attn_4, gradients, record, sass
+from .arguments import added_per_kflop, head, of, pairs, per_work
+from .cycles import ALONE, BACKWARD, CAUSAL_BACKWARD, PARTS, Cost, NotYet, Row, flops_of
+from .gradients import Asked
 from .rates import GPUS
 from .record import write_whole
 from .static import CASES, OWNERS, whose
@@ -19,7 +20,8 @@ from .static import CASES, OWNERS, whose
 JSON = record.RESULTS / "cycles.json"
 TITLES = ["case", "kernel", "tile", "matrix", "mufu", "fma", "alu", "issue", "shared", "binds", "ceiling"]
 TITLES += ["of peak", "in turn", "measured"]
-GRADIENTS_GPU = "A100"
+# Where gradients stand beside FlashAttention-2's published tiles.
+PUBLISHED_GPU = "A100"
 UNITS = {"flops": "matrix", "mufu": "mufu", "shared": "shared", "reduced": "bytes added"}
 
 
@@ -37,7 +39,8 @@ def lines(found: Row | NotYet, gpus: Iterable[str]) -> Iterator[str]:
     if found.cost.reduced:
         yield f"    added to global memory: {found.cost.reduced / 1024:.1f} KiB"
     shared = f"{found.wavefronts:.0f} wavefronts, {_loss(found)} the least"
-    yield f"    shared memory: {shared}; barrier round trips {found.barriers:.1f} per warp"
+    parts = "".join(f", {part} {count:.0f}" for part, count in found.parts.items())
+    yield f"    shared memory: {shared}{parts}; barrier round trips {found.barriers:.1f} per warp"
     cost = found.cost
     lanes = f"{cost.fma:.0f} FMA lanes, {cost.alu:.0f} ALU lanes"
     yield f"    machine code: {cost.issue:.0f} issue slots, {lanes}, {found.local / 1024:.1f} KiB of spills"
@@ -55,7 +58,7 @@ def _loss(found: Row) -> str:
 
 def _verdict(found: Row, gpu: str) -> tuple[str, str, str, str, str]:
     """What binds, the ceiling, its share of the peak, both in turn, and what was measured."""
-    binds, ceiling, in_turn = found.cost.ceilings(GPUS[gpu])
+    binds, ceiling, in_turn = found.ceilings(GPUS[gpu])
     share = 100 * ceiling * 1e12 / GPUS[gpu].peak
     return binds, f"{ceiling:.0f}", f"{share:.0f} %", f"{in_turn:.0f}", measured(found, gpu)
 
@@ -85,7 +88,7 @@ def _same_problem(found: Row, row: dict[str, Any]) -> bool:
 
 def _same_kernel(found: Row, name: str, timed: dict[str, Any]) -> bool:
     if found.kernel.startswith(flash_attn_4.NAME):
-        return name == flash_attn_4.NAME
+        return name == flash_attn_4.NAME and not found.kernel.endswith(ALONE)
     return timed.get("kernel") == found.kernel
 
 
@@ -106,6 +109,8 @@ def write(rows: Iterable[Row | NotYet], path: Path = JSON) -> None:
     told = [json.dumps(asdict(row), ensure_ascii=False) for row in ordered]
     write_whole(path, '{"rows": [\n' + ",\n".join(told) + "\n]}\n")
     write_whole(path.with_suffix(".md"), markdown(read(path)))
+    for argument in arguments.ARGUMENTS if path == JSON else ():
+        write_whole(argument.path, argument.told(argument.path.read_text(), read(path)))
 
 
 def read(path: Path = JSON) -> list[Row | NotYet]:
@@ -131,7 +136,9 @@ def markdown(rows: list[Row | NotYet]) -> str:
         text += [_line(row, gpu) for row in here if isinstance(row, Row)]
         absent = [f"* {row.case}, {row.kernel}: {row.reason}" for row in here if isinstance(row, NotYet)]
         text += ["", *absent] if absent else []
-    text += ["", *_gradients(rows)]
+    text += ["", *_beside_published(rows)]
+    for argument in arguments.ARGUMENTS:
+        text += ["", *_beside_peer(rows, argument)]
     text += ["", "## Counts per CTA and KV tile, of gradients per query tile", ""]
     text += _counts(row for row in rows if isinstance(row, Row))
     return "\n".join(text) + "\n"
@@ -143,54 +150,121 @@ def _line(row: Row, gpu: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _gradients(rows: list[Row | NotYet]) -> Iterator[str]:
+GRADIENTS = [*TITLES[:9], "sums", "added", "B/kFLOP", *TITLES[9:]]
+
+
+def _beside_published(rows: list[Row | NotYet]) -> Iterator[str]:
     """The main kernels of gradients, beside what FlashAttention-2's tiles ask for."""
     yield from (
-        f"## Gradients on {GRADIENTS_GPU}", "",
-        "Main kernels, clocks per 128 × 128 scores. added: KiB of dQ that go to global memory as fp32 sums.",
-        "FlashAttention-2's line is arithmetic on its published tiles (`profiling/gradients.py`): each warp",
-        "reads its rows and columns of every product's operands, without bank conflicts; – is what only",
-        "machine code tells.", "",
+        f"## Gradients on {PUBLISHED_GPU}", "",
+        "Main kernels, clocks per 128 × 128 scores. added: KiB of dQ that go to global memory as fp32 sums,",
+        "and bytes of it per 1000 FLOP; sums: clocks for it, where a rate is known. A kernel's padding takes",
+        "clocks and is no FLOP. FlashAttention-2's line is arithmetic on its published tiles",
+        "(`profiling/gradients.py`): each warp reads its rows and columns of every product's operands,",
+        "without bank conflicts; – is what only machine code tells.", "",
     )  # fmt: skip
-    titles = [*TITLES[:9], "added", *TITLES[9:]]
-    yield f"| {' | '.join(titles)} |"
-    yield "|---" * len(titles) + "|"
+    yield from head(GRADIENTS)
     absent, more = [], []
     for name in BACKWARD:
-        here = [row for row in rows if row.case == name]
-        for row in here:
-            if isinstance(row, Row):
-                yield _gradient_line(row)
-            else:
-                absent.append(f"* {name}, {row.kernel}: {row.reason}")
+        here = of(rows, name, PUBLISHED_GPU)
+        yield from (_gradient_line(row, PUBLISHED_GPU) for row in here if isinstance(row, Row))
         yield _published_line(name)
+        absent += _absent(here)
         more += [_beyond(row) for row in here if isinstance(row, Row) and row.config and asks_more(row)]
     yield from ("", *absent, *more)
 
 
-def _gradient_line(row: Row) -> str:
-    gpu, times = GPUS[GRADIENTS_GPU], WORK / (row.tile[0] * row.tile[1])
-    clocks = [f"{times * count:.0f}" for count in row.cost.cycles(gpu).values()]
-    cells = [row.case, row.kernel, "×".join(map(str, row.tile)), *clocks]
-    cells += [f"{times * row.cost.reduced / 1024:.0f}", *_verdict(row, GRADIENTS_GPU)]
+def _beside_peer(rows: list[Row | NotYet], argument: arguments.Argument) -> Iterator[str]:
+    """The main kernels of gradients, beside flash-attn-4's."""
+    gpu = argument.gpu
+    yield from (
+        f"## Gradients on {gpu}", "",
+        "As above, beside flash-attn-4's kernels for the same architecture;",
+        f"`profiling/{argument.path.name}` argues from it. sums: at the rate that somebody measured",
+        "on such a GPU (`profiling/rates.py`), where somebody did.", "",
+    )  # fmt: skip
+    here = [row for name in (*BACKWARD, *CAUSAL_BACKWARD) for row in of(rows, name, gpu)]
+    yield from head(GRADIENTS)
+    yield from (_gradient_line(row, gpu) for row in here if isinstance(row, Row))
+    yield from ("", "Who takes shared memory's clocks. Shuffles, a clock each, are counted in no unit:", "")
+    yield from head(["case", "kernel", *PARTS, "shuffles"])
+    yield from (_parts_line(row) for row in here if isinstance(row, Row))
+    yield from ("", *_absent(here))
+    for row, peer in pairs(here):
+        if more := beyond_peer(row, peer, gpu):
+            yield _told_beyond_peer(row, peer, more, gpu)
+
+
+def _absent(rows: Iterable[Row | NotYet]) -> list[str]:
+    return [f"* {row.case}, {row.kernel}: {row.reason}" for row in rows if isinstance(row, NotYet)]
+
+
+def _gradient_line(row: Row, name: str) -> str:
+    gpu, times = GPUS[name], per_work(row)
+    clocks = {unit: f"{times * count:.0f}" for unit, count in row.cost.cycles(gpu).items()}
+    shown = (clocks.get(unit, "–") for unit in GRADIENTS[3:10])
+    cells = [row.case, row.kernel, "×".join(map(str, row.tile)), *shown]
+    cells += [f"{times * row.cost.reduced / 1024:.0f}", added_per_kflop(row), *_verdict(row, name)]
     return f"| {' | '.join(cells)} |"
 
 
 def _published_line(name: str) -> str:
-    gpu, (tiles, asked) = GPUS[GRADIENTS_GPU], gradients.flash_attention_2(CASES[name].dims)
+    gpu, (tiles, asked) = GPUS[PUBLISHED_GPU], gradients.flash_attention_2(CASES[name].dims)
     cost = Cost(asked.flops, True, asked.mufu, 0.0, 0.0, 0.0, asked.shared)
     clocks = cost.cycles(gpu)
     shown = [f"{clocks[unit]:.0f}" if clocks[unit] else "–" for unit in clocks]
-    cells = [name, "FlashAttention-2's tiles", f"{tiles.tile_m}×{tiles.tile_n}", *shown]
+    cells = [name, "FlashAttention-2's tiles", f"{tiles.tile_m}×{tiles.tile_n}", *shown, "–"]
     binds, ceiling, in_turn = cost.ceilings(gpu)
     share = f"{100 * ceiling * 1e12 / gpu.peak:.0f} %"
-    cells += [f"{asked.reduced / 1024:.0f}", binds, f"{ceiling:.0f}", share, f"{in_turn:.0f}", "–"]
-    return f"| {' | '.join(cells)} |"
+    cells += [f"{asked.reduced / 1024:.0f}", f"{1000 * asked.reduced / asked.flops:.2f}"]
+    return f"| {' | '.join([*cells, binds, f'{ceiling:.0f}', share, f'{in_turn:.0f}', '–'])} |"
+
+
+def _parts_line(row: Row) -> str:
+    shuffles = sum(counts.get("shuffle", 0.0) for counts in row.roles.values())
+    clocks = [per_work(row) * count for count in (*(row.parts[part] for part in PARTS), shuffles)]
+    return f"| {' | '.join([row.case, row.kernel, *(f'{count:.0f}' for count in clocks)])} |"
+
+
+def beyond_peer(row: Row, peer: Row, gpu: str) -> dict[str, float]:
+    """Of what a kernel of ours asks more than the peer's per score, and how many times as much."""
+    ours, theirs = (
+        {unit: per_work(r) * count for unit, count in r.cost.cycles(GPUS[gpu]).items()} for r in (row, peer)
+    )
+    times = {unit: ours[unit] / theirs[unit] for unit in ours}
+    return {unit: ratio for unit, ratio in times.items() if ratio > 1.005}
+
+
+def _told_beyond_peer(row: Row, peer: Row, more: dict[str, float], gpu: str) -> str:
+    """What a kernel of ours asks more of than the peer's, and why it does or does not matter."""
+    clocks = row.cost.cycles(GPUS[gpu])
+    binds = max(clocks, key=clocks.__getitem__)
+    told = []
+    for unit, ratio in more.items():
+        if unit == "matrix":
+            padded = row.cost.flops / flops_of(CASES[row.case], row.tile)
+            why = f"{padded:.2f} × of the algorithm's, for padding"
+        elif unit == "shared":
+            why = ", ".join(_parts_beyond(row, peer))
+        else:
+            why = f"{clocks[unit] / clocks[binds]:.0%} of what {binds} takes"
+        told.append(f"{unit} {ratio:.2f} ×{' (binds)' * (unit == binds)}: {why}")
+    shapes = ["{} × {}".format(*r.tile) for r in (row, peer)]
+    tiles = f"tiles of {shapes[0]}" + (f", not {shapes[1]}" if shapes[0] != shapes[1] else ", as theirs")
+    return f"* {row.case}, {row.kernel}, of {peer.kernel}'s ({tiles}): {'; '.join(told)}."
+
+
+def _parts_beyond(row: Row, peer: Row) -> Iterator[str]:
+    """Parts of shared memory's clocks that are more than the peer's per score, where they matter."""
+    for part in PARTS:
+        ours, theirs = (per_work(r) * r.parts[part] for r in (row, peer))
+        if ours - theirs > 0.005 * per_work(peer) * peer.wavefronts:
+            yield f"{part} {ours:.0f} for {theirs:.0f}"
 
 
 def asks_more(row: Row) -> dict[str, float]:
     """Of what a kernel of ours asks more than FlashAttention-2's tiles do, and how many times as much."""
-    cost, times = row.cost, WORK / (row.tile[0] * row.tile[1])
+    cost, times = row.cost, per_work(row)
     asked = (times * number for number in (cost.flops, cost.mufu, cost.shared, cost.reduced))
     return Asked(*asked).beyond(gradients.flash_attention_2(CASES[row.case].dims)[1])
 
@@ -198,7 +272,7 @@ def asks_more(row: Row) -> dict[str, float]:
 def _beyond(row: Row) -> str:
     """What a kernel of ours asks more of than FlashAttention-2's tiles, and what differs."""
     case = CASES[row.case]
-    (answer,) = case.with_products(GPUS[GRADIENTS_GPU].device)
+    (answer,) = case.with_products(GPUS[PUBLISHED_GPU].device)
     theirs, _ = gradients.flash_attention_2(case.dims)
     why = gradients.differences(gradients.tiles_of(answer.config, case.dims), theirs)
     told = ", ".join(f"{UNITS[name]} {ratio:.2f} ×" for name, ratio in asks_more(row).items())

@@ -16,8 +16,6 @@ import torch
 from cute_flash.arch.backward import BackwardOperands, scratch_columns, scratch_rows
 from cute_flash.dispatch import Answer
 
-from .rates import WARP
-
 WORK = 128 * 128  # scores; what kernels with other tiles are compared by
 
 
@@ -117,11 +115,11 @@ def differences(ours: Tiles, theirs: Tiles) -> str:
     return "; ".join(found)
 
 
-def operands(answer: Answer, dims: tuple[int, int], tiles: int) -> tuple:
-    """Of our main kernel, for one key tile that is seen by `tiles` query tiles. Random normal."""
-    config, (d, d_v) = answer.config, dims
-    generator, rows = torch.Generator().manual_seed(0), tiles * config.tile_m
-    shapes = ((rows, d), (config.tile_n, d), (config.tile_n, d_v), (rows, d_v))
+def operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> tuple:
+    """Of our main kernel, for so many rows and keys, of whole tiles. Random normal."""
+    d, d_v = dims
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, d), (keys, d), (keys, d_v), (rows, d_v))
     q, k, v, grad_out = (torch.randn(1, n, 1, dim, generator=generator).bfloat16() for n, dim in shapes)
     scratch = scratch_rows(rows, 1)
     absent = dict.fromkeys(BackwardOperands._fields)
@@ -132,14 +130,3 @@ def operands(answer: Answer, dims: tuple[int, int], tiles: int) -> tuple:
         "grad_k": torch.empty_like(k), "grad_v": torch.empty_like(v),
         "softmax_scale": d**-0.5,
     })  # fmt: skip
-
-
-def bytes_added(opcode: str) -> int:
-    """Bytes that all lanes of a warp add to global memory by a PTX instruction; 0 for others."""
-    words = opcode.split(".")
-    if words[0] not in ("red", "atom") or "global" not in words:
-        return 0
-    if "f32" not in words:
-        raise ValueError(f"{opcode} adds no fp32 numbers")
-    width = next((int(word[1:]) for word in words if word in ("v2", "v4")), 1)
-    return 4 * width * WARP

@@ -100,6 +100,10 @@ def kinds() -> list[Kind]:
     """Every feature by itself, and some together."""
     slopes, ids, q = torch.rand(4), torch.zeros(2, 128, dtype=torch.int32), _tensors()[0]
     packing = {"cu_seqlens": torch.tensor([0, 100, 256], dtype=torch.int32), "longest": 156}
+    lengths, table = torch.tensor([60, 7], dtype=torch.int32), torch.randperm(16).int().view(2, 8)
+    new = dict.fromkeys("kv", torch.zeros(2, 1, 4, 64).half())
+    pages = dict.fromkeys(("rotary_cos", "rotary_sin"), torch.zeros(128, 32).half())
+    pages |= {"cache_seqlens": lengths, "block_table": table}
     return [
         Kind("dense", {}, 10.0),
         Kind("causal", {"causal": True}),
@@ -120,6 +124,9 @@ def kinds() -> list[Kind]:
         Kind("mask function", {"mask": lambda q, k: k <= q}),
         Kind("score function", {"score": lambda s, batch, head, q, k: s + head}),
         Kind("mask class of a user", {"mask": Near(5)}, 50.0),
+        Kind("cache", {"cache": {"cache_seqlens": lengths}}, 16.0),
+        Kind("cache, a token", {"cache": {"cache_seqlens": lengths, **new}, "causal": True}, 30.0),
+        Kind("pages, a token, rotated", {"cache": pages | new, "causal": True}, 36.0),
     ]
 
 
@@ -173,7 +180,13 @@ def _tensors() -> list[torch.Tensor]:
 def _call(kind: Kind) -> Callable[[], Any]:
     """The call, as a user writes it."""
     tensors, options = _tensors(), dict(kind.options)
-    packing = options.pop("packing", None)
+    packing, cache = options.pop("packing", None), options.pop("cache", None)
+    if cache is not None:
+        q, *caches = tensors
+        if "block_table" in cache:
+            caches = [tensor.reshape(16, 16, *tensor.shape[2:]) for tensor in caches]
+        q = q[:, :1]
+        return lambda: cute_flash.flash_attn_with_kvcache(q, *caches, **cache, **options)
     if packing is None:
         return lambda: cute_flash.flash_attn_func(*tensors, **options)
     flat = [tensor.flatten(0, 1) for tensor in tensors]
@@ -182,7 +195,7 @@ def _call(kind: Kind) -> Callable[[], Any]:
 
 
 def _anew(call: Callable[[], Any]) -> None:
-    repeat._DECIDED.clear()
+    repeat.forget_calls()
     call()
 
 

@@ -12,6 +12,8 @@ GB300       NVIDIA, "Inside NVIDIA Blackwell Ultra" (2025): 2.5 PFLOP/s dense bf
             exponentials at twice the rate: 10.7 T/s where Blackwell has 5
 FA4         Zadouri et al., FlashAttention-4 (2026), section on B200's feeds and speeds: 8192 FLOP of bf16,
             16 exponentials and 128 bytes of shared memory per clock and SM
+FA4#2889    flash-attention's pull request 2889 (2026): "a single SM sustains only ~30 GB/s" of fp32 sums in
+            global memory, on an H200; its own and others' kernels reach up to 24 GB/s
 TK          Spector et al., "GPUs Go Brrr" (2024), and Luo et al., arXiv 2402.13499 (2024), table of mma:
             mma.sync reaches 63 % of the peak on H100, wgmma all of it
 """
@@ -84,7 +86,8 @@ class Gpu:
 
     arch: the emulated device that it is closest to. matrix: FLOP of dense bf16. mma_sync: the part of it
     that mma.sync reaches. mufu: exponentials.
-    fma: FP32 add, multiply, fma. alu: FP32 compare, minimum, maximum, select. shared: bytes.
+    fma: FP32 add, multiply, fma. alu: FP32 compare, minimum, maximum, select. shared: bytes. sums: bytes of
+    fp32 sums in global memory, as somebody measured it; 0 where nobody told.
     issue: warp instructions. clock: Hz, at which the products of the row are the data sheet's numbers.
     """
 
@@ -100,6 +103,7 @@ class Gpu:
     alu: int = 64
     shared: int = 128
     issue: int = 4
+    sums: float = 0.0
 
     @property
     def device(self) -> Device:
@@ -115,10 +119,14 @@ class Gpu:
 # min, max, select and packed conversions to bf16 are issued to one unit of 64 lanes (throughput: "compare,
 # minimum, maximum" 64); conversions have no number of their own in the guide: 64 is the most they can have.
 # mma.sync's part on B200 and GB300 is not published: 1.0 keeps what is computed from it an upper bound.
+HOPPER = Gpu(
+    "sm90", (9, 0), 132, 1.830e9, 4096, 0.63, 16, 128, "H100, guide, throughput, TK, FA4#2889",
+    sums=30e9 / 1.830e9,
+)  # fmt: skip
 GPUS = {
     "A100": Gpu("sm80", (8, 0), 108, 1.410e9, 2048, 1.0, 16, 64, "A100, guide, throughput"),
-    "H100": Gpu("sm90", (9, 0), 132, 1.830e9, 4096, 0.63, 16, 128, "H100, guide, throughput, TK"),
-    "H200": Gpu("sm90", (9, 0), 132, 1.830e9, 4096, 0.63, 16, 128, "H100, guide, throughput, TK"),
+    "H100": HOPPER,
+    "H200": HOPPER,
     "B200": Gpu("sm100", (10, 0), 148, 1.860e9, 8192, 1.0, 16, 128, "B200, FA4, throughput"),
     "GB300": Gpu("sm100", (10, 3), 160, 1.910e9, 8192, 1.0, 32, 128, "GB300, FA4, throughput"),
 }

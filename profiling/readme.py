@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from . import cycles_table, static_table
+from .arguments import ARGUMENTS, Argument, added_per_kflop
 from .cycles import BACKWARD, Row
-from .cycles_table import asks_more
+from .cycles_table import PUBLISHED_GPU, asks_more
 from .rates import GPUS
 from .record import RESULTS, reports, write_whole
 from .stages import speed
+from .timing import kept, validate
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKS = re.compile(r"(<!-- performance -->\n).*?(\n<!-- /performance -->)", re.DOTALL)
 # What the tables without hardware are shown at: one case per line, ours and the peer's.
 SHOWN = ("d64", "d128", "d192_128", "d256")
+PREDICTED_AT = 4096  # keys, one of kept.LENGTHS
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +46,7 @@ def section(results: Path = RESULTS) -> str:
         "measures on one, beside FlashAttention-2, -3, flash-attn-4 and cuDNN; this section is then made",
         "from its results.",
     ]
-    return "\n".join([*lines, "", *_without_hardware(results)])
+    return "\n".join([*lines, "", *_predicted(), "", *_without_hardware(results)])
 
 
 def _rows(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -63,6 +66,33 @@ def _measured(data: dict[str, Any]) -> list[str]:
             lines += ["", f"{over}: {mean:.3f}, {len(ratios)} rows."]
     pictures = sorted(RESULTS.glob(f"{name}-*.svg"))
     return [*lines, *(f"![{p.stem}](profiling/results/{p.name})" for p in pictures)]
+
+
+def _predicted() -> list[str]:
+    """What the timing model says, with its error, of ours and of the peer's."""
+    off = {(row.gpu, row.kind): row for row in validate.read_errors()}
+    rows = [row for row in kept.read() if (row.gpu, "bwd" if row.backward else "fwd") in off]
+    columns = [(dim, causal) for dim in sorted({row.dim for row in rows}) for causal in (False, True)]
+    titles = [f"d{dim} causal" if causal else f"d{dim}" for dim, causal in columns]
+    lines = [
+        f"**Predicted, not measured**: TFLOP/s over {PREDICTED_AT} keys, by a model of SMs that runs machine",
+        "code clock by clock (`python -m profiling timing`, `profiling/results/timing.md`), and its mean",
+        "error on published speeds of flash-attn-4 that chose nothing in it (`--validate`).", "",
+        f"| kernel | {' | '.join(titles)} | error of the model |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    told = dict.fromkeys((row.gpu, row.backward, row.kernel) for row in rows)
+    for gpu, backward, kernel in sorted(told):
+        mine = {
+            (row.dim, row.causal): f"{row.tflops(PREDICTED_AT):.0f}"
+            for row in rows if (row.gpu, row.backward, row.kernel) == (gpu, backward, kernel)
+        }
+        cells = " | ".join(mine.get(column, "–") for column in columns)
+        name = f"{kernel}, gradients" if backward and "backward" not in kernel else kernel
+        error = off[gpu, "bwd" if backward else "fwd"].held
+        lines.append(f"| {gpu}: {name} | {cells} | ± {100 * error:.1f} % |")
+    missed = [f"{it.gpu} {it.kind}, {100 * it.held:.1f} %" for it in off.values() if not it.holds]
+    return [*lines, "", f"The model misses its bar at: {'; '.join(missed)}."] if missed else lines
 
 
 def _without_hardware(results: Path) -> list[str]:
@@ -87,11 +117,16 @@ def _without_hardware(results: Path) -> list[str]:
             mine = {row.case: row for row in counted if (row.target, row.kernel) == (target, kernel)}
             cells = (_ceiling(mine[name], gpu) if name in mine else "–" for name in SHOWN)
             lines.append(f"| {gpu}: {kernel} | {' | '.join(cells)} |")
-    return [*lines, "", *_gradients([row for row in counted if row.case in BACKWARD and row.config])]
+    lines += ["", *_gradients(counted)]
+    for argument in ARGUMENTS:
+        lines += ["", *_beside_peer(counted, argument)]
+    return lines
 
 
-def _gradients(ours: list[Row]) -> list[str]:
+def _gradients(counted: list[Row]) -> list[str]:
     """What our main kernels of gradients ask for, beside FlashAttention-2's tiles."""
+    target = GPUS[PUBLISHED_GPU].device.target
+    ours = [row for row in counted if row.case in BACKWARD and row.config and row.target == target]
     more = {row.case.removesuffix("_backward"): asks_more(row) for row in ours}
     no_more = ", ".join(case for case, units in more.items() if not units)
     beyond = (f"{case} ({', '.join(units)})" for case, units in more.items() if units)
@@ -102,7 +137,28 @@ def _gradients(ours: list[Row]) -> list[str]:
     ]
 
 
+def _beside_peer(counted: list[Row], argument: Argument) -> list[str]:
+    """Ceilings of our main kernels of gradients, beside flash-attn-4's."""
+    gpu, names = argument.gpu, [name.removesuffix("_backward") for name in argument.cases]
+    lines = [
+        f"Gradients on {'a' if gpu[0] == 'B' else 'an'} {gpu} beside flash-attn-4's kernels: the same",
+        "bounds, and bytes of dQ that are added to global memory per 1000 FLOP.",
+        f"`profiling/{argument.path.name}` argues from them what to expect.", "",
+        f"| kernel | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
+    ]
+    target = GPUS[gpu].device.target
+    here = [row for row in counted if row.target == target and row.case in argument.cases]
+    for kernel in dict.fromkeys(row.kernel for row in here):
+        mine = {row.case: row for row in here if row.kernel == kernel}
+        cells = (
+            f"{_ceiling(mine[name], gpu)}, {added_per_kflop(mine[name])} B" if name in mine else "–"
+            for name in argument.cases
+        )
+        lines.append(f"| {gpu}: {kernel} | {' | '.join(cells)} |")
+    return lines
+
+
 def _ceiling(row: Row, gpu: str) -> str:
-    binds, ceiling, in_turn = row.cost.ceilings(GPUS[gpu])
+    binds, ceiling, in_turn = row.ceilings(GPUS[gpu])
     return f"{ceiling:.0f} ({binds}; {in_turn:.0f})"
 

@@ -278,9 +278,9 @@ def _dominators(follow: list[tuple[int, ...]]) -> list[int]:
     return [bits if block in seen else 0 for block, bits in enumerate(found)]
 
 
-def disassembly(cubin: bytes) -> str:
-    """nvdisasm's text of a cubin's code."""
-    return _run("nvdisasm", cubin, "-c")
+def disassembly(cubin: bytes, *flags: str) -> str:
+    """nvdisasm's text of a cubin's code. flags: of nvdisasm, besides."""
+    return _run("nvdisasm", cubin, "-c", *flags)
 
 
 def moved_registers(sass: str) -> tuple[int, ...]:

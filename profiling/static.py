@@ -125,9 +125,10 @@ def _cases() -> Iterator[Case]:
                 yield Case(_name_of(dims, rules), dims, rules)
     for dims in (*((dim, dim) for dim in (32, 64, 96, 128, 192, 256)), (192, 128)):
         yield Case(_name_of(dims, "backward"), dims, backward=True)
-    for dims in ((64, 64), (256, 256)):
+    for dims in ((64, 64), (96, 96), (128, 128), (192, 192), (256, 256)):
         yield Case(_name_of(dims, "everything", "backward"), dims, "everything", backward=True)
-    yield Case("d128_causal_backward", (128, 128), "causal", backward=True)
+    for dims in ((64, 64), (128, 128)):
+        yield Case(_name_of(dims, "causal", "backward"), dims, "causal", backward=True)
 
 
 def _name_of(dims: tuple[int, int], *words: str) -> str:
@@ -135,9 +136,9 @@ def _name_of(dims: tuple[int, int], *words: str) -> str:
     return "_".join(["d" + "_".join(map(str, known)), *(word for word in words if word != "plain")])
 
 
-# Gradients are looked at where their kernels are those of the architecture's own tree, with the most shared
-# memory. On others the same kernels serve.
-GRADIENTS_ON = ("sm80",)
+# Gradients are looked at where each tree's own kernels have the most shared memory. On other devices of the
+# trees the same ones serve.
+GRADIENTS_ON = ("sm80", "sm90", "sm100")
 COMMON = ((64, 64), (128, 128), (192, 128), (256, 256))
 CASES = {case.name: case for case in _cases()}
 
@@ -145,7 +146,8 @@ CASES = {case.name: case for case in _cases()}
 FOLLOWED = (
     ("sm80", "d64"), ("sm80", "d64_causal"), ("sm80", "d128"), ("sm80", "d128_causal"), ("sm80", "d256"),
     ("sm86", "d128"), ("sm90", "d64_causal"), ("sm90", "d128"), ("sm90", "d192_128"), ("sm90", "d256"),
-    ("sm100", "d128"), ("sm100", "d192_128"), ("sm80", "d64_backward"),
+    ("sm100", "d128"), ("sm100", "d192_128"), ("sm80", "d64_backward"), ("sm90", "d128_backward"),
+    ("sm100", "d64_backward"), ("sm100", "d128_backward"),
 )  # fmt: skip
 
 
@@ -254,7 +256,8 @@ def read(source: Source, cubin: bytes, threads: int, dynamic: int) -> Figures:
     """The figures of a kernel that is launched with so many threads and bytes of dynamic shared memory."""
     used, code = sass.resources(cubin), sass.disassembly(cubin)
     capability = EMULATED[source.arch].capability
-    static = used.shared - (rates.RESERVED_SHARED if capability >= (9, 0) else 0)
+    # From Hopper on the system's own are among them, but of a kernel that uses none.
+    static = max(0, used.shared - rates.RESERVED_SHARED) if capability >= (9, 0) else used.shared
     occupancy = rates.occupancy(capability, threads, used.registers, dynamic + static)
     loops = sass.hot_loops(code)
     return Figures(
@@ -327,7 +330,7 @@ def survey(arches: Iterable[str], cases: Iterable[str], peer: bool) -> Iterator[
             yield from (_ours(case, answer, arch) for answer in case.answers(EMULATED[arch]))
             if peer and case.rules != "everything":
                 yield _peers(case, arch)
-            if peer and cudnn_frontend.has(case):
+            if peer and cudnn_frontend.has(case, arch):
                 yield _cudnn_s(case, arch)
 
 
