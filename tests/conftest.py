@@ -30,10 +30,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """One thread a process, also for those that tests start: tensors are small, and threads that wait for
-    each other on busy cores take ten times the oracle's own time. Compiled kernels are kept between runs,
-    below .pytest_cache, unless the environment names a place.
+    each other on busy cores take ten times the oracle's own time. Memory that a tensor is given and nobody
+    has written holds NaN: who reads it fails in every run, not in one of twenty. Compiled kernels are kept
+    between runs, below .pytest_cache, unless the environment names a place.
     """
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     os.environ["OMP_NUM_THREADS"] = "1"
     if CACHE not in os.environ:
         config.stash[_kept] = config.cache.mkdir("kernels")

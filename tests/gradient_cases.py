@@ -11,14 +11,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from cute_flash import dispatch
 from cute_flash.arch.backward import BackwardProblem
-from cute_flash.arch.kernel import Step
+from cute_flash.arch.kernel import Kernel, Step
 from cute_flash.dispatch import EMULATED
 from tests.cases import CASES, Case, row_of
-from tests.harness import answer_for
-from tests.test_resources import EXTREMES
+from tests.harness import Call, answer_for
+from tests.test_resources import EXTREMES, assert_in_registers
 
 # Every feature by itself, every way in which a tile is not whole, rows and keys that need a thought.
 SINGLES = (
@@ -54,6 +55,11 @@ JOINED = frozenset(
     )
 )
 
+ORDERS = {
+    "late": {"asynchrony": "late"},
+    "random": {"asynchrony": "random", "schedule": "random", "seed": 1},
+}
+
 
 def steps_of(case: Case, device: str) -> tuple[Step, ...]:
     """The launches of a case's gradients."""
@@ -71,6 +77,22 @@ def of_row(extreme: str, dims: tuple[int, int]) -> Case:
 def main_step(case: Case, device: str) -> Step:
     """The launch of the main kernel, between the preprocess and what comes after."""
     return steps_of(case, device)[1]
+
+
+def assert_served(case: Case, device: str, kernel: Kernel, folder: Path) -> None:
+    """By this main kernel, right, and without a spilled register."""
+    step = main_step(case, device)
+    assert step.kernel is kernel
+    Call.make(case).check_gradients(device)
+    assert_in_registers(step, EMULATED[device], folder / "kernel.cubin")
+
+
+def assert_in_turns(case: Case, device: str, kernel: Kernel, folder: Path, ctas: int = 1) -> None:
+    """Right, each sum in one order, without a spilled register, and with a place for `ctas` CTAs only."""
+    step = main_step(case, device)
+    assert step.kernel is kernel and step.problem.deterministic
+    assert_in_registers(step, EMULATED[device], folder / "kernel.cubin")
+    Call.make(case).check_gradients(device, ctas_per_wave=ctas, races=True, ordered_reductions=True)
 
 
 def meetings(case: Case, device: str = "sm80") -> set[frozenset]:

@@ -54,6 +54,10 @@ class Poisoned:
         view.copy_(tensor)
         return cls(storage, view, inside)
 
+    def view_of(self, storage: torch.Tensor) -> torch.Tensor:
+        """`view` in a copy of the storage."""
+        return storage.as_strided(self.view.shape, self.view.stride(), self.view.storage_offset())
+
     def assert_surroundings_untouched(self) -> None:
         """Raises where anything outside `view` was written."""
         written = (~self.storage.isnan() & ~self.inside).nonzero().flatten().tolist()
@@ -168,6 +172,14 @@ class Call:
         return {name: Poisoned.holding(x, self.case.layout, device) for name, x in tensors.items()}
 
 
+MAKERS: dict[type[Case], type[Call]] = {}  # who makes calls of a kind of case, where another than `Call` does
+
+
+def call_of(case: Case, seed: int = 0) -> Call:
+    """A case as tensors."""
+    return MAKERS.get(type(case), Call).make(case, seed)
+
+
 @contextlib.contextmanager
 def unchanged(placed: dict[str, Poisoned]):
     """Raises where a storage has changed at the end."""
@@ -228,6 +240,7 @@ def answer_for(case: Case, device: str):
         lse=True,
         block_size=block_mask and block_mask.block_size,
         split_kv=(case.splits or 1) > 1,
+        cache=case.cache,
     )
 
 

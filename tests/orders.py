@@ -9,7 +9,7 @@ from cute_flash import dispatch
 from cute_flash.arch.sm80 import BACKWARD
 from tests.cases import Case
 from tests.emulator.negative.trial import Subject, dependencies
-from tests.harness import Call, steps_of
+from tests.harness import Call, call_of, steps_of
 from tests.proofs import Proof
 
 RIGHT = "right"
@@ -19,7 +19,7 @@ def hold(case: Case, device: str, proven: Proof, **options: Any) -> None:
     """Hold a case to the accuracy rule. options: the emulator's, which say in what order things happen."""
 
     def trial() -> str:
-        Call.make(case).check(device, **options)
+        call_of(case).check(device, **options)
         return RIGHT
 
     assert proven(trial, (repr(options).encode(), *ground(case, device))) == RIGHT

@@ -6,6 +6,7 @@ outcome from there; one that is new, or whose line was edited, runs. So does a r
 other ones in every run, and must find what the ledger says: that is how one that is wrong is found.
 
     pytest --prove         run all and nothing else, and write the ledger
+    pytest --record        run every test as always, and write what ran to the ledger
     pytest --proof-seed N  draw the tenth of run N again, which that run named
 
 A pytest plugin; the fixture is `proven`.
@@ -117,6 +118,7 @@ class Proof:
 
 def pytest_addoption(parser):
     parser.addoption("--prove", action="store_true", help="run every proof and write tests/proofs.txt")
+    parser.addoption("--record", action="store_true", help="write proofs that ran to tests/proofs.txt")
     parser.addoption("--proof-seed", type=int, help="draws the tenth that runs again (default: random)")
 
 
@@ -164,14 +166,14 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """How many ran, and the seed; with --prove, write those of the tests that passed."""
+    """How many ran, and the seed; with --prove or --record, write those of the tests that passed."""
     if not _said:
         return
     counted = Counter(how for how, _, _ in _said.values())
     told = ", ".join(f"{number} {how}" for how, number in sorted(counted.items()))
     terminalreporter.section("proofs")
     terminalreporter.write_line(f"{told}; --proof-seed {config.option.proof_seed}")
-    if config.option.prove:
+    if config.option.prove or config.option.record:
         passed = {name: (seal, outcome) for name, (_, seal, outcome) in _said.items() if name not in _failed}
         write(LEDGER, read(LEDGER) | passed)
         terminalreporter.write_line(f"{len(passed)} written to {LEDGER.relative_to(ROOT)}")

@@ -31,6 +31,7 @@ SHARED = {
 }
 OURS = {"mask": None, "score": None, "learnable_sink": None, "return_lse": False, "out": None}
 OURS |= {"block_mask": None, "num_splits": None}
+OURS |= dict.fromkeys(("q_descale", "k_descale", "v_descale", "quantization_block", "out_dtype"))
 PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 REQUIRED = inspect.Parameter.empty
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-import cute_flash
 from cute_flash import ALiBi, Causal, Document, PrefixLM, Softcap, create_block_mask
 from cute_flash.masks import Mask
 from cute_flash.scores import Chain
@@ -319,9 +318,3 @@ def test_unusual_but_right(changed):
 def test_gradients_are_no_matter_without_grad_mode():
     with torch.no_grad(), pytest.raises(AssertionError, match="launched"):
         dense(q=tensor(2, 8, 4, 64).requires_grad_())
-
-
-@pytest.mark.parametrize("function", [cute_flash.flash_attn_with_kvcache, cute_flash.flash_attn_combine])
-def test_what_comes_later_refuses(function):
-    with pytest.raises(NotImplementedError, match=f"{function.__name__} does not exist yet"):
-        function(tensor(2, 8, 4, 64), None)

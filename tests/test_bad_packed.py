@@ -63,7 +63,6 @@ PACKED = {
         ValueError,
         "allowed: batch 2, seqlen_k 15",
     ),
-    "block_table": ({"block_table": ints(0)}, NotImplementedError, "block_table is given; allowed: None"),
     "attn_probs": ({"return_attn_probs": True}, NotImplementedError, "return_attn_probs is True; allowed"),
     "alignment": (
         {"k": tensor(20 * 2 * 64 + 2)[2:].view(20, 2, 64)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cute_flash import demo, demo_train, flash_attn_func
+from cute_flash import demo, demo_generate, demo_train, flash_attn_func, flash_attn_with_kvcache
 from cute_flash.integrations import transformers as integration
 
 
@@ -41,4 +41,25 @@ def test_training_notices_a_wrong_gradient(capsys, monkeypatch):
 
     monkeypatch.setattr(demo_train, "flash_attn_func", wrong)
     assert demo.main(["--train", "--steps", "8"]) == 1
+    assert "This is wrong" in capsys.readouterr().out
+
+
+GENERATE = ["--generate", "--steps", "15", "--characters", "6"]
+
+
+def test_generating(capsys):
+    """A few characters by either attention: the same, and their logits are close."""
+    assert demo.main(GENERATE) == 0
+    printed = capsys.readouterr().out
+    assert "characters come before" in printed and printed.count("The kernels |") == 2
+
+
+def test_generating_notices_a_wrong_key(capsys, monkeypatch):
+    """A new value that is not the one that belongs to its key."""
+
+    def wrong(q, k_cache, v_cache, k, v, **call):
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v.roll(1, dims=2), **call)
+
+    monkeypatch.setattr(demo_generate, "flash_attn_with_kvcache", wrong)
+    assert demo.main(GENERATE) == 1
     assert "This is wrong" in capsys.readouterr().out

@@ -12,9 +12,13 @@ import torch
 
 import cute_flash
 from cute_flash import arch, dispatch, repeat
+from cute_flash.arch.backward import BackwardProblem
 from cute_flash.arch.combine import COMBINE, CombineProblem
 from cute_flash.arch.kernel import Kernel, Step, Steps, Tuning
 from cute_flash.arch.problem import FEATURES, Device, Problem, Sizes, Support
+from cute_flash.arch.sm90 import BACKWARD
+from cute_flash.arch.sm90.backward.tuning import TABLE
+from cute_flash.arch.tuning import GradientTable
 from cute_flash.masks import Causal, Document
 from cute_flash.scores import Softcap
 
@@ -203,6 +207,16 @@ def test_block_masks_that_no_kernel_takes(asked, reason):
     assert re.search(reason, str(answer)), str(answer)
 
 
+def test_gradients_tiles_lack_room_or_registers():
+    """Which of the two the reason says."""
+    problem, small = BackwardProblem(PLAIN), replace(dispatch.EMULATED["sm90"], shared_memory=1000)
+    assert BACKWARD.reasons(problem, small) == ("no tile fits 1000 bytes of shared memory",)
+    table = GradientTable(rows=TABLE.rows, serves=lambda *asked: False)
+    heavy = replace(BACKWARD, tuning=table.tuning)
+    (reason,) = heavy.reasons(problem, dispatch.EMULATED["sm90"])
+    assert reason == "no tile leaves registers for what mask, score and dropout compute"
+
+
 def test_supports_takes_several_rules_and_plain_functions():
     answer = cute_flash.supports("float16", 64, device="sm80", mask=[Causal(), lambda q, k: q != k])
     assert "visible = ((k <= q) & (q != k))" in answer.problem.mask.text
@@ -298,7 +312,7 @@ def test_the_feature_table_is_what_kernels_declare(kernels):
     assert rows[FEATURES["varlen"]] == ["–", "–", "–", "✓", "✓", "–"]
     assert rows["dtypes"] == [*["float16"] * 3, *["float16, bfloat16"] * 2, "–"]
     assert rows["head dims"] == [*["64"] * 3, *["8…64 by 8"] * 2, "–"]
-    operations = {"KV cache append and decode", "backward", "FP8"}
+    operations = {"KV cache append and rotary", "backward", "FP8"}
     assert set(rows) == {"", "---", "dtypes", "head dims", *FEATURES.values(), *operations}
 
 

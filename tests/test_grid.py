@@ -34,7 +34,7 @@ def half(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch, heads", [(MANY, 4), (1, MANY), (300, 300)])
 def test_tiles_are_counted_along_x(grids, batch, heads, arch):
-    q, k = half(batch, 9, heads, 64), half(batch, 9, heads // 2, 64)
+    q, k = half(batch, 9, heads, 64), half(batch, 9, heads, 64)
     with cute_flash.emulated(arch):
         cute_flash.flash_attn_func(q, k, k, num_splits=1)
     ((tiles, y, z),) = grids
@@ -43,7 +43,7 @@ def test_tiles_are_counted_along_x(grids, batch, heads, arch):
 
 def test_so_are_packed_sequences_and_the_parts_of_keys(grids):
     starts = torch.arange(MANY + 1, dtype=torch.int32)
-    q, k = half(MANY, 4, 64), half(MANY, 2, 64)
+    q, k = half(MANY, 4, 64), half(MANY, 4, 64)
     with cute_flash.emulated("sm80"):
         cute_flash.flash_attn_varlen_func(q, k, k, starts, starts, 1, 1, num_splits=2)
     attention, merging = grids

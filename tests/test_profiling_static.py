@@ -21,7 +21,7 @@ pytest.importorskip("nvidia.cu13", reason="cuobjdump and nvdisasm come with NVID
 
 from cute_flash import emulator
 from profiling import __main__ as command
-from profiling import cycles, cycles_table, flash_attn_4, rates, sass, static
+from profiling import cycles, cycles_table, flash_attn_4, rates, sass, static, watch
 
 A100 = static.EMULATED["sm80"]
 GOLDEN = json.loads(static.GOLDEN.read_text())
@@ -291,6 +291,32 @@ def test_bank_conflicts_are_counted():
     assert (watch.totals().wavefronts, watch.totals().ideal, watch.totals().shared_bytes) == (33, 2, 256)
 
 
+def test_loads_of_one_place_are_told_apart():
+    """Of 16 bytes, by all lanes of a warp; counted as four accesses as long as nobody says otherwise."""
+    watched, m = watching()
+    g = SimpleNamespace(slot=np.repeat(np.arange(2), 32), lane=np.tile(np.arange(32), 2))
+    watched.shared_read(m, g, np.repeat([64, 80], 32), 16)
+    assert (watched.totals().uniform, watched.totals().wavefronts) == (2, 8)
+    for address, size in ((np.repeat([64, 80], 32), 8), (np.arange(64) * 16, 16)):
+        watched.shared_read(m, g, address, size)
+    watched.shared_read(m, SimpleNamespace(slot=g.slot[:9], lane=g.lane[:9]), np.repeat(64, 9), 16)
+    assert watched.totals().uniform == 2
+
+
+def test_a_steady_tile_under_a_causal_mask_is_one_that_it_leaves_whole():
+    """A pair of CTAs with 128 keys each, tiles of 64 rows: whole ones cost 7, other work whatever it does."""
+    def run(rows: int, keys: int) -> SimpleNamespace:
+        pairs = keys // 256
+        assert rows == keys
+        whole = sum(256 // 64 * 2 * before for before in range(pairs))
+        total = cycles.Totals((Counter(),), 7.0 * whole + 1000 * pairs, 0.0, 0.0)
+        ctas = 2 * pairs
+        return SimpleNamespace(ctas=ctas, totals=lambda: total.times(1 / ctas))
+
+    shape, steady = cycles.steady_of(static.CASES["d128_causal_backward"], (64, 256), run)
+    assert shape == (64, 128) and steady.wavefronts == pytest.approx(7)
+
+
 def test_what_a_warpgroup_reads_together_counts_once_and_per_cta():
     watch, m = watching(grid=2, ctas=2)
     g = SimpleNamespace(warp_at=np.zeros(0, int))
@@ -303,8 +329,57 @@ def test_what_a_warpgroup_reads_together_counts_once_and_per_cta():
     assert watch.totals().shared_bytes == 128 + 1024 and watch.totals().wavefronts == 9
     watch.async_write(m, None, None, SimpleNamespace(size=512))
     assert watch.totals().shared_bytes == 128 + 1024 + 256
+    watch.async_read(m, SimpleNamespace(name="bulk", number=0), 0, np.arange(16) * 16, 16)
+    assert watch.totals().parts == {"operands": 9, "copied in": 2, "copied out": 1}
+    watch.shared_read(m, SimpleNamespace(slot=np.zeros(32, int), lane=np.arange(32)), np.arange(32) * 4, 4)
+    assert watch.totals().parts["warps"] == 0.5 and watch.totals().wavefronts == 12.5
     with pytest.raises(ValueError, match="the grid is"):
         watching(grid=2, ctas=1)
+
+
+def test_copies_between_ctas_are_read_and_written():
+    """From global memory only written."""
+    watch, m = watching()
+    for places, parts in ((2, {"copied in": 4}), (0, {"copied in": 8, "copied out": 4})):
+        watch.async_write(m, None, None, SimpleNamespace(size=512))
+        watch.bulk_read(m, None, None, SimpleNamespace(address=np.zeros(places), nbytes=256))
+        assert watch.totals().parts == parts
+
+
+def test_sums_in_global_memory_are_counted():
+    """By warps or by bulk reductions; other stores, and whole numbers, are none."""
+    watch, m = watching()
+    numbers = np.zeros((32, 4), np.uint32)
+    sums, stores = SimpleNamespace(sums=True), SimpleNamespace(sums=False)
+    for order in (sums, stores):
+        watch.global_write(m, None, None, numbers, order)
+        watch.bulk_write(m, None, SimpleNamespace(address=np.zeros(3), nbytes=256), order)
+    assert watch.totals().reduced == 32 * 16 + 3 * 256
+
+
+def test_sums_bind_where_their_rate_is_known():
+    cost = cycles.Cost(4096.0, False, 0.0, 0.0, 0.0, 0.0, 128.0, reduced=100 * rates.GPUS["H200"].sums)
+    assert cost.ceilings(rates.GPUS["H200"])[0] == "sums"
+    assert cost.cycles(rates.GPUS["H200"])["sums"] == pytest.approx(100)
+    assert cost.ceilings(rates.GPUS["A100"])[0] == "matrix"
+
+
+def test_warpgroups_with_loops_of_their_own():
+    """One of the two also has dQ: as many warps pass each loop."""
+    both, one = (
+        sass.Loop(frozenset(range(n)), ("HGMMA.64x64x16.F32",) * n + ("MUFU.EX2",) * 32) for n in (18, 12)
+    )
+    warp = {n: Counter({"wgmma.mma_async.sync.aligned.m64n64k16.f32": n, "ex2.approx": 32}) for n in (18, 12)}
+    totals = cycles.Totals((*[warp[18]] * 4, *[warp[12]] * 4), 1.0, 1.0, 128.0)
+    found = cycles.tile("x", (64, 128), static.CASES["d96_backward"], totals, (both, one))
+    assert found.issue == 4 * (both.size + one.size)
+
+
+def test_bytes_of_no_meaning_are_defined():
+    """Of a prmt alone, and only in registers that nothing else names."""
+    packed = "\tprmt.b32 \t%r3, %r1, %r2, 0x3340U;\n"
+    defined = flash_attn_4.defined(packed + "\tmov.b32 \t%r1, 7;\n\tadd.s32 \t%r4, %r9, %r9;\n")
+    assert defined == "\tmov.b32 %r2, 0; " + packed[1:] + "\tmov.b32 \t%r1, 7;\n\tadd.s32 \t%r4, %r9, %r9;\n"
 
 
 def test_a_loop_that_is_not_the_steady_one_is_refused(tile):
@@ -336,7 +411,7 @@ def test_matrix_instructions_that_do_not_tell_their_shape_are_counted_by_the_alg
     assert found.cost.flops == 2 * 128 * 128 * 128 and not found.cost.mma_sync
     assert found.fma == 2 * 64 * 4 * 32 and found.issue == 2 * 9 + 4 * 192
     with pytest.raises(ValueError, match="does not tell its shape"):
-        cycles.matrix_flops("mma.sync.aligned.row.col")
+        watch.matrix_flops("mma.sync.aligned.row.col")
 
 
 def test_what_the_emulator_cannot_run_is_not_yet_there():

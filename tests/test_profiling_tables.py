@@ -11,9 +11,10 @@ import pytest
 
 pytest.importorskip("nvidia.cu13", reason="cuobjdump and nvdisasm come with NVIDIA's packages on PyPI")
 
-from profiling import cycles, cycles_table, flash_attn_4, gradients, readme, static, static_table
-from profiling.rates import GPUS
+from profiling import arguments, cycles, cycles_table, flash_attn_4, gradients, readme, static, static_table
+from profiling.rates import GPUS, PARTITIONS, WARP
 from profiling.static import CASES, EMULATED, Absent, Figures
+from profiling.timing import constants, kept
 
 STATIC, COUNTED = static_table.read(), cycles_table.read()
 TARGETS = {gpu.device.target: gpu for gpu in GPUS.values()}
@@ -69,13 +70,14 @@ def test_the_markdown_is_the_json():
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_cycles_table_is_of_todays_kernels(target):
     gpu = TARGETS[target]
-    for name in (name for name in cycles.DEFAULT if CASES[name].is_on(gpu.arch)):
+    for name in (name for name in cycles.DEFAULT if cycles.counts(CASES[name], target)):
         rows = [row for row in COUNTED if (row.target, row.case) == (target, name)]
         found = {(row.kernel, row.config) for row in rows if isinstance(row, cycles.Row) and row.config}
         hint = f"{name} on {target}: python -m profiling cycles --write"
         assert found == ours(CASES[name].with_products(gpu.device)), hint
         peers = [row for row in rows if row.kernel.startswith(flash_attn_4.NAME)]
-        assert len(peers) == 1, hint
+        alone = tuple(row.kernel.endswith(cycles.ALONE) for row in peers)
+        assert alone == cycles.peers_of(CASES[name], gpu.arch), hint
 
 
 def test_rows_are_put_in_place_of_those_there(tmp_path):
@@ -159,7 +161,7 @@ def test_blackwell_asks_no_more_of_an_sm_than_the_peer(name, case):
 
 def gradients_of(name: str) -> tuple[cycles.Row, gradients.Tiles]:
     """The row of our main kernel, and its tiles."""
-    (row,) = [row for row in COUNTED if row.case == name and row.config]
+    (row,) = [r for r in COUNTED if (r.case, r.target) == (name, "sm_80") and r.config]
     (answer,) = CASES[name].with_products(GPUS["A100"].device)
     return row, gradients.tiles_of(answer.config, CASES[name].dims)
 
@@ -187,5 +189,124 @@ def test_what_differs_from_published_tiles_is_told():
     told = "tiles of 32 × 128, not 64 × 128; dQ by 2 × 4 warps, not 4 × 2; V read at every tile"
     assert gradients.differences(ours, theirs).startswith(told)
     assert replace(asked, shared=1.1 * asked.shared).beyond(asked) == {"shared": pytest.approx(1.1)}
-    with pytest.raises(ValueError, match="fp32"):
-        gradients.bytes_added("red.global.add.u32")
+
+
+HOPPER = [row for row in COUNTED if row.case in cycles.BACKWARD and row.target == "sm_90a"]
+
+
+@pytest.mark.parametrize("name", cycles.BACKWARD)
+def test_hoppers_own_gradients_beside_the_peers(name):
+    """No more sums in global memory per FLOP; whatever is more than theirs stands in cycles.md, with why."""
+    told = cycles_table.JSON.with_suffix(".md").read_text()
+    ((row, peer),) = arguments.pairs(r for r in HOPPER if r.case == name)
+    more = cycles_table.beyond_peer(row, peer, "H200")
+    if row.kernel == "sm90.backward":
+        assert float(arguments.added_per_kflop(row)) <= float(arguments.added_per_kflop(peer))
+        assert "sums" not in more and "mufu" not in more
+    for unit, ratio in more.items():
+        assert re.search(rf"^\* {name}, {row.kernel}, of .*\b{unit} {ratio:.2f} ×", told, re.MULTILINE), unit
+
+
+def test_who_takes_shared_memory_is_all_of_it():
+    for row in (r for r in COUNTED if r.case in cycles.BACKWARD and isinstance(r, cycles.Row)):
+        assert set(row.parts) == set(cycles.PARTS)
+        assert sum(row.parts.values()) == pytest.approx(row.wavefronts, rel=1e-4)
+        assert row.cost.shared == pytest.approx(128 * row.wavefronts + row.local, rel=1e-4)
+
+
+def test_padding_is_no_work():
+    """A ceiling is of the algorithm's FLOP; clocks are of all that the kernel multiplies."""
+    gpu = GPUS["H200"]
+    for row in HOPPER:
+        ratio = cycles.flops_of(CASES[row.case], row.tile) / row.cost.flops
+        assert ratio <= 1 and row.ceilings(gpu)[1] == pytest.approx(ratio * row.cost.ceilings(gpu)[1])
+
+
+def words_of(argument: arguments.Argument) -> str:
+    """The text, whose tables are those of the counts."""
+    text = argument.path.read_text()
+    assert text == argument.told(text, COUNTED), "python -m profiling cycles --write"
+    return " ".join(text.split())
+
+
+def test_the_argument_for_hoppers_gradients_has_the_tables_numbers():
+    """Both tables of profiling/sm90_backward.md, written with the rest."""
+    words = words_of(arguments.HOPPER)
+    both = {row.case: (row, peer) for row, peer in arguments.pairs(HOPPER)}
+    (qk_192, qk_192_peer), (qk_256, qk_256_peer) = both["d192_128_backward"], both["d256_backward"]
+    keys = [row.tile[1] for row in (qk_192, qk_256, qk_192_peer, qk_256_peer)]
+    assert "at 192/128 a CTA has {} keys, at 256 it has {}, for {} and {}.".format(*keys) in words
+    assert f"over the keys of both, {2 * keys[0]} and {2 * keys[1]}:" in words
+    (qk_64, qk_64_peer), (qk_128, qk_128_peer) = both["d64_backward"], both["d128_backward"]
+    for row in (qk_192, qk_256):
+        assert row.cost.reduced == 4 * row.tile[0] * CASES[row.case].dims[0] / 2
+    assert qk_128.tile == (64, 128)  # half of 128 × 128 scores
+    assert f"takes 256 of {2 * qk_128.wavefronts:.0f} clocks less of shared memory" in words
+    timed = next(row for row in kept.read() if row.key == ("H200", 128, True, False, "sm90.backward"))
+    assert f"a CTA alone {timed.steady:.0f}, {100 * timed.part:.0f} %" in words
+    assert f"takes {qk_64.parts['warps'] - qk_64_peer.parts['warps']:.0f} clocks more" in words
+    assert f"theirs has {qk_128_peer.tile[0]} rows" in words and f"ours has {qk_128.tile[0]}," in words
+
+
+BLACKWELL = {
+    name: [row for row in COUNTED if (row.case, row.target) == (name, "sm_100a")]
+    for name in cycles.DEFAULT if cycles.counts(CASES[name], "sm_100a") and CASES[name].backward
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLACKWELL)
+def test_blackwells_own_gradients_beside_the_peers(name):
+    """Up to head dim 128 no more of what may bind, nor of sums per FLOP; whatever is more stands in
+    cycles.md, with why."""
+    told = cycles_table.JSON.with_suffix(".md").read_text()
+    for row, peer in arguments.pairs(BLACKWELL[name]):
+        more = cycles_table.beyond_peer(row, peer, "B200")
+        if max(CASES[name].dims) <= 128:
+            assert row.kernel == "sm100.backward" and not {"matrix", "mufu", "issue", "shared"} & more.keys()
+            assert row.cost.reduced <= peer.cost.reduced
+        for unit, ratio in more.items():
+            line = rf"^\* {name}, {row.kernel}, of {re.escape(peer.kernel)}'s .*\b{unit} {ratio:.2f} ×"
+            assert re.search(line, told, re.MULTILINE), unit
+
+
+def test_the_argument_for_blackwells_gradients_has_the_tables_numbers():
+    """Tables and text of profiling/sm100_backward.md."""
+    argument, words = arguments.BLACKWELL, words_of(arguments.BLACKWELL)
+    (narrow, _), (wide, pair, alone) = BLACKWELL["d64_backward"], BLACKWELL["d128_backward"]
+    gpu, loads = GPUS["B200"], narrow.uniform
+
+    def shared(row: cycles.Row) -> float:
+        return arguments.per_work(row) * row.merged.cycles(gpu)["shared"]
+
+    assert {row.uniform for row in (narrow, wide, pair, alone)} == {loads}
+    assert shared(alone) == alone.cost.cycles(gpu)["shared"] - 2 * loads
+    assert f"{loads:.0f} loads of 16 bytes, each counted as four" in words
+    assert f"bytes, {4 * loads:.0f} clocks." in words
+    measured, counted = argument.measured(alone), alone.ceilings(gpu)[1]
+    assert measured > counted and f"at {measured:.0f} TFLOP/s, and as counted" in words
+    assert f"would allow {counted:.0f}." in words
+    peers = [peer for name in argument.cases for _, peer in arguments.pairs(BLACKWELL[name])]
+    speeds = [(argument.measured(peer), argument.ceiling(peer)) for peer in peers]
+    parts = [speed / ceiling for speed, ceiling in speeds if speed]
+    assert f"{100 * min(parts):.0f} to {100 * max(parts):.0f} % of what that allows" in words
+    products, left = 2 * wide.cost.cycles(gpu)["matrix"] / 5, shared(wide)
+    assert f"are {products:.0f} clocks. Shared memory's {left:.0f} leave {left - products:.0f}" in words
+    assert f"less than {wide.cost.cycles(gpu)['issue']:.0f}." in words
+    rate = measured * alone.cost.reduced / alone.cost.flops * 1e3 / gpu.sms
+    assert f"adds {rate:.0f} GB per second and SM" in words
+    assert alone.cost.reduced == 2 * pair.cost.reduced == 2 * wide.cost.reduced
+    assert f"without pairs at 128: {shared(alone):.0f} clocks for {shared(wide):.0f}," in words
+    assert f"at {100 * (1 - measured / argument.measured(pair)):.0f} % less" in words
+    for case, dims in (("d192_128_backward", "192/128"), ("d256_backward", "256")):
+        clocks = [shared(row) for row in BLACKWELL[case]]
+        assert f"at {dims} {clocks[0]:.0f} clocks, not {clocks[1]:.0f}" in words
+
+
+@pytest.mark.parametrize("name", sorted(GPUS.keys() & constants.FAMILIES.keys()))
+def test_bounds_and_the_timing_model_know_the_same_gpu(name):
+    """Its units' rates stand in two tables: lanes per clock of an SM, and clocks per warp instruction."""
+    gpu, chip = GPUS[name], constants.of(name)
+    intervals = chip.exp_interval, chip.fma_interval, chip.alu_interval
+    assert tuple(WARP * PARTITIONS / lanes for lanes in (gpu.mufu, gpu.fma, gpu.alu)) == intervals
+    assert (gpu.sms, gpu.matrix, gpu.shared) == (chip.sms, chip.matrix_flops, chip.shared_bytes)
+    assert gpu.sums * gpu.clock == pytest.approx(chip.sum_rate * 1e9)

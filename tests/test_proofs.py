@@ -111,13 +111,16 @@ def test_only_what_passes_is_written(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(proofs.ROOT)}
     name = "test_trial.py::test_trial[right]"
     seed = next(seed for seed in range(1000) if not drawn(name, seed))
-    said = []
-    for more in ("--prove", f"--proof-seed={seed}"):
+    proven, said = {name: (sealed("right", (b"input",)), "right")}, []
+    for more in ("--prove", f"--proof-seed={seed}", "--record"):
         done = subprocess.run([*command, more], env=environment, cwd=tmp_path, capture_output=True, text=True)
         said.append(done.stdout)
-    assert proofs.read(tmp_path / "proofs.txt") == {name: (sealed("right", (b"input",)), "right")}
+        assert proofs.read(tmp_path / "proofs.txt") == proven
+        if more != "--prove":
+            (tmp_path / "proofs.txt").unlink()
     assert "1 written to proofs.txt" in said[0] and "1 failed, 1 passed" in said[0], said[0]
     assert "1 run, 1 taken from the ledger" in said[1] and "1 failed, 2 passed" in said[1], said[1]
+    assert "1 written to proofs.txt" in said[2] and "1 failed, 2 passed" in said[2], said[2]
 
 
 @pytest.mark.parametrize(

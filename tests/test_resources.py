@@ -1,22 +1,29 @@
-"""No kernel spills registers or uses local memory: read from the compiled code of every kernel that ships."""
+"""No kernel spills registers or uses local memory: read from the compiled code of every kernel that ships.
+
+Kernels that nothing else compiles are looked at once: as long as neither their sources nor the compiler
+change, what was found stands in the ledger of proofs.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cute_flash import executable
+from cute_flash import cache, executable
 from cute_flash.arch.kernel import Step
 from cute_flash.arch.problem import Device
 from cute_flash.arch.sm80 import tuning as sm80
 from cute_flash.arch.sm90 import tuning as sm90
 from tests.cases import CASES, Case
 from tests.harness import Call, answer_for, steps_of
+from tests.orders import RIGHT
+from tests.proofs import Proof, meaning
 
 nvidia = pytest.importorskip("nvidia.cu13", reason="cuobjdump comes with the package nvidia-cuda-cuobjdump")
 CUOBJDUMP = next(Path(folder) / "bin" / "cuobjdump" for folder in nvidia.__path__)
@@ -69,6 +76,18 @@ def assert_in_registers(step: Step, device: Device, path: Path) -> None:
     assert used["REG"] <= 255
 
 
+def prove(proven: Proof, look: Callable[[], None], *compiled: tuple) -> None:
+    """`look` at kernels, each told by the arguments of `executable.artifact`, or take what was found."""
+
+    def trial() -> str:
+        look()
+        return RIGHT
+
+    keys = " ".join(executable.key_of(*each) for each in compiled)
+    code = (meaning(Path(file)) for file in (__file__, look.__code__.co_filename))
+    assert proven(trial, (keys.encode(), repr(cache.versions()).encode(), *code)) == RIGHT
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=str)
 def test_cases(case, arch, tmp_path):
     """The kernels that the case's calls launch, so that they are compiled once."""
@@ -100,12 +119,16 @@ def test_cases_have_rows_enough(arch):
 
 
 @pytest.mark.parametrize("device, rules, dims", SHIPPED, ids=lambda value: str(value).replace(", ", "_"))
-def test_extremes(device, rules, dims, tmp_path):
+def test_extremes(device, rules, dims, tmp_path, proven):
     """With everything that a call may ask for at once, and for other GPUs, where code is other code."""
     answer = answer_for(replace(EXTREMES[rules], dims=dims), device)
     assert answer, str(answer)
     step = Step(answer.kernel, answer.problem, answer.config)
-    assert_in_registers(step, answer.device, tmp_path / "kernel.cubin")
+
+    def look() -> None:
+        assert_in_registers(step, answer.device, tmp_path / "kernel.cubin")
+
+    prove(proven, look, (*step.compiled, answer.device))
 
 
 @pytest.mark.parametrize("tree, table", [("sm80", sm80.FORWARD), ("sm90", sm90.FORWARD)])
@@ -133,3 +156,23 @@ def test_spills_are_noticed(tmp_path):
     from tests.spilling_kernel import compile_for
 
     assert resources(compile_for("sm_80"), tmp_path / "kernel.cubin")["STACK"] > 0
+
+
+def test_other_sources_and_another_compiler_are_another_proof(monkeypatch):
+    answer = answer_for(EXTREMES["plain"], "sm90")
+    step = Step(answer.kernel, answer.problem, answer.config).compiled, answer.device
+    seals, looked = [], []
+
+    def sealed_now(*compiled) -> str:
+        proof = Proof("a.py::test", {}, 0)
+        prove(proof, lambda: looked.append(1), *compiled)
+        return proof.said[1]
+
+    kernel = (*step[0], step[1])
+    seals += [sealed_now(kernel), sealed_now(kernel), sealed_now(kernel, kernel)]
+    seals.append(sealed_now((*step[0], replace(step[1], capability=(10, 0)))))
+    monkeypatch.setattr(cache, "versions", lambda: {"nvidia-cutlass-dsl": "0"})
+    seals.append(sealed_now(kernel))
+    monkeypatch.setattr(executable, "sources_of", lambda kernel: "others")
+    seals.append(sealed_now(kernel))
+    assert seals[0] == seals[1] and len(set(seals)) == 5 == len(looked) - 1

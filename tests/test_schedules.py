@@ -58,6 +58,65 @@ GRADIENTS = {
         "sm80", replace(RELAY, dims=(64, 64), mask="full", blocks="random_causal", seqlens=((150, 300),))
     ),
 }  # fmt: skip
+# The same of Hopper's kernels: of 128 keys and 64 rows or 128, and of fewer keys where heads are wide.
+HOPPER_RELAY = replace(RELAY, dims=(64, 64))
+GRADIENTS |= {
+    f"sm90_{name}": ("sm90", case)
+    for name, case in {
+        "causal": replace(ONE_HEAD, seqlens=((150, 140),), mask="causal"),
+        "wide": replace(CASES["dims_256_256"], seqlens=((130, 90),), heads=(1, 1)),
+        "wide_score": replace(CASES["score_softcap"], dims=(192, 128), seqlens=((130, 130),), heads=(1, 1)),
+        "wide_dropout": replace(CASES["dropout_0.5"], dims=(256, 256), seqlens=((130, 90),), heads=(1, 1)),
+        "packed": replace(CASES["used_qk_causal"], seqlens=((70, 60), (0, 9), (30, 150)), heads=(1, 1)),
+        "shared_head": replace(CASES["heads_6_2"], seqlens=((70, 140),), heads=(2, 1)),
+        "blocks": replace(CASES["blocks_random_causal"], seqlens=((200, 150),), heads=(1, 1)),
+        "dropout": replace(CASES["dropout_0.5"], seqlens=((140, 70),), heads=(1, 1)),
+        "score": replace(CASES["score_softcap"], seqlens=((140, 70),), heads=(1, 1)),
+        "mask": replace(CASES["mask_function"], seqlens=((140, 150),), heads=(1, 1)),
+        "turns_of_keys": HOPPER_RELAY,
+        "turns_of_heads": replace(CASES["heads_6_2"], seqlens=((40, 140),), heads=(3, 1), deterministic=True),
+        "turns_wide": replace(HOPPER_RELAY, dims=(192, 128), seqlens=((40, 150),), heads=(2, 1)),
+        "turns_packed": replace(HOPPER_RELAY, varlen=True, seqlens=((30, 150), (20, 40))),
+        "turns_masked": replace(HOPPER_RELAY, mask="by_head", seqlens=((70, 200),)),
+        "turns_of_blocks": replace(
+            HOPPER_RELAY, mask="full", blocks="random_causal", seqlens=((150, 300),)
+        ),
+    }.items()
+}
+# And of Blackwell's: with columns of tensor memory for P and dQ, and without; tiles of 64 rows, of 64 keys,
+# of these with dQ in two parts; pairs of CTAs.
+BLACKWELL_RELAY = replace(RELAY, dims=(64, 64), seqlens=((70, 200),))
+BLACKWELL_TURNS = Case("", ((70, 140),), heads=(2, 1), deterministic=True)
+BLACKWELL_WIDE = replace(ONE_HEAD, seqlens=((130, 140),), mask="causal")
+OVER_SCORES = replace(CASES["dims_128_8"], heads=(1, 1))
+GRADIENTS |= {
+    f"sm100_{name}": ("sm100", case)
+    for name, case in {
+        "causal": replace(ONE_HEAD, seqlens=((270, 140),), mask="causal"),
+        "over_scores": replace(OVER_SCORES, seqlens=((270, 140),)),
+        "piecewise_over_scores": replace(OVER_SCORES, seqlens=((140, 70),), dropout=0.5),
+        "packed": replace(CASES["used_qk_causal"], seqlens=((150, 60), (0, 9), (30, 150)), heads=(1, 1)),
+        "shared_head": replace(CASES["heads_6_2"], seqlens=((140, 70),), heads=(2, 1)),
+        "blocks": replace(CASES["blocks_random_causal"], seqlens=((200, 150),), heads=(1, 1)),
+        "dropout": replace(CASES["dropout_0.5"], seqlens=((140, 70),), heads=(1, 1)),
+        "score": replace(CASES["score_softcap"], seqlens=((140, 70),), heads=(1, 1)),
+        "mask": replace(CASES["mask_function"], seqlens=((140, 70),), heads=(1, 1)),
+        "rows": replace(BLACKWELL_WIDE, dims=(136, 72)),
+        "keys": replace(BLACKWELL_WIDE, dims=(72, 136)),
+        "parts": replace(BLACKWELL_WIDE, dims=(200, 136)),
+        "pair": replace(BLACKWELL_WIDE, dims=(104, 128), seqlens=((130, 300),)),
+        "turns_of_keys": BLACKWELL_RELAY,
+        "turns_of_heads": replace(CASES["heads_6_2"], seqlens=((40, 100),), heads=(3, 1), deterministic=True),
+        "turns_over_scores": replace(BLACKWELL_RELAY, dims=(128, 8)),
+        "turns_rows": replace(BLACKWELL_TURNS, dims=(136, 72)),
+        "turns_parts": replace(BLACKWELL_TURNS, dims=(200, 136)),
+        "turns_pair": replace(BLACKWELL_TURNS, dims=(128, 128), seqlens=((70, 300),)),
+        "turns_packed": replace(BLACKWELL_RELAY, varlen=True, seqlens=((30, 150), (20, 40))),
+        "turns_of_blocks": replace(
+            BLACKWELL_RELAY, mask="full", blocks="random_causal", seqlens=((150, 300),)
+        ),
+    }.items()
+}
 
 
 def order(seed: int, **watched: bool) -> dict:

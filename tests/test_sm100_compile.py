@@ -12,7 +12,8 @@ from cute_flash.arch.problem import Device, Sizes
 from cute_flash.arch.sm100 import tuning
 from cute_flash.arch.sm100.forward import FORWARD
 from cute_flash.emulator.execution import cubin
-from tests.test_resources import EXTREMES, answer_for, resources
+from tests.proofs import Proof
+from tests.test_resources import EXTREMES, answer_for, prove, resources
 
 SHARED = 232448
 CAPABILITIES = {"sm_100a": (10, 0), "sm_103a": (10, 3), "sm_110a": (11, 0)}
@@ -55,10 +56,19 @@ def problem_of(extreme: str, dims: tuple[int, int]):
     return answer_for(replace(ASKED[extreme], dims=dims), "sm100").problem
 
 
-def assert_in_registers(problem, device: Device, path, sizes: Sizes | None = None) -> None:
-    """Compile, and find nothing in local memory, no more registers than there are, and tcgen05."""
+def prove_in_registers(proven: Proof, path, problem, device: Device, sizes: Sizes | None = None) -> None:
+    """Nothing is in local memory, there are no more registers than there are, and products are tcgen05's."""
     assert FORWARD.reasons(problem, device) == ()
     config = FORWARD.config(problem, device, sizes)
+
+    def look() -> None:
+        assert_in_registers(problem, config, device, path)
+
+    prove(proven, look, (FORWARD, problem, config, device))
+
+
+def assert_in_registers(problem, config, device: Device, path) -> None:
+    """Compile, and look."""
     built = executable.artifact(FORWARD, problem, config, device)
     used = resources(built.cubin, path)
     assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
@@ -76,28 +86,28 @@ def assert_in_registers(problem, device: Device, path, sizes: Sizes | None = Non
 
 
 @pytest.mark.parametrize("target, extreme, dims", TARGETS, ids=str)
-def test_rows_compile_without_spills(target, extreme, dims, tmp_path):
+def test_rows_compile_without_spills(target, extreme, dims, tmp_path, proven):
     assert DEVICES[target].target == target
-    assert_in_registers(problem_of(extreme, dims), DEVICES[target], tmp_path / "kernel.cubin")
+    prove_in_registers(proven, tmp_path / "kernel.cubin", problem_of(extreme, dims), DEVICES[target])
 
 
 @pytest.mark.parametrize("dims", [(32, 32), (64, 64), (128, 128), (160, 160), (192, 192)], ids=str)
 @pytest.mark.parametrize("target", ["sm_100a", "sm_103a"])
-def test_ctas_that_persist_compile_without_spills(target, dims, tmp_path):
+def test_ctas_that_persist_compile_without_spills(target, dims, tmp_path, proven):
     device, problem = replace(DEVICES[target], multiprocessors=148), problem_of("even", dims)
     assert FORWARD.config(problem, device).persistent
-    assert_in_registers(problem, device, tmp_path / "kernel.cubin")
+    prove_in_registers(proven, tmp_path / "kernel.cubin", problem, device)
 
 
 @pytest.mark.parametrize(
     "extreme, dims", [("light", (256, 256)), ("even", (224, 224)), ("heavy", (128, 128))], ids=str
 )
-def test_few_rows_compile_without_spills(extreme, dims, tmp_path):
+def test_few_rows_compile_without_spills(extreme, dims, tmp_path, proven):
     """One Q tile with the blocks of keys that many rows have, which no row of the table holds."""
     device, sizes = replace(B200, multiprocessors=148), Sizes(1, 1, 1, 20, 999)
     problem = replace(problem_of(extreme, dims), gqa=False)
     assert FORWARD.config(problem, device, sizes).tile_m == 128
-    assert_in_registers(problem, device, tmp_path / "kernel.cubin", sizes)
+    prove_in_registers(proven, tmp_path / "kernel.cubin", problem, device, sizes)
 
 
 @pytest.mark.parametrize("extreme, splits", [("light", 0), ("even", 2)])
@@ -109,20 +119,23 @@ def test_ctas_do_not_persist_where_tiles_differ(extreme, splits):
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)], ids=str)
-def test_splits_compile_without_spills(dims, tmp_path):
+def test_splits_compile_without_spills(dims, tmp_path, proven):
     problem = answer_for(replace(EXTREMES["heavy"], dims=dims, splits=2), "sm100").problem
-    assert_in_registers(replace(problem, sink=False), B200, tmp_path / "kernel.cubin")
+    prove_in_registers(proven, tmp_path / "kernel.cubin", replace(problem, sink=False), B200)
 
 
-def test_two_targets_have_the_same_code():
+def test_two_targets_have_the_same_code(proven):
     """Up to names: of the target, and of the kernel, which hold the target."""
-    problem, texts = problem_of("heavy", (128, 128)), []
-    for target in ("sm_103a", "sm_110a"):
-        device = DEVICES[target]
-        built = executable.artifact(FORWARD, problem, FORWARD.config(problem, device), device)
+    problem, devices = problem_of("heavy", (128, 128)), (DEVICES["sm_103a"], DEVICES["sm_110a"])
+    kernels = [(FORWARD, problem, FORWARD.config(problem, device), device) for device in devices]
+
+    def look() -> None:
         named = r"^\.target .*$|\w*sm100_forward\w*|//.*$"
-        texts.append(re.sub(named, "", built.ptx.decode(), flags=re.MULTILINE))
-    assert texts[0] == texts[1]
+        texts = (executable.artifact(*kernel).ptx.decode() for kernel in kernels)
+        first, second = (re.sub(named, "", text, flags=re.MULTILINE) for text in texts)
+        assert first == second
+
+    prove(proven, look, *kernels)
 
 
 def test_every_row_is_covered():

@@ -7,7 +7,6 @@ every way in which a tile is not whole, and every row of the table at its fulles
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,12 +15,12 @@ from cute_flash.arch.backward import BackwardProblem
 from cute_flash.arch.problem import Problem
 from cute_flash.arch.sm90 import BACKWARD, SUMS
 from cute_flash.arch.sm90.backward.tuning import BACKWARD as ROWS
-from cute_flash.arch.sm90.backward.tuning import Config, register_pressure
+from cute_flash.arch.sm90.backward.tuning import Config, PairConfig, register_pressure
 from cute_flash.dispatch import EMULATED
 from tests.cases import CASES, Case
-from tests.gradient_cases import main_step, of_row, steps_of
+from tests.gradient_cases import ORDERS, assert_in_turns, assert_served, main_step, of_row, steps_of
 from tests.harness import Call
-from tests.test_resources import assert_in_registers
+from tests.test_resources import EXTREMES
 
 DEVICE = EMULATED["sm90"]
 NAMES = (
@@ -30,111 +29,148 @@ NAMES = (
     "dropout_0.5", "sink_without_keys", "score_softcap", "score_hides", "blocks_random_causal",
     "scores_near_overflow", "rows_without_keys", "layout_sliced",
 )  # fmt: skip
-FULLEST = (("light", (64, 64)), ("heavy", (128, 64)), ("light", (128, 128)), ("heavy", (128, 128)))
+UNDROPPED = replace(EXTREMES["heavy"], dropout=0.0)
+# A case for each row of the table: the most that a call may ask of it, at the largest head dims it serves.
+# Beyond 128 there is little of it to compute.
+FULLEST = (
+    of_row("light", (32, 32)),
+    of_row("light", (64, 64)),
+    of_row("heavy", (64, 64)),
+    of_row("heavy", (96, 96)),
+    of_row("heavy", (128, 64)),
+    of_row("light", (128, 128)),
+    replace(UNDROPPED, dims=(128, 128)),
+    of_row("heavy", (128, 128)),
+    of_row("blocks_heavy", (128, 128)),
+    *(
+        replace(case, dims=dims, heads=(2, 1), seqlens=((70, 150), (20, 30)))
+        for case, dims in (
+            (EXTREMES["light"], (192, 128)),
+            (UNDROPPED, (192, 128)),
+            (UNDROPPED, (128, 256)),
+            (UNDROPPED, (192, 192)),
+            (EXTREMES["light"], (256, 256)),
+            (UNDROPPED, (256, 256)),
+            (EXTREMES["heavy"], (192, 192)),
+            (EXTREMES["heavy"], (256, 256)),
+        )
+    ),
+    *(
+        replace(EXTREMES["blocks_heavy"], dims=dims, blocks="small", heads=(2, 1), seqlens=((70, 150),))
+        for dims in ((128, 128), (192, 192), (256, 256))
+    ),
+)
 WIDE = Case("wide", ((150, 200),), heads=(1, 1), dims=(96, 104), mask="causal")
 # Small, of kernels that NAMES has: several visits, heads that share keys, and several key tiles.
 STRICT = {
     "causal": replace(CASES["lengths_127_257_causal"], heads=(1, 1)),
     "shared": replace(CASES["heads_6_2"], heads=(2, 1), seqlens=((140, 70),)),
     "dropout": replace(CASES["dropout_0.5"], heads=(1, 1), seqlens=((140, 70),)),
+    "wide": replace(CASES["dims_192_192"], heads=(1, 1), seqlens=((130, 100),)),
+    "pair": replace(CASES["dims_256_256"], heads=(1, 1), seqlens=((130, 90),)),
 }
 IN_TURNS = {
     "keys": replace(CASES["lengths_127_257_causal"], heads=(1, 1), deterministic=True),
     "heads": replace(CASES["heads_6_2"], heads=(2, 1), seqlens=((140, 70),), deterministic=True),
+    "columns": Case("columns", ((40, 70),), heads=(2, 1), dims=(96, 96), mask="causal", deterministic=True),
+    # The last CTA of either pair has no keys, and no scratch rows.
+    "pair": Case("pair", ((70, 230),), heads=(2, 1), dims=(192, 128), mask="causal", deterministic=True),
 }
-
-
-def assert_served(case: Case, folder: Path) -> None:
-    """By the kernel that is tested, right, and without a spilled register."""
-    step = main_step(case, "sm90")
-    assert step.kernel is BACKWARD
-    Call.make(case).check_gradients("sm90")
-    assert_in_registers(step, DEVICE, folder / "kernel.cubin")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients(name, tmp_path):
-    assert_served(CASES[name], tmp_path)
+    assert_served(CASES[name], "sm90", BACKWARD, tmp_path)
 
 
-@pytest.mark.parametrize("extreme, dims", FULLEST)
-def test_every_row_of_the_table(extreme, dims, tmp_path):
-    assert_served(of_row(extreme, dims), tmp_path)
+def named(case: Case) -> str:
+    return f"{case.dims}_{case.score}_{case.dropout}_{case.blocks}"
+
+
+@pytest.mark.parametrize("case", FULLEST, ids=named)
+def test_every_row_of_the_table(case, tmp_path):
+    assert_served(case, "sm90", BACKWARD, tmp_path)
 
 
 def test_head_dims_that_are_no_whole_tile(tmp_path):
-    assert_served(WIDE, tmp_path)
+    assert_served(WIDE, "sm90", BACKWARD, tmp_path)
 
 
 def test_every_row_of_the_table_has_a_case():
     """One that it serves, at the largest head dims that it is for."""
-    served = {row_that_serves(of_row(extreme, dims), dims) for extreme, dims in FULLEST}
-    assert served == set(ROWS)
+    assert {row_that_serves(case) for case in FULLEST} == set(ROWS)
 
 
-def row_that_serves(case: Case, dims: tuple[int, int]):
+def row_that_serves(case: Case):
     """The row of the table whose config a case gets, if its head dims are the row's."""
     main = main_step(case, "sm90")
     pressure = register_pressure(main.problem.forward)
     rows = (row for row in ROWS if row.config == main.config and pressure <= row.pressure)
-    return next(row for row in rows if (row.head_dim, row.head_dim_v) == dims)
+    return next(row for row in rows if (row.head_dim, row.head_dim_v) == case.dims)
 
 
 @pytest.mark.parametrize("name", STRICT)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"asynchrony": "late"},
-        {"asynchrony": "random", "schedule": "random", "seed": 1},
-    ],
-    ids=["late", "random"],
-)
-def test_any_order_of_events(name, options):
-    Call.make(STRICT[name]).check_gradients("sm90", races=True, by_the_book=True, **options)
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_of_events(name, order):
+    Call.make(STRICT[name]).check_gradients("sm90", races=True, by_the_book=True, **ORDERS[order])
 
 
 @pytest.mark.parametrize("name", IN_TURNS)
 def test_in_turns(name, tmp_path):
-    """Right, each sum in one order, without a spilled register, and with a place for one CTA only."""
-    case = IN_TURNS[name]
-    step = main_step(case, "sm90")
-    assert step.kernel is BACKWARD and step.problem.deterministic
-    assert_in_registers(step, DEVICE, tmp_path / "kernel.cubin")
-    Call.make(case).check_gradients("sm90", ctas_per_wave=1, races=True, ordered_reductions=True)
+    assert_in_turns(IN_TURNS[name], "sm90", BACKWARD, tmp_path, main_step(IN_TURNS[name], "sm90").config.ctas)
 
 
-@pytest.mark.parametrize(
-    "told, reason",
-    [
-        ({"head_dim": 136, "head_dim_v": 64}, "head_dim 136 is not in 8…128 in steps of 8"),
-        ({"head_dim": 64, "head_dim_v": 192}, "head_dim_v 192 is not in 8…128 in steps of 8"),
-        (
-            {"head_dim": 64, "block_size": (128, 64)},
-            "block_size (128, 64) is a multiple of no tile; allowed: multiples of (64, 128), (128, 128)",
-        ),
-    ],
-    ids=["head_dim", "head_dim_v", "block_size"],
-)
-def test_what_it_does_not_serve_falls_to_the_sm80_kernel(told, reason):
+def test_what_it_does_not_serve_falls_to_the_sm80_kernel():
     """By name, with a reason."""
-    answer = cute_flash.supports("float16", device="sm90", backward=True, **told)
+    reason = (
+        "block_size (128, 32) is a multiple of no tile; allowed: multiples of (64, 64), (64, 96), (64, 128), "
+        "(64, 160), (64, 192), (64, 224), (128, 128)"
+    )
+    answer = cute_flash.supports("float16", 64, device="sm90", backward=True, block_size=(128, 32))
     assert answer.kernel.name == "sm80.backward" and answer.refusals == (("sm90.backward", (reason,)),)
 
 
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"columns": 64}, "cannot have 64 x 64 of dQ each"),
+        ({"tile_m": 96}, "2 warpgroups cannot share out dQ"),
+        ({"columns": 80}, "2 warpgroups cannot share out dQ"),
         ({"tile_m": 128, "columns": 64, "columns_v": 128}, "leave fewer than 40 registers"),
         ({"producer_registers": 32}, "512 registers, a thread of each warpgroup, are not launched"),
     ],
-    ids=["dq", "accumulators", "setmaxnreg"],
+    ids=["dq_rows", "dq_columns", "accumulators", "setmaxnreg"],
 )
 def test_a_row_that_breaks_its_arithmetic_is_refused(changes, said):
     row = {"tile_m": 64, "columns": 128, "columns_v": 128}
     assert Config(**row).registers() == {"S and dP": 192, "dV, dQ and dK": 192}
     with pytest.raises(ValueError, match=said):
         Config(**row | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"keys": 44}, "44 is no multiple of 8"),
+        ({"keys": 48}, "leave fewer than 40 registers"),
+        ({"slice_columns": 48}, "64 is no multiple of 48"),
+        ({"handed_columns": 48}, "64 is no multiple of 48"),
+    ],
+    ids=["keys", "accumulators", "slice", "handed"],
+)
+def test_a_wide_row_that_breaks_its_arithmetic_is_refused(changes, said):
+    row = {"columns": 256, "columns_v": 256, "keys": 40, "slice_columns": 64, "handed_columns": 32}
+    assert PairConfig(**row).registers() == {"S and dP": 200, "dV, dQ and dK": 192}
+    with pytest.raises(ValueError, match=said):
+        PairConfig(**row | changes)
+
+
+def test_a_pair_has_both_ctas_keys_and_room_for_what_it_exchanges():
+    """K, V, Q, dO, P and dS of 80 keys; half of the other's K, and its dS; dQ in fp32, and the numbers."""
+    problem = BackwardProblem(Problem("float16", 256, 256))
+    pair = next(row.config for row in ROWS if row.head_dim == 256)
+    assert isinstance(pair, PairConfig) and pair.tile_n == 2 * pair.cta_keys == 160
+    kib = 40 + 40 + 32 + 32 + 10 + 10 + 20 + 10 + 16 + 0.5
+    assert pair.shared_memory(problem) == kib * 1024 + 1024 <= DEVICE.shared_memory
 
 
 def test_shared_memory_is_what_tiles_take():

@@ -26,7 +26,8 @@ from tests.orders import hold
 from tests.test_resources import EXTREMES, resources
 
 H100, B200 = dispatch.EMULATED["sm90"], dispatch.EMULATED["sm100"]
-PACKING = {"sm90": FORWARD, "sm100": BLACKWELL}  # the kernels whose tiles hold several heads
+# The kernels whose tiles hold several heads.
+PACKING = {"sm80": AMPERE, "sm90": FORWARD, "sm100": BLACKWELL}
 GROUPED = Problem("bfloat16", 128, 128, gqa=True)
 TABLE = torch.zeros(4, dtype=torch.int32)
 EVERY = settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -221,6 +222,7 @@ def test_a_kernel_serves_gpus_of_any_size():
 
 
 STRICT = (
+    ("sm80", "few_rows_heads_24_1"),
     ("sm80", "split_causal"),
     ("sm80", "split_used"),
     ("sm80", "split_blocks_rule"),
@@ -252,7 +254,8 @@ def test_heads_in_one_tile_and_splits_stay_in_registers(sizes, split_kv, device,
     problem = replace(answer_for(heavy, device).problem, sink=not split_kv)
     kernel, place = PACKING[device], dispatch.EMULATED[device]
     config = kernel.config(problem, place, sizes)
-    assert config.heads >= 8
+    # Tiles of sm80 have 64 rows here: 9 of each of 8 heads are more.
+    assert config.heads >= (4 if device == "sm80" else 8)
     used = resources(executable.artifact(kernel, problem, config, place).cubin, tmp_path / "kernel.cubin")
     assert used["STACK"] == used["LOCAL"] == 0, f"{used} with {config}"
 

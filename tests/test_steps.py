@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import dispatch, launch, precompile, problems, repeat, request, rules, schema
+from cute_flash import dispatch, launch, precompile, problems, quantized, repeat, request, rules, schema
+from cute_flash.arch.append import AppendProblem
 from cute_flash.arch.combine import CombineProblem, part_of
 from cute_flash.arch.kernel import Kernel, Step, Steps, Tuning
 from cute_flash.arch.problem import OPERATIONS, Problem, Spec, Support
@@ -79,14 +80,17 @@ def three_steps(**more: Any) -> Steps:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """(problem, operands) of every launch; what is written grows by the sum of what is read."""
+    """(problem, operands) of every launch, which writes what it reads, scaled.
+
+    It adds nothing to what it writes: scratch without a fill holds whatever memory held.
+    """
     seen = []
 
     def executable(kernel, problem, config, device, route):
         def run(*operands):
             given = SumOperands(*operands)
             seen.append((problem, given))
-            given.target[:, :5] += given.source[:, :5] * (given.scale or 1)
+            given.target[:, :5] = given.source[:, :5] * (given.scale or 1)
 
         return run
 
@@ -145,20 +149,22 @@ def test_parts_of_keys_and_their_merging(device, varlen, sink, lse):
     assert shapes == {"partial_out": (3, *rows, 4, 32), "partial_lse": (3, *given["lse"].shape)}
 
 
-def test_operations_have_kernels_and_problems_of_their_own():
+def test_operations_have_kernels_and_problems_of_their_own(monkeypatch):
     """A device's kernels are asked for by what they do; a Problem says which that is."""
     for name, device in EMULATED.items():
         names = {operation: dispatch.arch.load(device, operation) for operation in OPERATIONS}
         assert all(kernel.operation == operation for operation, ks in names.items() for kernel in ks)
         assert dispatch.select(CombineProblem("float16", 64), device).kernel.name == "common.combine", name
+        assert dispatch.select(AppendProblem("float16", 64, 64), device).kernel.name == "common.append", name
     assert (Problem.operation, CombineProblem.operation) == ("forward", "combine")
 
     class Unheard(CombineProblem):
-        operation = "decode"
+        operation = "unheard"
 
+    monkeypatch.setitem(OPERATIONS, "unheard", "something else")
     refused = dispatch.select(Unheard("float16", 64), A100)
-    assert "KV cache append and decode in float16 with head_dim 64" in str(refused)
-    assert "there is no kernel for KV cache append and decode" in str(refused)
+    assert "something else in float16 with head_dim 64" in str(refused)
+    assert "there is no kernel for something else" in str(refused)
 
 
 def test_a_call_a_case_and_words_ask_the_same():
@@ -183,18 +189,37 @@ def test_a_call_a_case_and_words_ask_the_same():
 RENAMED = {"return_lse": "lse"}
 
 
+def objects_for(function):
+    """An object of its own for each parameter of a function that takes tensors of 16 bits."""
+    others = {*quantized.NAMED, "return_attn_probs", "block_table"}
+    names = set(inspect.signature(function).parameters) - others
+    if function is cute_flash.flash_attn_varlen_func:
+        names.remove("block_mask")
+    return {name: object() for name in names}
+
+
 @pytest.mark.parametrize("function", [cute_flash.flash_attn_func, cute_flash.flash_attn_varlen_func])
 def test_arguments_of_the_interface_arrive_under_their_names(function, monkeypatch):
     seen: list[tuple] = []
     monkeypatch.setattr(repeat, "forward", lambda *given: seen.append(given) or repeat.Result(None, None))
-    names = set(inspect.signature(function).parameters)
-    given = {name: object() for name in names - {"return_attn_probs", "block_table"}}
-    if function is cute_flash.flash_attn_varlen_func:
-        del given["block_mask"]
+    given = objects_for(function)
     function(**given, return_attn_probs=False)
     q, k, v, packing, options = seen[0]
     found = {"q": q, "k": k, "v": v} | (packing._asdict() if packing else {}) | options._asdict()
     assert all(found[RENAMED.get(name, name)] is value for name, value in given.items())
+
+
+@pytest.mark.parametrize("function", [cute_flash.flash_attn_func, cute_flash.flash_attn_varlen_func])
+def test_arguments_beside_tensors_of_8_bits_arrive_under_their_names(function, monkeypatch):
+    seen: list[tuple] = []
+    monkeypatch.setattr(quantized, "forward", lambda *given: seen.append(given) or repeat.Result(None, None))
+    given = objects_for(function) | {"q": torch.empty(1, 8, 1, 16, dtype=torch.float8_e4m3fn)}
+    scales = {name: object() for name in quantized.NAMED}
+    function(**given, **scales, return_attn_probs=False)
+    q, k, v, packing, options, descale = seen[0]
+    found = {"q": q, "k": k, "v": v} | (packing._asdict() if packing else {}) | options._asdict()
+    assert all(found[RENAMED.get(name, name)] is value for name, value in given.items())
+    assert all(scales[name] is value for name, value in zip(quantized.NAMED, descale, strict=True))
 
 
 def test_the_schema_is_that_of_the_call():

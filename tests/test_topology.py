@@ -14,6 +14,8 @@ from cute_flash.arch.sm90.backward.topology import topology as hopper_backward
 from cute_flash.arch.sm90.backward.tuning import BACKWARD
 from cute_flash.arch.sm90.forward.topology import topology as hopper
 from cute_flash.arch.sm100 import tuning as sm100
+from cute_flash.arch.sm100.backward.topology import topology as blackwell_backward
+from cute_flash.arch.sm100.backward.tuning import BACKWARD as BLACKWELL_BACKWARD
 from cute_flash.arch.sm100.forward.topology import topology as blackwell
 
 PROBLEM = Problem("bfloat16", 128, 128)
@@ -34,20 +36,40 @@ def drawn(module: str) -> set[tuple[tuple[str, ...], str, tuple[str, ...]]]:
     return {(words(a), name, words(b)) for a, names, b in arrows for name in words(names)}
 
 
+def linked(topology: Topology) -> set[tuple[tuple[str, ...], str, tuple[str, ...]]]:
+    """The same of a table."""
+    return {(link.producers, link.name, link.consumers) for link in topology.links}
+
+
 @pytest.mark.parametrize(
     "module, topologies",
     [
         ("sm90.forward", [hopper(row.config) for row in sm90.ROWS]),
-        ("sm90.backward", [hopper_backward(row.config) for row in BACKWARD]),
+        ("sm90.backward", [hopper_backward(row.config) for row in BACKWARD if row.config.ctas == 1]),
         ("sm100.forward", [blackwell(PROBLEM, row.config) for row in sm100.ROWS]),
+        ("sm100.backward", [blackwell_backward(r.config) for r in BLACKWELL_BACKWARD if r.config.ctas == 1]),
     ],
-    ids=["sm90", "sm90_backward", "sm100"],
+    ids=["sm90", "sm90_backward", "sm100", "sm100_backward"],
 )
 def test_the_drawing_is_the_table(module, topologies):
     found = drawn(f"cute_flash.arch.{module}.kernel")
     assert found
     for topology in topologies:
-        assert {(link.producers, link.name, link.consumers) for link in topology.links} == found
+        assert linked(topology) == found
+
+
+@pytest.mark.parametrize(
+    "tree, rows, topology_of, more",
+    [("sm90", BACKWARD, hopper_backward, 1), ("sm100", BLACKWELL_BACKWARD, blackwell_backward, 5)],
+    ids=["sm90", "sm100"],
+)
+def test_pairs_have_more_links(tree, rows, topology_of, more):
+    """Drawn where they are used."""
+    kernel, pair = (drawn(f"cute_flash.arch.{tree}.backward.{module}") for module in ("kernel", "pair"))
+    assert len(pair) == more
+    for row in rows:
+        if row.config.ctas == 2:
+            assert linked(topology_of(row.config)) == kernel | pair
 
 
 def test_barriers_follow_from_roles():

@@ -32,7 +32,7 @@ class TinyLauncher:
     def __call__(
         self, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, sink, rng_state,
         softmax_scale, keep_threshold, keep_scale, max_seqlen_q, block_counts, block_indices, mask_values,
-        score_values, multiprocessors, stream: cuda.CUstream,
+        score_values, multiprocessors, batch_idx, leftpad, page_table, stream: cuda.CUstream,
     ):
         """Operands in their order, and the stream."""
         kernel(q, out, lse, softmax_scale, mask_values).launch(

@@ -30,7 +30,13 @@ GRADIENTS = ("dq", "dk", "dv")
 
 @dataclass(frozen=True)
 class Case(flash_attn_4.Case):
-    """One call of the interface's backward pass; dropout of none, the log-sum-exp without a gradient."""
+    """One call of the interface's backward pass; dropout of none, the log-sum-exp without a gradient.
+
+    alone: no CTAs in pairs, where the interface has both.
+    """
+
+    deterministic: bool = False
+    alone: bool = False
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every tensor of the call."""
@@ -84,7 +90,27 @@ AMPERE = (
     Case("backward_d64_causal_gqa_fp16", (128,), (130,), heads=4, heads_kv=2, causal=True, dtype="float16"),
     Case("backward_d128_window", (128,), (150,), heads=1, heads_kv=1, dim=128, window=(40, 10)),
 )
-HOPPER = (Case("sm90_backward_d64_causal", (128,), (128,), causal=True, heads=1, heads_kv=1, arch="sm_90a"),)
+ONE_HEAD = {"heads": 1, "heads_kv": 1, "arch": "sm_90a"}
+SHARED = {"heads": 2, "heads_kv": 1, "causal": True, "arch": "sm_90a"}
+HOPPER = (
+    Case("sm90_backward_d64_causal", (128,), (128,), causal=True, **ONE_HEAD),
+    Case("sm90_backward_d64_ragged_fp16", (256,), (150,), dtype="float16", **ONE_HEAD),
+    Case("sm90_backward_d64_deterministic", (128,), (300,), deterministic=True, **ONE_HEAD),
+    Case("sm90_backward_d128", (160,), (200,), dim=128, **ONE_HEAD),
+    Case("sm90_backward_d128_causal_gqa", (128,), (130,), dim=128, **SHARED),
+)
+# From head dim 128 on CTAs work in pairs, unless they are told to work alone.
+ON_BLACKWELL = {"heads": 1, "heads_kv": 1, "arch": "sm_100a"}
+IN_ORDER = ON_BLACKWELL | {"deterministic": True}
+BLACKWELL = (
+    Case("sm100_backward_d64_causal", (256,), (256,), causal=True, **ON_BLACKWELL),
+    Case("sm100_backward_d64_ragged_fp16", (256,), (150,), dtype="float16", **ON_BLACKWELL),
+    Case("sm100_backward_d64_deterministic", (128,), (300,), **IN_ORDER),
+    Case("sm100_backward_d128", (256,), (200,), dim=128, alone=True, **ON_BLACKWELL),
+    Case("sm100_backward_d128_pair_causal", (256,), (256,), dim=128, causal=True, **ON_BLACKWELL),
+    Case("sm100_backward_d128_pair_deterministic", (128,), (300,), dim=128, **IN_ORDER),
+    Case("sm100_backward_d192_128_pair", (128,), (256,), dim=192, dim_v=128, **ON_BLACKWELL),
+)
 
 
 def build(cases: Sequence[Case], directory: Path) -> dict[str, Backward]:
@@ -117,7 +143,8 @@ def record(cases: Sequence[Case], directory: Path) -> None:
             tensors = flash_attn_4.fakes(case)
             recorder = Recorder(case, directory, dict(tensors), cute.compile)
             with recorder.patched(interface, cute, torch):
-                interface._flash_attn_bwd(**tensors, **flash_attn_4.options_of(case))
+                options = flash_attn_4.options_of(case) | {"deterministic": case.deterministic}
+                interface._flash_attn_bwd(**tensors, **options)
             recorder.write()
             for function in ("_bwd_preprocess", "_flash_attn_bwd", "_bwd_postprocess_convert"):
                 getattr(interface, function).compile_cache.clear()
@@ -141,13 +168,14 @@ class Recorder:
     @contextmanager
     def patched(self, interface: Any, cute: Any, torch: Any) -> Iterator[None]:
         """Within this context the peer's interface calls what stands in."""
-        postprocess = interface.FlashAttentionBackwardPostprocess
+        postprocess, alone = interface.FlashAttentionBackwardPostprocess, self.case.alone
         if self.case.arch in INTERFACE:
             postprocess = _told(postprocess, int(self.case.arch.removeprefix("sm_")))
         with (
             mock.patch.object(cute, "compile", self.compile),
             mock.patch.object(torch, "zeros", self.zeros(torch.zeros)),
             mock.patch.object(interface, "FlashAttentionBackwardPostprocess", postprocess),
+            mock.patch.object(interface.utils, "_fa_disable_2cta_enabled", alone),
         ):
             yield
 

@@ -1,0 +1,293 @@
+"""Attention in FP8: results are those of the model of its arithmetic, and as accurate as 8 bits are.
+
+The model is profiling/accuracy.py's, from which the committed table is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import cute_flash
+from cute_flash import flash_attn_func, flash_attn_quantized_func, flash_attn_varlen_func, quantize
+from profiling import accuracy
+from profiling.accuracy import Operand, Scheme
+from tests.harness import moved, where
+
+# (seqlen_q, seqlen_k), (heads, heads_kv), head dims, block, options: each two tiles at least, none whole.
+CASES = {
+    "heads": ((70, 200), (4, 2), (64, 96), None, {}),
+    "blocks": ((140, 300), (2, 2), (128, 128), 128, {"out_dtype": torch.float16}),
+    "causal": ((150, 130), (2, 1), (32, 32), 128, {"causal": True}),
+    "window": ((150, 150), (1, 1), (96, 64), None, {"window_size": (40, 5)}),
+    "blocks of 64": ((140, 300), (2, 1), (64, 64), 64, {"out_dtype": torch.float16}),
+}
+HOPPERS = {"heads", "blocks", "causal", "window"}
+BLACKWELLS = {"heads", "causal", "blocks of 64"}
+OPTIONS = {
+    "heads": {"asynchrony": "late"},
+    "causal": {"asynchrony": "random", "schedule": "random", "seed": 3},
+    "window": {"fp8_accumulator": "hopper"},
+}
+
+
+@pytest.fixture(scope="module")
+def device(machine) -> str:
+    """Where there is a kernel: an emulated Hopper or Blackwell, or the GPU at hand if it is one."""
+    if machine == "cuda" and torch.cuda.get_device_capability()[0] in (9, 10, 11):
+        return machine
+    if machine == "sm80":
+        pytest.skip("there are kernels for compute capabilities 9.0 to 11.0")
+    return "sm90" if machine == "cuda" else machine
+
+
+def is_hopper(device: str) -> bool:
+    return device == "sm90" or (device == "cuda" and torch.cuda.get_device_capability()[0] == 9)
+
+
+@pytest.fixture(scope="module")
+def blackwell(device) -> str:
+    """Where there is a kernel that serves more."""
+    if is_hopper(device):
+        pytest.skip("Hopper's kernel is for dense batches without scores, in e4m3")
+    return device
+
+
+def scheme(device: str, accumulator: str) -> Scheme:
+    """The arithmetic of the kernel there."""
+    if not is_hopper(device):
+        return Scheme(blackwell=True)
+    return Scheme(accumulator="hopper" if device == "cuda" else accumulator)
+
+
+def made(name: str, scale: float = 1.0):
+    """(q, k, v) as bfloat16, and quantized."""
+    (seqlen_q, seqlen_k), (heads, heads_kv), (dim, dim_v), block, _ = CASES[name]
+    shapes = ((2, seqlen_q, heads, dim), (2, seqlen_k, heads_kv, dim), (2, seqlen_k, heads_kv, dim_v))
+    exact = [torch.randn(shape).bfloat16() for shape in shapes]
+    exact[0] = exact[0] * scale
+    shared = {"heads_kv": heads_kv} if block is None else {"block": block}
+    q, k = (quantize(x, seed=2, **shared) for x in exact[:2])
+    return exact, (q, k, quantize(exact[2], hadamard=False, **shared))
+
+
+def on(x, device: str):
+    """A quantized tensor where calls of a test run."""
+    found = {name: moved(getattr(x, name), device) for name in ("data", "scale")}
+    return cute_flash.Quantized(x.format, *found.values(), None, x.block, x.axis, x.rotation)
+
+
+def visible(name: str) -> torch.Tensor:
+    """(seqlen_q, seqlen_k) bool."""
+    (rows, keys), *_, options = CASES[name]
+    q, k = torch.arange(rows)[:, None] + keys - rows, torch.arange(keys)[None]
+    left, right = options.get("window_size", (math.inf, math.inf))
+    if options.get("causal"):
+        right = 0
+    return (k >= q - left) & (k <= q + right)
+
+
+def operand(x, batch: int, head: int) -> Operand:
+    """One head, as the model takes it."""
+    rows = x.shape[1]
+    if x.block is None:
+        head_of_scale = head * x.scale.shape[1] // x.shape[2]
+        scale = x.scale[batch, head_of_scale].expand(rows, 1)
+    else:
+        scale = x.scale[batch, head].repeat_interleave(x.block)[:rows, None]
+    return Operand(x.data.float()[batch, :, head], scale)
+
+
+def assert_rows_close(out, model, lse, top) -> None:
+    """Row by row, but for one in fifty: the last bit of an exponential may decide how a P is rounded."""
+    sees = ~top.isneginf()
+    assert torch.equal(lse.isneginf(), ~sees) and (out[~sees] == 0).all()
+    apart = (out - model)[sees].square().mean(1).sqrt() / model[sees].square().mean(1).sqrt()
+    assert apart.quantile(0.98) < 3e-3
+    assert (lse - top)[sees].abs().quantile(0.98) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_those_of_the_arithmetic(device, name):
+    """Tile by tile, P rounded where the kernel rounds it: far closer than 8 bits are to exact numbers."""
+    if name not in (HOPPERS if is_hopper(device) else BLACKWELLS):
+        pytest.skip("another kernel's: these have what differs")
+    exact, quantized = made(name)
+    _, (heads, heads_kv), (dim, _), _, options = CASES[name]
+    emulation = OPTIONS.get(name, {"races": True})
+    with where(device, **emulation):
+        found = flash_attn_quantized_func(*(on(x, device) for x in quantized), return_lse=True, **options)
+    out, lse = (x.cpu().double() for x in found)
+    assert found[0].dtype is options.get("out_dtype", torch.bfloat16) and found[1].dtype is torch.float32
+    shown = visible(name)
+    for batch, head in ((0, 0), (1, heads - 1)):
+        kv = head * heads_kv // heads
+        q, k, v = (operand(x, batch, h) for x, h in zip(quantized, (head, kv, kv), strict=True))
+        arithmetic = scheme(device, emulation.get("fp8_accumulator", "float32"))
+        model, top = accuracy.attention(q, k, v, dim**-0.5, arithmetic, shown)
+        assert_rows_close(out[batch, :, head], model.double(), lse[batch, head], top[:, 0].double())
+        s = (exact[0][batch, :, head].double() @ exact[1][batch, :, kv].double().T * dim**-0.5)
+        s = s.masked_fill(~shown, -math.inf)
+        p = s.softmax(1).nan_to_num(0.0)
+        wanted = p @ exact[2][batch, :, kv].double()
+        error = (out[batch, :, head] - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert 3e-3 < error < 0.1, f"{error:.2e} of the exact result"
+
+
+def called(x: tuple[cute_flash.Quantized, ...], device: str, function=flash_attn_func, *lengths, **options):
+    """(out, lse) of one of the functions that take tensors and what they are to be multiplied by."""
+    data, scales = ([moved(getattr(one, name), device) for one in x] for name in ("data", "scale"))
+    names = ("q_descale", "k_descale", "v_descale")
+    options |= dict(zip(names, scales, strict=True)) | {"quantization_block": x[0].block}
+    if lengths:
+        data = [one.flatten(0, 1) for one in data]
+    with where(device):
+        out, lse = function(*data, *(moved(one, device) for one in lengths), return_lse=True, **options)
+    return out.cpu(), lse.cpu()
+
+
+def test_tensors_and_what_they_are_multiplied_by(device):
+    """The same bits as with `Quantized`; what is not given is 1."""
+    _, quantized = made("heads")
+    with where(device):
+        wanted = flash_attn_quantized_func(*(on(x, device) for x in quantized), return_lse=True)
+    assert all(map(torch.equal, called(quantized, device), (x.cpu() for x in wanted)))
+    q, k, v = (moved(x.data, device) for x in quantized)
+    with where(device):
+        out, _ = flash_attn_func(q, k, v, 0.0, 2e-5, return_lse=True)
+    s = torch.einsum("bqhd,bkhd->bhqk", q.cpu().double(), k.cpu().double().repeat_interleave(2, 2))
+    wanted = torch.einsum("bhqk,bkhd->bqhd", (s * 2e-5).softmax(-1), v.cpu().double().repeat_interleave(2, 2))
+    assert (out.cpu().double() - wanted).square().mean() < 0.03**2 * wanted.square().mean()
+
+
+def test_packed_sequences_are_as_they_are_alone(blackwell):
+    """Bit for bit, with used lengths and a scale for each sequence."""
+    _, (q, k, v) = made("heads")
+    starts = [torch.arange(3, dtype=torch.int32) * x.shape[1] for x in (q, k)]
+    used = torch.tensor([0, 130], dtype=torch.int32)
+    lengths = {"seqused_k": moved(used, blackwell)}
+    longest = q.shape[1], k.shape[1]
+    out, lse = called((q, k, v), blackwell, flash_attn_varlen_func, *starts, *longest, causal=True, **lengths)
+    out = out.unflatten(0, (2, -1))
+    assert (out[0] == 0).all() and lse[:, : q.shape[1]].isneginf().all()
+    alone = [
+        cute_flash.Quantized(x.format, x.data[1:, :rows], x.scale[1:], None, None, x.axis, None)
+        for x, rows in ((q, q.shape[1]), (k, 130), (v, 130))
+    ]
+    wanted, top = called(alone, blackwell, causal=True)
+    assert torch.equal(out[1], wanted[0]) and torch.equal(lse[:, q.shape[1] :], top[0])
+
+
+def test_scores_sinks_and_parts_of_the_keys(blackwell):
+    """Of what is stored, as accurate as weights of 8 bits are; the log-sum-exp as with 16 bits."""
+    _, quantized = made("blocks", 4.0)
+    sink, cap = torch.randn(2), 5.0
+    options = {"softcap": cap, "learnable_sink": moved(sink, blackwell)}
+    q, k, v = (x.dequantize(rotated=True).double() for x in quantized)
+    s = cap * torch.tanh(torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[3] ** -0.5 / cap)
+    s = torch.cat([s, sink.double()[:, None, None].expand(2, 2, q.shape[1], 1)], 3)
+    wanted = torch.einsum("bhqk,bkhd->bqhd", s.softmax(3)[..., :-1], v)
+    for splits in (1, 2):
+        out, lse = called(quantized, blackwell, num_splits=splits, **options)
+        assert (lse.double() - s.logsumexp(3)).abs().max() < 1e-4
+        assert (out.double() - wanted).square().mean() < 0.03**2 * wanted.square().mean()
+
+
+def test_more_range_for_fewer_digits(blackwell):
+    """q, k and v of e5m2, P of e4m3; head dims that are no whole steps, and one Q tile."""
+    dims = 48, 256
+    q, k, v = (torch.randn(1, 140, 1, dim) for dim in (dims[0], *dims))
+    quantized = tuple(quantize(x, "e5m2", hadamard=False) for x in (q, k, v))
+    out, _ = called(quantized, blackwell, causal=True)
+    q, k, v = (x.dequantize().double()[0, :, 0] for x in quantized)
+    s = (q @ k.T * dims[0] ** -0.5).masked_fill(torch.ones(140, 140).tril() == 0, -math.inf)
+    wanted = s.softmax(1) @ v
+    assert (out[0, :, 0].double() - wanted).square().mean() < 0.03**2 * wanted.square().mean()
+
+
+X = torch.randn(1, 20, 4, 64)
+Q, K, V = quantize(X, heads_kv=2), quantize(X[:, :, :2]), quantize(X[:, :, 2:], hadamard=False)
+
+
+@pytest.mark.parametrize(
+    "tensors, options, error, words",
+    [
+        ((X, K, V), {}, TypeError, "q is Tensor; allowed: Quantized"),
+        ((Q, quantize(X[:, :, :2], "mxfp8"), V), {}, NotImplementedError, "k has format mxfp8; allowed"),
+        ((Q, quantize(X[:, :, :2], block=64), V), {}, ValueError, "k is on cpu with block 64 in e4m3, q on"),
+        ((Q, quantize(X[:, :, :2], "e5m2"), V), {}, ValueError, "k is on cpu with block None in e5m2, q"),
+        ((Q, K, quantize(X[:, 1:, 2:], hadamard=False)), {}, ValueError, r"shapes \(1, 20, 2, 64\)"),
+        ((Q, quantize(X[:, :, :3]), quantize(X[:, :, :3])), {}, ValueError, "q has 4 heads and k 3"),
+        ((Q, quantize(X[:, :, :2], seed=1), V), {}, ValueError, "q is rotated by .*seed=0.*, k by .*seed=1"),
+        ((Q, K, quantize(X[:, :, 2:])), {}, ValueError, "v is rotated by"),
+        ((quantize(X), K, V), {}, ValueError, "q has 4 scales for each sequence; allowed: 2"),
+        ((Q, K, V), {"out_dtype": torch.float32}, TypeError, "out_dtype is torch.float32; allowed"),
+        ((Q, K, V), {"softmax_scale": 0.0}, ValueError, "softmax_scale is 0.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused(tensors, options, error, words):
+    with cute_flash.emulated("sm90"), pytest.raises(error, match=words):
+        flash_attn_quantized_func(*tensors, **options)
+
+
+ALL = {"q_descale": Q.scale, "k_descale": K.scale, "v_descale": V.scale}
+SINK = torch.ones(4, requires_grad=True)
+STARTS = torch.tensor([0, 20], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "changed, error, words",
+    [
+        ({"q": X.half()}, TypeError, "q_descale is given, q is of torch.float16; allowed"),
+        ({"q": X.half(), **dict.fromkeys(ALL), "out_dtype": torch.half}, TypeError, "out_dtype is given"),
+        ({"k": K.data.view(torch.float8_e5m2)}, TypeError, "k has dtype torch.float8_e5m2, q has"),
+        ({"v_descale": V.scale.half()}, TypeError, "v_descale has dtype torch.float16; allowed"),
+        ({"q_descale": torch.ones(1, 4)}, ValueError, r"q_descale has shape \(1, 4\); allowed: \(1, 2\)"),
+        ({"k_descale": torch.tensor([[1.0, 0.0]])}, ValueError, r"k_descale has 0\.0; allowed: finite"),
+        ({"v_descale": torch.tensor([[-2.0, 1.0]])}, ValueError, r"v_descale has -2\.0; allowed: finite"),
+        ({"q_descale": torch.tensor([[1.0, torch.nan]])}, ValueError, "q_descale has nan; allowed: finite"),
+        ({"quantization_block": 64}, ValueError, r"q_descale has shape \(1, 2\); allowed: \(1, 4, 1\)"),
+        ({"quantization_block": 32}, ValueError, "quantization_block is 32; allowed: None, 64, 128"),
+        ({"out_dtype": torch.float32}, TypeError, "out_dtype is torch.float32; allowed"),
+        ({"out": X.half()}, NotImplementedError, "out is given; allowed for q of 8 bits: None"),
+        ({"return_attn_probs": True}, NotImplementedError, "return_attn_probs is True; allowed for q of 8 b"),
+        ({"learnable_sink": SINK}, NotImplementedError, "a gradient is required; of q, k and"),
+        ({"dropout_p": 0.5}, NotImplementedError, "no dropout"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensors_that_are_refused(changed, error, words):
+    given = {"q": Q.data, "k": K.data, "v": V.data, **ALL, **changed}
+    with cute_flash.emulated("sm100"), pytest.raises(error, match=words):
+        flash_attn_func(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+def test_packed_tensors_that_are_refused():
+    """Pages, and blocks of rows, which sequences are not made of."""
+    q, k, v = (x.data.flatten(0, 1) for x in (Q, K, V))
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    paged = {"block_table": table, "seqused_k": STARTS[1:]}
+    with cute_flash.emulated("sm100"), pytest.raises(NotImplementedError, match="block_table is given"):
+        flash_attn_varlen_func(q, K.data, V.data, STARTS, None, 20, 20, **paged)
+    with cute_flash.emulated("sm100"), pytest.raises(NotImplementedError, match="blocks of rows for packed"):
+        flash_attn_varlen_func(q, k, v, STARTS, STARTS, 20, 20, quantization_block=64)
+
+
+def test_no_kernel():
+    with cute_flash.emulated("sm80"), pytest.raises(NotImplementedError, match="for attention in 8 bits"):
+        flash_attn_quantized_func(Q, K, V)
+
+
+def test_every_reason():
+    """On Hopper a head dim that is no multiple of 32, e5m2 and a softcap: all are told."""
+    q, k, v = (quantize(X[..., :48], "e5m2", hadamard=False).data for _ in range(3))
+    words = "dtype float8_e5m2 is not one of float8_e4m3fn; head_dim 48 is not in 32.*; no scores"
+    with cute_flash.emulated("sm90"), pytest.raises(NotImplementedError, match=words):
+        flash_attn_func(q, k, v, softcap=5.0)
+    softcap = cute_flash.Softcap(5.0)
+    answer = cute_flash.supports(torch.float8_e4m3fn, 128, device="sm100", block=64, score=softcap)
+    assert answer and "sm100.fp8 serves" in str(answer)
+    assert not cute_flash.supports(torch.float8_e4m3fn, 128, device="sm100", backward=True)
