@@ -85,11 +85,16 @@ class OnlineSoftmax(NamedTuple):
             for c in range(cute.size(s, mode=[1])):
                 s[r, c] = s[r, c] - most
 
-    def exponentials(self, s: cute.Tensor, rescale: cute.Tensor, shifts: cute.Tensor) -> None:
-        """S becomes P in place and joins the sum; S and shifts as `lower` leaves them where any is large."""
+    def exponentials(
+        self, s: cute.Tensor, rescale: cute.Tensor, shifts: cute.Tensor, columns: range | None = None
+    ) -> None:
+        """S becomes P in place and joins the sum; S and shifts as `lower` leaves them where any is large.
+
+        columns: only these for now, the first before all others; None: all.
+        """
         for r in range(cute.size(rescale)):
             total = self.row_sum[r]
-            for c in range(cute.size(s, mode=[1])):
+            for c in columns or range(cute.size(s, mode=[1])):
                 s[r, c] = exp2(cute.math.fma(s[r, c], self.scale_log2, -shifts[r]))
                 total = total + s[r, c] if c else cute.math.fma(total, rescale[r], s[r, c])
             self.row_sum[r] = total

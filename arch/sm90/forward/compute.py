@@ -1,7 +1,11 @@
 """The compute role: each warpgroup takes 64 rows of Q, and all the blocks of K and V.
 
-    overlap:    S = Q K[n-1] begun   O += P V[n] begun   wait S   softmax(S)   wait O   rescale O   P = S
-    otherwise:  S = Q K[n]   wait S   softmax(S)   rescale O   P = S   O += P V[n]   wait O
+    overlap:    S = Q K[n-1] begun   O += P V[n] begun   wait S   max(S)   half of exp(S)
+                wait O   rescale O   the rest of exp(S)   P = S
+    otherwise:  S = Q K[n]   wait S   max(S)   rescale O   exp(S)   P = S   O += P V[n]   wait O
+
+O is rescaled before the last exponentials, not after: that is a branch, and P = S, which is to fill the
+gaps between exponentials, cannot pass it. By then half of them have run beside the product.
 
 In turn (`ping_pong`), warpgroups begin their products: while one computes exponentials, the tensor cores
 work for another. P never leaves registers: 16-bit A operands lie as accumulators do.
@@ -49,6 +53,15 @@ class Share(NamedTuple):
     head: Int32
     rules: Rules
     dropout: Dropout | None
+
+
+class Change(NamedTuple):
+    """What a block's scores do to a thread's rows, (rows,) each: factors for what was accumulated before, and
+    what is to be taken off exponents of two.
+    """
+
+    rescale: cute.Tensor
+    shifts: cute.Tensor
 
 
 class State(NamedTuple):
@@ -110,8 +123,10 @@ class Compute:
             self.begin_s(state, k)
             wait(0, state.s)
             k.release()
-            self.softmax(job, state, visits.block(visits.start), True, warpgroup)
-            self.to_p(state)
+            first = visits.block(visits.start)
+            change = self.raise_max(job, state, first, True, warpgroup)
+            self.exponentiate(state, change)
+            self.to_p(job, state, first, warpgroup)
             rest = visits.rest()
             # Without a mask only the first block visited is partly hidden, and that is done.
             phases = rest.phases if self.problem.mask else rest.phases[1:]
@@ -127,12 +142,15 @@ class Compute:
                     self.end_turn(warpgroup)
                     wait(1, state.s)
                     k.release()
-                    rescale = self.softmax(job, state, n, masked, warpgroup)
+                    change = self.raise_max(job, state, n, masked, warpgroup)
+                    half = cute.size(state.s) // 4  # of a row's columns
+                    self.exponentiate(state, change, range(half))
                     compute_before_wait(state.softmax.row_sum[0], state.softmax.row_sum[1])
                     wait(0, state.o)
                     v.release()
-                    self.rescale(state.o, rescale)
-                    self.to_p(state)
+                    self.rescale(state.o, change.rescale)
+                    self.exponentiate(state, change, range(half, 2 * half))
+                    self.to_p(job, state, n, warpgroup)
             self.release_last(q)
             v = ends.v.wait_and_advance()
             self.begin_o(state, v)
@@ -156,9 +174,10 @@ class Compute:
                     self.end_turn(warpgroup)
                     wait(0, state.s)
                     k.release()
-                    rescale = self.softmax(job, state, n, masked, warpgroup)
-                    self.rescale(state.o, rescale)
-                    self.to_p(state)
+                    change = self.raise_max(job, state, n, masked, warpgroup)
+                    self.rescale(state.o, change.rescale)
+                    self.exponentiate(state, change)
+                    self.to_p(job, state, n, warpgroup)
                     v = ends.v.wait_and_advance()
                     self.begin_o(state, v)
                     wait(0, state.o)
@@ -209,25 +228,31 @@ class Compute:
         """O += P V, of the V tile in slot `v`."""
         begin(self.pv(), state.o, operand_a(state.p), state.v[None, None, None, v.index], accumulate=True)
 
-    def softmax(self, job: Job, state: State, n: Int32, masked: bool, warpgroup: Int32) -> cute.Tensor:
-        """The scores of KV block n become P; what O must be multiplied by for it."""
+    def raise_max(self, job: Job, state: State, n: Int32, masked: bool, warpgroup: Int32) -> Change:
+        """The scores of KV block n, by the rules, join the maximum."""
         s, at = rows_by_columns(state.s), coordinates(self.qk(), self.config.tile_n)
-        first_key, count = n * self.config.tile_n, cute.size(s, mode=[0]) // len(state.shares)
-
-        parts = [(share, some_rows(s, i * count, count)) for i, share in enumerate(state.shares)]
-        row_ofs = [
-            lambda r, i=i: row_of(self.config, job, warpgroup, at[r + i * count, 0][0])
-            for i in range(len(parts))
-        ]
-        for (share, rows), row in zip(parts, row_ofs, strict=True):
+        first_key = n * self.config.tile_n
+        for share, rows, row in self.parts(job, state, s, at, warpgroup):
             share.rules.apply(rows, row, lambda c: first_key + at[0, c][1], masked)
-        rescale, shifts = state.softmax.raise_max(s), state.softmax.shifts()
-        self.lower(state.softmax, s, shifts)
-        state.softmax.exponentials(s, rescale, shifts)
-        if self.problem.dropout:
-            for (share, rows), row in zip(parts, row_ofs, strict=True):
-                share.dropout.apply(rows, row, first_key, cute.arch.thread_idx()[0])
-        return rescale
+        change = Change(state.softmax.raise_max(s), state.softmax.shifts())
+        self.lower(state.softmax, s, change.shifts)
+        return change
+
+    def parts(self, job: Job, state: State, s: cute.Tensor, at: cute.Tensor, warpgroup: Int32) -> list[tuple]:
+        """Per share: it, its rows of S (rows, columns), and where each is in the sequence. at: of S."""
+        count = cute.size(s, mode=[0]) // len(state.shares)
+        return [
+            (
+                share,
+                some_rows(s, i * count, count),
+                lambda r, i=i: row_of(self.config, job, warpgroup, at[r + i * count, 0][0]),
+            )
+            for i, share in enumerate(state.shares)
+        ]
+
+    def exponentiate(self, state: State, change: Change, columns: range | None = None) -> None:
+        """S becomes P in place, in these columns or in all."""
+        state.softmax.exponentials(rows_by_columns(state.s), *change, columns)
 
     @cute.jit
     def lower(self, softmax: OnlineSoftmax, s: cute.Tensor, shifts: cute.Tensor):
@@ -235,8 +260,12 @@ class Compute:
         if cute.arch.vote_any_sync(is_large(shifts[0]) | is_large(shifts[1])):
             softmax.lower(s, shifts)
 
-    def to_p(self, state: State) -> None:
-        """P as the next product's operand: half the registers, from here on."""
+    def to_p(self, job: Job, state: State, n: Int32, warpgroup: Int32) -> None:
+        """P of KV block n as the next product's operand: half the registers, from here on."""
+        if self.problem.dropout:
+            s, at = rows_by_columns(state.s), coordinates(self.qk(), self.config.tile_n)
+            for share, rows, row in self.parts(job, state, s, at, warpgroup):
+                share.dropout.apply(rows, row, n * self.config.tile_n, cute.arch.thread_idx()[0])
         state.p.store(state.s.load().to(self.dtype))
         pin(state.p)
 
