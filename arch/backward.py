@@ -28,7 +28,8 @@ from .combine import COMBINE
 from .kernel import Kernel, Step, Steps, Tuning
 from .problem import BesideAttention, Device, Problem, Spec
 
-FORWARD_ONLY = frozenset(("split_kv", "kv_cache", "paged_kv"))  # features of calls that have no gradients
+# Features of calls that have no gradients.
+FORWARD_ONLY = frozenset(("split_kv", "kv_cache", "paged_kv", "schedule"))
 SCRATCH_TILE = 128  # rows; a multiple of every kernel's query tile
 
 

@@ -30,6 +30,7 @@ class Tuning:
     in_registers(problem, device): those that leave a problem registers enough; by default any may.
     fitting(problem, device): of these, those that the device has room for, whatever the problem's blocks.
     splits(problem, device, sizes): in how many parts a call takes its keys.
+    at_once(config, problem, device): how many tiles the device works on together; by default one each.
     blocks(config, sizes, splits): of the grid, all along x; by default one for every tile of a head's
         queries and every part of the keys.
     """
@@ -39,6 +40,7 @@ class Tuning:
     in_registers: Callable[[Any, Device], Sequence[Any]] | None = None
     fitting: Callable[[Any, Device], Iterable[Any]] | None = None
     splits: Callable[[Any, Device, Sizes], int] | None = None
+    at_once: Callable[[Any, Any, Device], int] = lambda config, problem, device: device.multiprocessors
     blocks: Callable[[Any, Sizes, int], int] = lambda config, sizes, splits: (
         -(-sizes.seqlen_q // config.tile_m) * sizes.heads_q * sizes.batch * splits
     )

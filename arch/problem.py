@@ -35,6 +35,7 @@ FEATURES = {
     "split_kv": "split-KV (`num_splits`)",
     "kv_cache": "KV cache (`cache_seqlens`, `cache_batch_idx`, `cache_leftpad`)",
     "paged_kv": "paged KV (`block_table`)",
+    "schedule": "splits and order decided on the device (`scheduler_metadata`)",
     "scale_blocks": "FP8 with scales of blocks of 128 rows",
     "scale_blocks_64": "FP8 with scales of blocks of 64 rows",
 }
@@ -162,10 +163,11 @@ class Problem:
     gqa: there are fewer KV heads than query heads.
     block_size: (block_q, block_k) of a block mask, rows of q and of k; None without one.
     split_kv: the keys are shared out among CTAs: out and lse are a partial result for each of them, in fp32.
-    out_dtype: of the result; None: as q, k and v.
+    out_dtype: of the result; None: as q, k and v. scheduled: see scheduled.py.
     """
 
     operation: ClassVar[str] = "forward"
+    scheduled: ClassVar[bool] = False
     dtype: str
     head_dim: int
     head_dim_v: int
@@ -343,12 +345,9 @@ class Spec(NamedTuple):
 def forward_specs(problem: Problem) -> Operands:
     """A Spec for every operand of `problem`, None where it has none; rules' values as tuples of Specs."""
     dtype, cache = problem.dtype, problem.cache
-    if problem.varlen:
-        q_dims, k_dims = ("total_q",), ("total_k",)
-        lse_dims: tuple[str, ...] = ("num_heads_q", "total_q")
-    else:
-        q_dims, k_dims = ("batch", "seqlen_q"), ("batch", "seqlen_k")
-        lse_dims = ("batch", "num_heads_q", "seqlen_q")
+    q_dims = ("total_q",) if problem.varlen else ("batch", "seqlen_q")
+    k_dims = ("total_k",) if problem.varlen else ("batch", "seqlen_k")
+    lse_dims = (*q_dims[:-1], "num_heads_q", q_dims[-1])
     if cache:
         k_dims = ("num_pages", "page_size") if cache.page_size else ("cache_rows", "seqlen_k")
     out_dims = (*q_dims, "num_heads_q", "head_dim_v")

@@ -83,6 +83,7 @@ class Table:
             configs=lambda *asked: choices(self, *asked),
             fitting=lambda *asked: [config for _, config in self.serving(*asked)],
             splits=lambda *asked: splits(self, *asked),
+            at_once=self.at_once,
         )
 
 

@@ -13,7 +13,7 @@ from .heads import TileHeads
 from .memory import Maps
 from .operand import HeadRows, Operand
 from .rules import Rules
-from .schedule import InSections, OneTile
+from .schedule import InOrder, InSections, OneTile
 from .sequence import Sequence
 
 
@@ -22,7 +22,7 @@ class Launch(NamedTuple):
 
     call: Operands
     maps: Maps
-    schedule: OneTile | InSections
+    schedule: OneTile | InSections | InOrder
     group: Int32
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
 from ..elementwise import where
+from ..scheduled import Schedule
 
 
 class WorkTile(NamedTuple):
@@ -41,6 +43,10 @@ class OneTile(NamedTuple):
         m_blocks, heads = Uint32(self.m_blocks), Uint32(self.heads)
         outer, inner = Uint32(block) // m_blocks, Uint32(block) % m_blocks
         return WorkTile(self.m_blocks - 1 - Int32(inner), Int32(outer % heads), Int32(outer // heads))
+
+    def splits_of(self, batch: Int32) -> int:
+        """In how many parts the keys of a sequence are taken."""
+        return 1
 
 
 class InSections(NamedTuple):
@@ -77,6 +83,44 @@ class InSections(NamedTuple):
         pair = first + rest % width
         m_block = self.m_blocks - 1 - Int32(rest // width)
         return WorkTile(m_block, Int32(pair % heads), Int32(pair // heads), Int32(split))
+
+    def splits_of(self, batch: Int32) -> Int32 | int:
+        """In how many parts the keys of a sequence are taken."""
+        return self.splits
+
+
+class InOrder(NamedTuple):
+    """The tiles of another schedule, in its places, with sequences in an order that tensors hold.
+
+    order, parts: int32 (batch,), the sequences, and in how many parts the keys of each are taken, no more
+    than there are places for; None: in as many. A place beyond them is a split without keys.
+    """
+
+    places: OneTile | InSections
+    order: cute.Tensor
+    parts: cute.Tensor | None
+
+    def grid(self) -> tuple[Int32, int, int]:
+        """A CTA for each place."""
+        return self.places.grid()
+
+    @property
+    def count(self) -> Int32:
+        return self.places.count
+
+    def tile(self, i: Int32) -> WorkTile:
+        """The tile in place `i`."""
+        tile = self.places.tile(i)
+        return tile._replace(batch=self.order[tile.batch])
+
+    def splits_of(self, batch: Int32) -> Int32 | int:
+        """In how many parts the keys of a sequence are taken."""
+        return self.places.splits_of(batch) if self.parts is None else self.parts[batch]
+
+
+def in_order(places: OneTile | InSections, given: Schedule | None) -> OneTile | InSections | InOrder:
+    """The schedule of a launch that is given an order, or is not."""
+    return places if given is None else InOrder(places, given.sequence_order, given.sequence_splits)
 
 
 def tile_per_cta(

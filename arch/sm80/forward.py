@@ -28,10 +28,11 @@ from ..common.job import rows_of_tile, visits_of
 from ..common.memory import SmemAllocator
 from ..common.order import hidden_zero, unknown
 from ..common.rules import Rules
-from ..common.schedule import InSections, OneTile, tile_per_cta
+from ..common.schedule import InOrder, InSections, OneTile, in_order, tile_per_cta
 from ..common.sequence import cached_sequence_of, extent
 from ..common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ..problem import Operands, Problem
+from ..scheduled import Schedule, without_schedule
 from .copy import TileCopy, tile_layout
 from .job import RowBlock, Tiles, Walk, rows_of_tile_in
 from .kv import KvLoader, KvStream, Source
@@ -62,7 +63,7 @@ class ForwardKernel:
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = Operands(*operands)._replace(multiprocessors=None)
+        call = without_schedule(operands)._replace(multiprocessors=None)
         heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
         rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
         splits = call.out.shape[0] if const_expr(self.problem.split_kv) else None
@@ -70,6 +71,7 @@ class ForwardKernel:
         if const_expr(self.config.heads > 1):
             heads = kv_heads * parts_of(self.config.heads, group)
         schedule = tile_per_cta(cute.ceil_div(rows, rows_of_tile(self.config)), heads, batches, splits)
+        schedule = in_order(schedule, Schedule.of(self.problem, operands))
         kernel = self.kernel(call, schedule, group)
         threads = (self.config.threads, 1, 1)
         kernel.launch(
@@ -81,12 +83,12 @@ class ForwardKernel:
         )
 
     @cute.kernel
-    def kernel(self, call: Operands, schedule: OneTile | InSections, group_size: Int32):
+    def kernel(self, call: Operands, schedule: OneTile | InSections | InOrder, group_size: Int32):
         m_block, head, batch, split = schedule.tile(cute.arch.block_idx()[0])
+        splits = schedule.splits_of(batch)
         sequence = cached_sequence_of(call, batch)
         heads = TileHeads.of(self.problem, self.config.heads, head, group_size)
         first_row = m_block * rows_of_tile(self.config)
-        splits = schedule.splits if const_expr(self.problem.split_kv) else 1
         if first_row < sequence.q_rows:
             thread = cute.arch.thread_idx()[0]
             mine = heads.of_row(self.config.heads, thread % 32 // 4)

@@ -57,7 +57,10 @@ class Result(_Store):
 
 
 class Partial(_Store):
-    """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits."""
+    """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits.
+
+    Of one that its sequence does not have only the log-sum-exp is written, -inf.
+    """
 
     @cute.jit
     def tile(
@@ -77,5 +80,7 @@ class Partial(_Store):
             exists = row < block.sequence.q_rows
             if cutlass.const_expr(self.config.heads > 1):
                 exists = exists & (block.head < block.heads.end)
+            if cutlass.const_expr(self.problem.scheduled):
+                exists = exists & (block.split < block.splits)
             if exists:
                 write_pairs(some_rows(o, r, 1), rows[row, None], column_of, dim_v)

@@ -40,11 +40,12 @@ from ...common.job import Job, Launch, rows_of_tile
 from ...common.memory import Maps, SmemAllocator, Tiles
 from ...common.operand import Operand
 from ...common.roles import Role, specialize_warps
-from ...common.schedule import tile_per_cta
+from ...common.schedule import in_order, tile_per_cta
 from ...common.sequence import cached_sequence_of, extent
 from ...common.topology import Barriers
 from ...elementwise import minimum
 from ...problem import Operands, Problem
+from ...scheduled import Schedule, without_schedule
 from ...tuning import equal_tiles
 from ..edge import Edge
 from ..group import Group
@@ -89,7 +90,7 @@ class ForwardKernel:
 
     def named(self, operands: list) -> Operands:
         """The operands of a launch, in their order, by their names."""
-        return Operands(*operands)
+        return without_schedule(operands)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -110,6 +111,7 @@ class ForwardKernel:
         if cutlass.const_expr(self.config.heads > 1):
             heads = call.k.shape[-2] * parts_of(self.config.heads, group)
         schedule = tile_per_cta(cute.ceil_div(rows, rows_of_tile(self.config)), heads, batches, splits)
+        schedule = in_order(schedule, Schedule.of(self.problem, operands))
         groups = schedule.count
         if cutlass.const_expr(self.config.persistent):
             groups = minimum(groups, multiprocessors // self.config.ctas)
@@ -130,10 +132,11 @@ class ForwardKernel:
     def job(self, launch: Launch, index: Int32) -> Job:
         """Tile `index` of a launch."""
         call, maps, schedule, group = launch
-        tile, splits = schedule.tile(index), schedule.splits if self.problem.split_kv else 1
+        tile = schedule.tile(index)
         heads = TileHeads.of(self.problem, self.config.heads, tile.head, group)
         first_row = tile.m_block * rows_of_tile(self.config)
-        return Job(call, maps, cached_sequence_of(call, tile.batch), heads, first_row, tile.split, splits)
+        sequence, splits = cached_sequence_of(call, tile.batch), schedule.splits_of(tile.batch)
+        return Job(call, maps, sequence, heads, first_row, tile.split, splits)
 
     @cute.jit
     def run(self, role: cutlass.Constexpr, launch: Launch, memory: Memory, edges: Edges, ends, warp: Int32):

@@ -64,10 +64,13 @@ class Result:
 
 
 class Partial:
-    """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits."""
+    """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits.
+
+    Of one that its sequence does not have only the log-sum-exp is written, -inf.
+    """
 
     def __init__(self, problem: Problem, config: Config):
-        self.config, self.dim_v = config, problem.head_dim_v
+        self.config, self.dim_v, self.scheduled = config, problem.head_dim_v, problem.scheduled
 
     def lse(self, job: Job) -> cute.Tensor:
         return of_split(job.call.lse, job.split)
@@ -76,7 +79,10 @@ class Partial:
         job = work.job
         row, head = row_of_thread(self.config, job, tile)
         rows = job.sequence.q_rows_of(of_split(job.call.out, job.split), head)
-        return Target(rows, row, (row < job.sequence.q_rows) & (head < job.heads.end))
+        exists = (row < job.sequence.q_rows) & (head < job.heads.end)
+        if self.scheduled:
+            exists = exists & (job.split < job.splits)
+        return Target(rows, row, exists)
 
     @cute.jit
     def columns(self, target: Target, first: cutlass.Constexpr, o: cute.Tensor):

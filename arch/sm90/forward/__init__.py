@@ -17,7 +17,7 @@ FORWARD = Kernel(
         features=frozenset(
             (
                 "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
-                "sink", "lse", "split_kv", "kv_cache", "paged_kv",
+                "sink", "lse", "split_kv", "kv_cache", "paged_kv", "schedule",
             )
         ),
         page_sizes=PAGE_STEP,

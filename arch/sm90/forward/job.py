@@ -21,5 +21,5 @@ def job_of(problem: Problem, config: Config, launch: Launch, index: Int32) -> Jo
         heads=TileHeads.of(problem, config.heads, tile.head, launch.group),
         first_row=tile.m_block * rows_of_tile(config),
         split=tile.split,
-        splits=launch.schedule.splits,
+        splits=launch.schedule.splits_of(tile.batch),
     )

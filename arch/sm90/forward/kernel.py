@@ -27,10 +27,11 @@ from ...common.job import Launch, rows_of_tile
 from ...common.memory import Maps, SmemAllocator, Tiles
 from ...common.operand import Operand
 from ...common.roles import Role, warp_specialize
-from ...common.schedule import InSections
+from ...common.schedule import InSections, in_order
 from ...common.sequence import extent
 from ...elementwise import maximum, minimum
 from ...problem import Operands, Problem
+from ...scheduled import Schedule, without_schedule
 from ..mma import ROWS
 from ..tuning import L2_FOR_SECTION, Config
 from .compute import Compute, ComputeEnds
@@ -57,7 +58,7 @@ class ForwardKernel:
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = Operands(*operands)
+        call = without_schedule(operands)
         multiprocessors, call = call.multiprocessors, call._replace(multiprocessors=None)
         group = call.q.shape[-2] // call.k.shape[-2]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
@@ -67,7 +68,7 @@ class ForwardKernel:
             v=self.v.map(load, call.v),
             out=None if self.problem.split_kv else self.out.map(store, call.out, group),
         )
-        schedule = self.schedule(call, group)
+        schedule = in_order(self.schedule(call, group), Schedule.of(self.problem, operands))
         grid = schedule.count
         if cutlass.const_expr(self.config.persistent):
             grid = minimum(grid, multiprocessors)

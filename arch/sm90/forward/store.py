@@ -88,7 +88,10 @@ class Result(_Store):
 
 
 class Partial(_Store):
-    """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits."""
+    """One split's rows of the operands `out` and `lse`, whose first dimension counts the splits.
+
+    Of one that its sequence does not have only the log-sum-exp is written, -inf.
+    """
 
     @cute.jit
     def tile(self, job: Job, tiles: Tiles, state, warpgroup: Int32):
@@ -97,7 +100,10 @@ class Partial(_Store):
         count = cute.size(o, mode=[0]) // len(state.shares)
         for r in cutlass.range_constexpr(cute.size(o, mode=[0])):
             head, row = state.shares[r // count].head, row_of(self.config, job, warpgroup, at[r, 0][0])
-            if (row < job.sequence.q_rows) & (head < job.heads.end):
+            exists = (row < job.sequence.q_rows) & (head < job.heads.end)
+            if cutlass.const_expr(self.problem.scheduled):
+                exists = exists & (job.split < job.splits)
+            if exists:
                 target = job.sequence.q_rows_of(out, head)[row, None]
                 write_pairs(some_rows(o, r, 1), target, lambda c: at[0, c][1], self.problem.head_dim_v)
 
