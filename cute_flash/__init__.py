@@ -18,6 +18,7 @@ if find_spec("torch") is not None:
     from .merging import flash_attn_combine, merge_states
     from .quantization import Quantized, quantize
     from .quantized import flash_attn_quantized_func
+    from .scheduling import SchedulerMetadata, get_scheduler_metadata
     from .scores import ALiBi, Score, Softcap
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Mask",
     "PrefixLM",
     "Quantized",
+    "SchedulerMetadata",
     "Score",
     "SlidingWindow",
     "Softcap",
@@ -46,6 +48,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
     "merge_states",
     "quantize",
     "supports",

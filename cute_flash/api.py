@@ -32,6 +32,7 @@ from .kv_cache import Cache
 from .quantized import Descale
 from .repeat import Result
 from .request import Options, Packing
+from .scheduling import SchedulerMetadata
 
 
 def flash_attn_func(
@@ -368,6 +369,7 @@ def flash_attn_with_kvcache(
     learnable_sink: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    scheduler_metadata: SchedulerMetadata | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention to the keys of a cache, after new ones are appended to it, in place: prefill and decoding.
 
@@ -400,6 +402,9 @@ def flash_attn_with_kvcache(
         there are: num_splits, where it is left open, comes from the cache's room alone (a row's keys, or the
         table's pages), a part for each 1024 keys of it, and is 1 with a window or a mask. Of packed queries
         max_seqlen_q must be the same, too. Without it as many parts as fill the GPU.
+    scheduler_metadata: from `get_scheduler_metadata`, made for calls like this one: in how many parts the
+        keys of each sequence are taken, and in which order, by lengths on the device. Beside it num_splits is
+        left open or its own. Without it all sequences have as many parts, which the cache's room decides.
     All others: as in `flash_attn_func`.
 
     Returns out, shaped as q with head_dim_v; (out, lse) with return_softmax_lse, lse float32 (batch, heads,
@@ -415,6 +420,7 @@ def flash_attn_with_kvcache(
     cache = Cache(
         k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
         bool(rotary_interleaved), rotary_seqlens, cu_seqlens_q, max_seqlen_q, bool(batch_invariant),
+        scheduler_metadata,
     )
     options = Options(
         0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,

@@ -13,7 +13,9 @@ from . import request
 from .request import Call, Options, Packing, Sizes
 
 INT32 = (torch.int32,)
-BY_SEQUENCE = ("seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad")
+BY_SEQUENCE = (
+    "seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad", "sequence_splits", "sequence_order",
+)  # fmt: skip
 
 
 def checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, options: Options) -> Call:

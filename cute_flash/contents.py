@@ -14,6 +14,8 @@ from .request import Call, Packing
 ALIGNMENT = 16  # bytes: the widest load a kernel does
 _NAMES = {  # of the interface, where an operator's differ
     "sink": "learnable_sink",
+    "sequence_splits": "scheduler_metadata.splits",
+    "sequence_order": "scheduler_metadata.order",
     "block_counts": "block_mask.counts",
     "block_indices": "block_mask.indices",
 }

@@ -10,7 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import appending, cached, contents, kv_cache, kv_contents, launch, problems, repeat, request, scalars
+from . import (
+    appending,
+    cached,
+    contents,
+    kv_cache,
+    kv_contents,
+    launch,
+    problems,
+    repeat,
+    request,
+    scalars,
+    scheduling,
+)
 from .appending import Appended
 from .dispatch import place_of, plan
 from .kv_cache import Append, Cache
@@ -123,6 +135,11 @@ def _halves(q, k_cache, v_cache, cache: Cache, options: Options) -> _Call:
         options = options._replace(causal=False)
     if cache.batch_invariant and not options.num_splits:
         options = options._replace(num_splits=_invariant_splits(room, options))
+    if (metadata := cache.scheduler_metadata) is not None:
+        packing = packing._replace(
+            sequence_splits=metadata.splits, sequence_order=metadata.order, scheduled_for=metadata.made_for
+        )
+        options = options._replace(num_splits=scheduling.splits_of(metadata, options.num_splits))
     return _Call(append, found, q, packing, options)
 
 
@@ -147,7 +164,9 @@ def _checked(q, k_cache, v_cache, cache: Cache, options: Options) -> _Call:
     asked = repeat.checked(call.q, k_cache, v_cache, call.packing, call.options)
     if not torch.compiler.is_compiling() and _plain(q, k_cache, v_cache, cache):
         place = place_of(q.device)
-        plan(problems.problem_of(asked), place.device, problems.sizes_of(asked), asked.num_splits)
+        sizes = problems.sizes_of(asked)
+        planned = plan(problems.problem_of(asked), place.device, sizes, asked.num_splits)
+        scheduling.check_plan(asked, planned)
         if contents.can_be_read(q.device):
             kv_contents.check_numbers(q, k_cache, cache, call.packing)
     return call
@@ -155,7 +174,8 @@ def _checked(q, k_cache, v_cache, cache: Cache, options: Options) -> _Call:
 
 def _plain(q: Any, k_cache: Any, v_cache: Any, cache: Cache) -> bool:
     """Whether tensors are memory, and no others' idea of it."""
-    tensors = [x for x in (q, k_cache, v_cache, *cache) if isinstance(x, torch.Tensor)]
+    given = (q, k_cache, v_cache, *cache, *(cache.scheduler_metadata or ()))
+    tensors = [x for x in given if isinstance(x, torch.Tensor)]
     return all(repeat.plain(x) and not x.is_meta for x in tensors)
 
 

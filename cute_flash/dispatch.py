@@ -270,9 +270,10 @@ def supports(
     mask, score: a rule (`Causal()` for causal calls, `Softcap(...)` for softcap, ...), a plain function,
     or a list of them that apply together. backward: ask for the gradients of such a call; the answer says
     what workspace they take. deterministic: of gradients, whose sums are then added in one order. features:
-    `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`, `sink`, `lse`, `split_kv` (num_splits above 1), all
-    False unless given; `block_size`, a block mask's (block_q, block_k). Where dtype is float8_e4m3fn or
-    float8_e5m2 also `out_dtype` ("float16", "bfloat16") and `block`, rows that share a scale (64, 128).
+    `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`, `sink`, `lse`, `split_kv` (num_splits above 1),
+    `scheduled` (scheduler_metadata), all False unless given; `block_size`, a block mask's (block_q, block_k).
+    Where dtype is float8_e4m3fn or float8_e5m2 also `out_dtype` ("float16", "bfloat16") and `block`, rows
+    that share a scale (64, 128).
     """
     asked = problem(
         dtype=dtype,

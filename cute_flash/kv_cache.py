@@ -9,7 +9,8 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from . import cached, request, scalars
+from . import cached, request, scalars, scheduling
+from .scheduling import SchedulerMetadata
 
 INT32 = (torch.int32,)
 ROTARY_STEP = 16  # rotary_dim is a multiple of it: 16 bytes of cosines or sines are read at a time
@@ -31,6 +32,7 @@ class Cache(NamedTuple):
     cu_seqlens_q: torch.Tensor | None
     max_seqlen_q: int | None
     batch_invariant: bool
+    scheduler_metadata: SchedulerMetadata | None
 
 
 class Append(NamedTuple):
@@ -83,6 +85,13 @@ def check(q: Any, k_cache: Any, v_cache: Any, cache: Cache) -> None:
     if cache.k is not None:
         _check_new(q, k_cache, v_cache, cache, batch)
     _check_rotary(q, k_cache, cache, batch)
+    if cache.scheduler_metadata is not None:
+        scheduling.check(cache.scheduler_metadata, q, batch)
+        if cache.batch_invariant:
+            raise ValueError(
+                "scheduler_metadata is given beside batch_invariant=True; allowed: one of them, as it shares "
+                "out keys by the lengths of all sequences"
+            )
     named = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": cache.k, "v": cache.v}
     for name, tensor in named.items():
         if request.needs_gradient(tensor):
@@ -117,7 +126,7 @@ def _check_places(q: torch.Tensor, k_cache: torch.Tensor, cache: Cache, batch: A
             request.check_tensor(name, numbers, q, INT32, 1)
             if numbers.shape[0] != batch:
                 raise ValueError(f"{name} has {numbers.shape[0]} numbers; allowed: {batch}, one per sequence")
-    for name in ("k", "cache_leftpad", "block_table"):
+    for name in ("k", "cache_leftpad", "block_table", "scheduler_metadata"):
         if getattr(cache, name) is not None and seqlens is None:
             raise ValueError(f"{name} is given without cache_seqlens; allowed: with it")
     if table is None:

@@ -14,6 +14,7 @@ import torch
 from . import cached, contents, overlap
 from .kv_cache import Append, Cache
 from .request import Packing
+from .scheduling import SchedulerMetadata
 
 _NAMES = {"k_new": "k", "v_new": "v"}  # of the interface, where an operator's differ
 _READ_WIDELY = ("k_cache", "v_cache", "k_new", "v_new", "q", "rotary_cos", "rotary_sin")
@@ -36,6 +37,8 @@ def check_numbers(q: torch.Tensor, k_cache: torch.Tensor, cache: Cache, packing:
                 f"cache_leftpad[{at}] is {cache.cache_leftpad[at]}; allowed: up to cache_seqlens[{at}], "
                 f"{seqlens[at]}"
             )
+    if cache.scheduler_metadata is not None:
+        _check_schedule(cache.scheduler_metadata)
 
 
 def check_append(call: Append) -> None:
@@ -128,6 +131,16 @@ def _check_in_cache(k_cache: torch.Tensor, seqlens: torch.Tensor, new: int, rows
         pages, page_size = k_cache.shape[:2]
         used = torch.arange(table.shape[1], device=table.device) * page_size < seqlens[:, None] + new
         _check_range("block_table", table[used], 0, pages - 1, "pages of k_cache")
+
+
+def _check_schedule(metadata: SchedulerMetadata) -> None:
+    """Every sequence has a part at least and no more than CTAs are launched for, and comes once."""
+    splits, order = metadata.splits, metadata.order
+    _check_range("scheduler_metadata.splits", splits, 1, metadata.num_splits, "its num_splits")
+    if not torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device)):
+        raise ValueError(
+            f"scheduler_metadata.order has {order.tolist()}; allowed: 0 to {len(order) - 1}, each once"
+        )
 
 
 def _check_rows(k_cache: torch.Tensor, rows: torch.Tensor | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import contents, flops, launch, rules, schema
+from . import contents, flops, launch, rules, scheduling, schema
 from .dispatch import place_of, plan
 from .launch import Bound
 from .probabilities import signed_probabilities
@@ -126,6 +126,7 @@ def _probabilities_fake(*arguments):
 def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Bound:
     place = place_of(call.q.device)
     planned = plan(problem_of(call), place.device, sizes_of(call), call.num_splits)
+    scheduling.check_plan(call, planned)
     contents.check(call, out)
     values = values_of(call, out, lse)
     bound = launch.bind(planned, place, values)
@@ -161,6 +162,8 @@ def values_of(call: Call, out: torch.Tensor | None, lse: torch.Tensor | None) ->
         "batch_idx": call.cache_batch_idx,
         "leftpad": call.cache_leftpad,
         "page_table": call.block_table,
+        "sequence_splits": call.sequence_splits,
+        "sequence_order": call.sequence_order,
         "block_counts": call.block_counts,
         "block_indices": call.block_indices,
         "mask_values": mask_values,

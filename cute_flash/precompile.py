@@ -38,6 +38,7 @@ _SLOPES = torch.zeros(1, 1)
 # Word -> what it adds to a call: keywords of a Problem, or arguments of the interface (rules).
 # Splits are the call's, not a word: what merges them is compiled with what takes them.
 _FLAGS = tuple(field.name for field in fields(Problem) if field.type == "bool" and field.name != "split_kv")
+_FLAGS += ("scheduled",)
 _RULES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "window": {"window": (1, 1)},

@@ -10,21 +10,28 @@ import torch
 from . import rules
 from .arch.problem import KvCache, Problem, Sizes
 from .arch.quantized import DTYPES, QuantizedProblem
+from .arch.scheduled import ScheduledProblem
 from .request import Call
 
 
 @functools.cache
 def problem(
-    *, dtype: torch.dtype | str, head_dim: int, head_dim_v: int | None = None, code: str = "", **features: Any
+    *,
+    dtype: torch.dtype | str,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    code: str = "",
+    scheduled: bool = False,
+    **features: Any,
 ) -> Problem:
     """The Problem of a call with these head dims, rules and features, remembered.
 
-    head_dim_v: head_dim if None. code: the rules, as `rules.encode` has them. features: fields of Problem, or
-    with a dtype of 8 bits of QuantizedProblem; TypeError for others.
+    head_dim_v: head_dim if None. code: the rules, as `rules.encode` has them. scheduled: a ScheduledProblem.
+    features: fields of Problem, or with a dtype of 8 bits of QuantizedProblem; TypeError for others.
     """
     mask, score = rules.decode(code)
     name = str(dtype).removeprefix("torch.")
-    kind = Problem
+    kind = ScheduledProblem if scheduled else Problem
     if name in DTYPES:
         kind, features = QuantizedProblem, {"out_dtype": "bfloat16", **features}
     return kind(
@@ -63,6 +70,7 @@ def problem_of(call: Call, **quantized: Any) -> Problem:
         lse=call.lse,
         block_size=tuple(call.block_size) or None,
         cache=cache,
+        scheduled=call.sequence_order is not None,
         **quantized,
     )
 

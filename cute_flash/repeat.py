@@ -74,9 +74,10 @@ class Decided(NamedTuple):
             out = torch.empty_like(q) if self.like_q else q.new_empty(self.out_shape)
         if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % contents.ALIGNMENT:
             return _by_all_checks(q, k, v, packing, options)
-        cu_q = cu_k = used_q = used_k = batch_idx = leftpad = table = counts = indices = None
+        cu_q = cu_k = used_q = used_k = batch_idx = leftpad = table = parts = order = None
+        counts = indices = None
         if packing is not None:
-            cu_q, cu_k, _, _, used_q, used_k, _, batch_idx, leftpad, table = packing
+            cu_q, cu_k, _, _, used_q, used_k, _, batch_idx, leftpad, table, parts, order, _ = packing
             if contents.can_be_read(q.device):
                 contents.check_lengths(packing, q, k)
         if options.block_mask is not None:
@@ -90,39 +91,23 @@ class Decided(NamedTuple):
             mask_values, score_values = mask_values + seen.mask, score_values + seen.score
             tensors = (*tensors, *seen.tensors)
         if given is not None:
-            lengths = (cu_q, cu_k, used_q, used_k, batch_idx, leftpad, table)
+            lengths = (cu_q, cu_k, used_q, used_k, batch_idx, leftpad, table, parts, order)
             inputs = (q, k, v, *lengths, sink, counts, indices, *tensors)
             if _meet(out, inputs, self.spans):
                 return _by_all_checks(q, k, v, packing, options)
         lse = None if self.lse_shape is None else ops.new_lse(q, self.lse_shape)
         scale, threshold, keep_scale, longest = self.numbers
-        launch.run(
-            self.bound,
-            {
-                "q": q,
-                "k": k,
-                "v": v,
-                "out": out,
-                "lse": lse,
-                "cu_seqlens_q": cu_q,
-                "cu_seqlens_k": cu_k,
-                "seqused_q": used_q,
-                "seqused_k": used_k,
-                "sink": sink if sink is None or sink.dtype is torch.float32 else sink.float(),
-                "rng_state": request.draw_rng_state(q.device) if self.dropout else None,
-                "softmax_scale": scale,
-                "keep_threshold": threshold,
-                "keep_scale": keep_scale,
-                "max_seqlen_q": longest,
-                "batch_idx": batch_idx,
-                "leftpad": leftpad,
-                "page_table": table,
-                "block_counts": counts,
-                "block_indices": indices,
-                "mask_values": mask_values or None,
-                "score_values": score_values or None,
-            },
-        )
+        values = {
+            "q": q, "k": k, "v": v, "out": out, "lse": lse, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k,
+            "seqused_q": used_q, "seqused_k": used_k, "batch_idx": batch_idx, "leftpad": leftpad,
+            "page_table": table, "sequence_splits": parts, "sequence_order": order, "block_counts": counts,
+            "block_indices": indices, "max_seqlen_q": longest, "softmax_scale": scale,
+            "sink": sink if sink is None or sink.dtype is torch.float32 else sink.float(),
+            "rng_state": request.draw_rng_state(q.device) if self.dropout else None,
+            "keep_threshold": threshold, "keep_scale": keep_scale,
+            "mask_values": mask_values or None, "score_values": score_values or None,
+        }  # fmt: skip
+        launch.run(self.bound, values)
         if given is not None:
             ops.note_written(given)
         return Result(out, lse)
@@ -209,7 +194,8 @@ def key_of(q, k, v, packing: Packing | None, options: Options, seen: rules.Seen 
         None if out is None else outside(out),
     )
     if packing is not None:
-        cu_q, cu_k, longest_q, longest_k, used_q, used_k, in_cache, batch_idx, leftpad, table = packing
+        cu_q, cu_k, longest_q, longest_k, used_q, used_k, in_cache, *of_cache = packing
+        batch_idx, leftpad, table, parts, order, scheduled_for = of_cache
         key += (
             longest_q, type(longest_q), longest_k, type(longest_k),
             None if cu_q is None else outside(cu_q), None if cu_k is None else outside(cu_k),
@@ -220,6 +206,8 @@ def key_of(q, k, v, packing: Packing | None, options: Options, seen: rules.Seen 
                 None if batch_idx is None else outside(batch_idx),
                 None if leftpad is None else outside(leftpad),
                 None if table is None else outside(table), in_cache,
+                None if parts is None else outside(parts), None if order is None else outside(order),
+                scheduled_for,
             )
     if block_mask is not None:
         key += (
@@ -291,7 +279,8 @@ def _decide(
     given = options.out is not None
     order = (
         call.q, call.k, call.v, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
-        call.cache_batch_idx, call.cache_leftpad, call.block_table, options.learnable_sink,
+        call.cache_batch_idx, call.cache_leftpad, call.block_table, call.sequence_splits,
+        call.sequence_order, options.learnable_sink,
         call.block_counts, call.block_indices, *tensors,
     )
     shape = tuple(out.shape)

@@ -48,6 +48,7 @@ class Packing(NamedTuple):
 
     Packed ones: cu_seqlens of both. cached: k and v are a cache, (cache_rows, seqlen, heads, dim) or, with a
     block_table, (num_pages, page_size, heads, dim); q is packed where there is a cu_seqlens_q, else dense.
+    sequence_splits, sequence_order, scheduled_for: of a `SchedulerMetadata`.
     """
 
     cu_seqlens_q: torch.Tensor | None
@@ -60,6 +61,9 @@ class Packing(NamedTuple):
     cache_batch_idx: torch.Tensor | None = None
     cache_leftpad: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
+    sequence_splits: torch.Tensor | None = None
+    sequence_order: torch.Tensor | None = None
+    scheduled_for: str = ""
 
 
 class Call(NamedTuple):
@@ -83,6 +87,9 @@ class Call(NamedTuple):
     cache_batch_idx: torch.Tensor | None
     cache_leftpad: torch.Tensor | None
     block_table: torch.Tensor | None
+    sequence_splits: torch.Tensor | None
+    sequence_order: torch.Tensor | None
+    scheduled_for: str
     sink: torch.Tensor | None
     rng_state: torch.Tensor | None
     softmax_scale: Annotated[float, "Scalar"]
