@@ -27,7 +27,8 @@ class KvCase:
 
     heads: of q, and of keys. rotary: (numbers that are rotated, interleaved). page: keys of one; None: rows.
     rows, leftpad, packed: cache_batch_idx, cache_leftpad and cu_seqlens_q are given. elsewhere:
-    rotary_seqlens are. arguments: of the function, besides.
+    rotary_seqlens are. arguments: of the function, besides. scheduled: the upper bound for parts of keys that
+    scheduler_metadata is made with; None: there is none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class KvCase:
     elsewhere: bool = False
     layout: str = "packed"
     arguments: dict[str, Any] = field(default_factory=dict)
+    scheduled: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -109,6 +111,8 @@ class KvCall:
         if case.packed:
             arguments["max_seqlen_q"] = max(case.queries)
         with where(self.device, **options), unchanged(self.read):
+            if case.scheduled is not None:
+                arguments["scheduler_metadata"] = self.metadata()
             out, lse = cute_flash.flash_attn_with_kvcache(
                 **self.given, **arguments, rotary_interleaved=self.interleaved, return_softmax_lse=True
             )
@@ -118,6 +122,16 @@ class KvCall:
         told = {name: value for name, value in case.arguments.items() if name != "num_splits"}
         starts = {"cu_seqlens_q": seen.cu_seqlens_q, "cu_seqlens_k": seen.cu_seqlens_k}
         assert_accurate(out.cpu(), lse.cpu(), seen[:3], **told, **starts)
+
+    def metadata(self) -> cute_flash.SchedulerMetadata:
+        """What calls of the case are scheduled by."""
+        case, given = self.case, self.given
+        return cute_flash.get_scheduler_metadata(
+            len(case.lengths), max(case.queries), _room(case), *case.heads, case.dims[0],
+            given["cache_seqlens"], getattr(torch, case.dtype), case.dims[1], given.get("cu_seqlens_q"),
+            given.get("cache_leftpad"), case.page, case.new or 0, case.arguments.get("causal", False),
+            num_splits=case.scheduled,
+        )  # fmt: skip
 
 
 def _numbers(case: KvCase, generator: torch.Generator) -> dict[str, torch.Tensor]:
