@@ -1,0 +1,129 @@
+"""Blackwell's FP8 kernels on trial: which are changed, and what is first said against a change.
+
+A change is noticed where the emulator objects or a bit of a result differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import cute_flash
+from cute_flash import executable, flash_attn_quantized_func, quantize
+from cute_flash.arch.sm100.fp8 import QUANTIZED
+from cute_flash.arch.sm100.fp8.tuning import Config
+from cute_flash.cache import Artifact
+from cute_flash.dispatch import EMULATED
+from cute_flash.emulated_kernel import EmulatedKernel
+from cute_flash.emulator import EmulatorError
+from cute_flash.problems import problem
+from tests import proofs
+
+from .mutations import TCGEN05, TMA, Mutation
+from .subjects import TWO_TILES
+from .trial import ATTEMPTS, Launch
+
+DEVICE, DIM = "sm100", 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call. scale: softmax_scale, so large that maxima rise and O must be rescaled."""
+
+    rows: int
+    keys: int
+    scale: float = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A kernel to change, by a config of its own, so that tuning does not move the sites.
+
+    block: of rows that share a scale.
+    """
+
+    config: Config
+    mutations: dict[str, Mutation]
+    calls: tuple[Asked, ...]
+    block: int
+
+
+# Rows of both Q tiles, the second not whole, and five blocks of keys, the last not whole, so that every ring
+# is filled again; and scores so large that rows take their maximum off first, which is a path of its own.
+ASKED = Asked(140, 150)
+LOWERED = replace(ASKED, scale=2048.0)
+SUBJECTS = {"two tiles": Subject(Config(**TWO_TILES, tile_n=32), TMA | TCGEN05, (ASKED, LOWERED), 64)}
+
+
+@cache
+def tensors(asked: Asked, block: int) -> tuple[cute_flash.Quantized, ...]:
+    """q, k and v of a call. Random normal."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (asked.rows, asked.keys, asked.keys)
+    shapes = [(1, length, 1, DIM) for length in lengths]
+    q, k, v = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    return quantize(q, block=block), quantize(k, block=block), quantize(v, block=block, hadamard=False)
+
+
+@cache
+def compiled(name: str) -> Artifact:
+    """The kernel that is changed."""
+    subject, code = SUBJECTS[name], cute_flash.rules.encode([], []).code
+    asked = problem(dtype=torch.float8_e4m3fn, head_dim=DIM, code=code, lse=True, block=subject.block)
+    return executable.artifact(QUANTIZED, asked, subject.config, EMULATED[DEVICE])
+
+
+def run(name: str, ptx: str, **options: Any) -> Iterator[torch.Tensor]:
+    """The results of each call, in one row, from this PTX."""
+    subject, device = SUBJECTS[name], EMULATED[DEVICE]
+    changed = EmulatedKernel(compiled(name)._replace(ptx=ptx.encode()), device)
+    for asked in subject.calls:
+        given = tensors(asked, subject.block)
+        with (
+            mock.patch("cute_flash.launch.executable", lambda *_: changed),
+            cute_flash.emulated(DEVICE, contract="ptxas", **options),
+        ):
+            out, lse = flash_attn_quantized_func(*given, softmax_scale=asked.scale, return_lse=True)
+        yield torch.cat([out.float().flatten(), lse.flatten()])
+
+
+@cache
+def right(name: str) -> tuple[torch.Tensor, ...]:
+    """What the kernel results in as it is."""
+    return tuple(run(name, compiled(name).ptx.decode()))
+
+
+def objection(name: str, ptx: str) -> str:
+    """What is first said against a kernel; empty where nothing is."""
+    for options in ATTEMPTS:
+        try:
+            for found, wanted in zip(run(name, ptx, **options), right(name), strict=True):
+                if not torch.equal(found, wanted):
+                    return "another result"
+        except EmulatorError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def unnoticed(name: str, mutants: list[tuple[int, str, str]]) -> str:
+    """Sites of the changes that nothing objects to, in words."""
+    missed = [number for number, _, text in mutants if not objection(name, text)]
+    return " ".join(map(str, (f"unnoticed of {len(mutants)}:", *missed)))
+
+
+def dependencies(name: str) -> Iterator[bytes]:
+    """What a verdict depends on besides a change."""
+    subject = SUBJECTS[name]
+    yield from proofs.emulator()
+    yield proofs.meaning(Path(__file__))
+    yield repr((ATTEMPTS, EMULATED[DEVICE], subject.config, subject.calls, subject.block)).encode()
+    yield from Launch(None, compiled(name), ()).digested()
+    for asked in subject.calls:
+        for x in tensors(asked, subject.block):
+            yield from (each.contiguous().view(torch.uint8).numpy().tobytes() for each in (x.data, x.scale))

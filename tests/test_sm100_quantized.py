@@ -1,0 +1,49 @@
+"""Blackwell's FP8 kernels changed: nothing that their roles wait for, fence, count or tell is idle.
+
+What nothing notices stands in HARMLESS with the reason, by kernel, kind of change and number of the site.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.emulator.negative import harmless
+from tests.emulator.negative.quantized import SUBJECTS, compiled, dependencies, objection, unnoticed
+from tests.orders import RIGHT
+
+EVERY = [(name, change) for name, subject in SUBJECTS.items() for change in subject.mutations]
+ABSENT = {("two tiles", "no arrival at a barrier")}  # only kernels that take turns arrive without a wait
+HARMLESS: dict[tuple[str, str], dict[int, str]] = {
+    ("two tiles", "no wait for an mbarrier"): dict.fromkeys((18, 19, 20), harmless.FRESH),
+    ("two tiles", "one arrival more expected"): dict.fromkeys((2, 3), harmless.ONCE),
+    ("two tiles", "no commit of a store"): {0: "the other tile's store closes the group for both"},
+    ("two tiles", "no wait for a store"): {0: "the wait for the other tile's store is for both"},
+    ("two tiles", "no change of registers"): {0: harmless.BUDGET},
+    ("two tiles", "no permit given back"): {0: harmless.PERMIT},
+    ("two tiles", "no commit of a product"): {9: harmless.LAST},
+    ("two tiles", "no fence before synchronisation"): {
+        **dict.fromkeys((0, 2, 6), harmless.ONLY_S),
+        **dict.fromkeys((9, 10), harmless.NUMBERS),
+    },
+    ("two tiles", "no fence after synchronisation"): dict.fromkeys((4, 6, 12, 13), harmless.NUMBERS),
+}
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_unchanged_kernel_meets_no_objection(name, proven):
+    ptx = compiled(name).ptx.decode()
+    assert proven(lambda: objection(name, ptx) or RIGHT, dependencies(name)) == RIGHT
+
+
+@pytest.mark.parametrize("name, change", EVERY)
+def test_every_change_is_noticed(name, change, proven):
+    reasons = HARMLESS.get((name, change), {})
+    mutants = list(SUBJECTS[name].mutations[change].mutants(compiled(name).ptx.decode()))
+    assert bool(mutants) == ((name, change) not in ABSENT)
+    texts = (text.encode() for _, _, text in mutants)
+    outcome = proven(lambda: unnoticed(name, mutants), (*dependencies(name), *texts))
+    assert outcome == " ".join(map(str, (f"unnoticed of {len(mutants)}:", *sorted(reasons))))
+
+
+def test_only_changes_that_are_tried_are_called_harmless():
+    assert HARMLESS.keys() <= set(EVERY)
