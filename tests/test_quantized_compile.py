@@ -1,0 +1,70 @@
+"""FP8 kernels keep everything in registers at the largest head dims of every row of their tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cute_flash.arch.kernel import Step
+from cute_flash.arch.problem import Device
+from cute_flash.arch.sm90.fp8 import QUANTIZED as HOPPERS
+from cute_flash.arch.sm100.fp8 import QUANTIZED as BLACKWELLS
+from cute_flash.arch.sm100.fp8 import tuning
+from cute_flash.dispatch import EMULATED
+from tests.test_resources import EXTREMES, answer_for, assert_in_registers, prove
+
+HOPPER, B200 = EMULATED["sm90"], EMULATED["sm100"]
+GB300 = replace(B200, capability=(10, 3))
+# The most that can be asked for: with scales of blocks rows hold one more number for each, and what is packed
+# has none. CTAs persist where rows see evenly. On GB300 loads bring the maximum.
+ASKED = {
+    "plain": replace(EXTREMES["plain"], varlen=False, used="", sink=False),
+    "light": replace(EXTREMES["light"], varlen=False, used="", score="softcap"),
+    "even": replace(EXTREMES["light"], varlen=False, used="", score="softcap", mask="full"),
+    "packed": EXTREMES["light"],
+    "heavy": replace(EXTREMES["heavy"], varlen=False, used="", dropout=0.0),
+}
+SHIPPED = (
+    (HOPPERS, HOPPER, "plain", (64, 64), 128),
+    (HOPPERS, HOPPER, "plain", (128, 128), 128),
+    (BLACKWELLS, B200, "light", (128, 128), 64),
+    (BLACKWELLS, B200, "heavy", (128, 128), 64),
+    (BLACKWELLS, B200, "light", (192, 128), 64),
+    (BLACKWELLS, B200, "light", (256, 128), 64),
+    (BLACKWELLS, B200, "heavy", (256, 128), 64),
+    (BLACKWELLS, B200, "light", (256, 256), 64),
+    (BLACKWELLS, B200, "heavy", (256, 256), 64),
+    (BLACKWELLS, B200, "even", (128, 128), 64),
+    (BLACKWELLS, B200, "even", (256, 256), 64),
+    (BLACKWELLS, GB300, "packed", (128, 128), None),
+)
+
+
+def step_of(kernel, device: Device, asked: str, dims: tuple[int, int], block: int | None) -> Step:
+    case = replace(ASKED[asked], dtype="float8_e4m3fn", dims=dims)
+    name = "sm90" if device is HOPPER else "sm100"
+    problem = replace(answer_for(case, name).problem, block=block)
+    assert kernel.reasons(problem, device) == ()
+    return Step(kernel, problem, kernel.config(problem, device))
+
+
+def in_words(value: object) -> str:
+    return value.target if isinstance(value, Device) else getattr(value, "name", str(value))
+
+
+@pytest.mark.parametrize("kernel, device, asked, dims, block", SHIPPED, ids=in_words)
+def test_nothing_spills(kernel, device, asked, dims, block, tmp_path, proven):
+    step = step_of(kernel, device, asked, dims, block)
+
+    def look() -> None:
+        assert_in_registers(step, device, tmp_path / "kernel.cubin")
+
+    prove(proven, look, (*step.compiled, device))
+
+
+def test_every_row_is_covered():
+    found = [step_of(*row).config for row in SHIPPED if row[1] is B200]
+    alone = dict.fromkeys(replace(config, persistent=False) for config in found)
+    assert list(alone) == [row.config for row in tuning.ROWS]
+    assert {config.tiles for config in found if config.persistent} == {1, 2}
