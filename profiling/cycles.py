@@ -1,7 +1,7 @@
 """What each unit of a GPU allows per KV tile: counts from the emulator, over rates from `rates.py`.
 
-    python -m profiling cycles                          d64, d128, d192_128, d256, and gradients; every GPU
-                                                        of rates.py
+    python -m profiling cycles                          d64, d128, d192_128, d256, FP8, and gradients; every
+                                                        GPU of rates.py
     python -m profiling cycles --case d128 --gpu H200
     python -m profiling cycles --write                  keep the rows in results/cycles.json and cycles.md
 
@@ -9,9 +9,9 @@ These are bounds, not timings: no latency, no dependency, no memory beyond share
 the time. One cluster of CTAs runs on the emulator over some KV tiles and over twice as many; the difference
 is the steady cost of a tile. Matrix FLOP, exponentials, shared memory and barriers are counted there; FP32
 and integer issue slots are those of the hot loops' machine code, because the compiler fuses what PTX has
-apart. Warps outside these loops (copies, rescaling by warps of their own) take slots that are not counted.
-Of gradients, a tile is one of queries: a CTA of the main kernel keeps its keys and walks the queries. Under a
-causal mask it is one that the mask leaves whole.
+apart. Warps outside these loops (copies, rescaling by warps of their own) take slots that are not counted,
+but for those that transpose V. Of gradients, a tile is one of queries: a CTA of the main kernel keeps its
+keys and walks the queries. Under a causal mask it is one that the mask leaves whole.
 
     ceiling   the slowest unit alone: everything overlaps perfectly
     in turn   the tensor cores wait for the rest of the tile, and that for them: nothing overlaps
@@ -31,11 +31,12 @@ import torch
 import cute_flash
 from cute_flash import emulator, executable
 from cute_flash.arch.problem import Operands
+from cute_flash.arch.quantized import QuantizedOperands
 from cute_flash.dispatch import Answer
 from cute_flash.emulator.execution.launch import Driver
 from cute_flash.objectfile import ObjectFileError
 
-from . import flash_attn_4, flash_attn_4_backward, gradients, sass
+from . import flash_attn_4, gradients, sass
 from .rates import GPUS, PARTITIONS, WARP, Gpu
 from .static import CASES, Case, in_words
 from .watch import KINDS, PARTS, Totals, Watch
@@ -43,7 +44,8 @@ from .watch import KINDS, PARTS, Totals, Watch
 FORWARD = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
 BACKWARD = tuple(name for name, case in CASES.items() if case.backward and case.rules == "plain")
 CAUSAL_BACKWARD = ("d64_causal_backward", "d128_causal_backward")
-DEFAULT = (*FORWARD, *BACKWARD, *CAUSAL_BACKWARD)
+FP8 = tuple(name for name, case in CASES.items() if case.bits == 8)
+DEFAULT = (*FORWARD, *FP8, *BACKWARD, *CAUSAL_BACKWARD)
 # Gradients are counted on one GPU of each tree, under a mask only on Blackwell's.
 GRADIENTS_ON = ("A100", "H200", "B200")
 ALONE = ", no pairs"  # what a peer's name ends in where its CTAs might work in pairs, and do not
@@ -65,7 +67,8 @@ class Cost:
     """What one tile asks of the units of an SM. flops: of matrix products, by mma.sync or not.
 
     mufu, fma, alu: lanes; issue: warp instructions; shared: bytes through the L1 data path, which shared
-    memory and spills take; reduced: bytes added to global memory as fp32 sums.
+    memory and spills take; reduced: bytes added to global memory as fp32 sums. narrowed: of the lanes of alu
+    those that convert to 8 bits. bits: of what is multiplied.
     """
 
     flops: float
@@ -76,15 +79,18 @@ class Cost:
     issue: float
     shared: float
     reduced: float = 0.0
+    narrowed: float = 0.0
+    bits: int = 16
 
     def cycles(self, gpu: Gpu) -> dict[str, float]:
         """Clocks that each unit of one SM needs; "sums" where there are some and their rate is known."""
         sums = {"sums": self.reduced / gpu.sums} if self.reduced and gpu.sums else {}
+        matrix = gpu.matrix * gpu.faster(self.bits)
         return {
-            "matrix": self.flops / (gpu.matrix * (gpu.mma_sync if self.mma_sync else 1.0)),
+            "matrix": self.flops / (matrix * (gpu.mma_sync if self.mma_sync else 1.0)),
             "mufu": self.mufu / gpu.mufu,
             "fma": self.fma / gpu.fma,
-            "alu": self.alu / gpu.alu,
+            "alu": (self.alu - self.narrowed) / gpu.alu + self.narrowed / gpu.narrowing,
             "issue": self.issue / PARTITIONS,
             "shared": self.shared / gpu.shared,
             **sums,
@@ -103,7 +109,9 @@ class Cost:
 class Tile:
     """One tile of one CTA of a kernel: tile_m rows, tile_n keys.
 
-    flops: by the algorithm. From machine code: fma, alu: lanes; issue: warp instructions; local: bytes spilt.
+    flops: by the algorithm. From machine code: fma, alu: lanes; narrowed: those of alu that convert to 8
+    bits; issue: warp instructions, transposing: those of them that transpose V; local: bytes spilt. bits: of
+    what is multiplied.
     """
 
     kernel: str
@@ -115,6 +123,9 @@ class Tile:
     alu: float
     issue: float
     local: float
+    narrowed: float
+    transposing: float
+    bits: int
 
     @property
     def kinds(self) -> Counter:
@@ -134,6 +145,8 @@ class Tile:
             issue=self.issue,
             shared=self.totals.wavefronts * 128 + self.local,
             reduced=self.totals.reduced,
+            narrowed=self.narrowed,
+            bits=self.bits,
         )
 
 
@@ -142,6 +155,8 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
     if not answer:
         raise NotImplementedError(str(answer))
     config, make = answer.config, gradients.operands if case.backward else _operands
+    if case.bits == 8:
+        make = _quantized_operands
     run = executable.executable(answer.kernel, answer.problem, config, answer.device, "emulator")
 
     def watched(rows: int, keys: int) -> Watch:
@@ -153,7 +168,10 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
             raise ValueError(f"launched with {watch.launch.shared_memory} bytes, not as {config} says")
         return watch
 
-    loops = loops_of(executable.artifact(answer.kernel, answer.problem, config, answer.device).cubin)
+    cubin = executable.artifact(answer.kernel, answer.problem, config, answer.device).cubin
+    loops = loops_of(cubin)
+    if case.bits == 8:
+        loops += sass.transposing(sass.disassembly(cubin))
     shape, steady = steady_of(case, (config.tile_m, config.tile_n), watched)
     return tile(answer.kernel.name, shape, case, steady, loops)
 
@@ -197,12 +215,22 @@ def _operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> Op
     return Operands(**absent | given)
 
 
+def _quantized_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> QuantizedOperands:
+    """Of our kernel in FP8: random normal, and scales of 1."""
+    of_16, block = _operands(answer, dims, rows, keys), answer.problem.block
+    bytes_of = {x: getattr(of_16, x).to(torch.float8_e4m3fn).view(torch.uint8) for x in "qkv"}
+    lengths = {"q": rows, "k": keys, "v": keys}
+    blocks = {x: () if block is None else (-(-length // block),) for x, length in lengths.items()}
+    scales = {f"{x}_scale": torch.ones(1, 1, *blocks[x]) for x in "qkv"}
+    return QuantizedOperands(**of_16._asdict() | bytes_of | scales)
+
+
 def peers(case: Case, target: str, alone: bool = False) -> Tile:
     """A tile of the peer's kernel. Raises flash_attn_4.Missing, or an EmulatorError.
 
     alone: of gradients, without pairs of CTAs.
     """
-    module = flash_attn_4_backward if case.backward else flash_attn_4
+    module = case.peers
     peer = module.compiled(replace(case.peer(), alone=True) if alone else case.peer(), target)
     rows, keys = peer.kernel.tile
     program = emulator.Program(flash_attn_4.defined(peer.kernel.ptx))
@@ -254,14 +282,22 @@ def tile(
             f"{kernel}: the hot loops have {exponentials:.0f} exponentials per KV tile, the emulator counts "
             f"{kinds['mufu']:.0f}"
         )
-    slots = Counter(fma=0, alu=0, issue=0, local=0)  # in Tile's order
+    slots = Counter(fma=0, alu=0, issue=0, local=0, narrowed=0, transposing=0)  # in Tile's order
     for loop, n in passes:
         names = [opcode.partition(".")[0] for opcode in loop.opcodes]
         slots["fma"] += WARP * n * sum(FMA.get(name, 0) for name in names)
         slots["alu"] += WARP * n * sum(name in ALU for name in names)
         slots["local"] += WARP * n * sum(map(sass.local_bytes, loop.opcodes))
         slots["issue"] += n * loop.size
-    return Tile(kernel, *shape, steady, flops_of(case, shape), *slots.values())
+        slots["transposing"] += n * loop.size * (_kind(loop) == "shared")
+        slots["narrowed"] += WARP * n * sum(map(narrows, loop.opcodes))
+    return Tile(kernel, *shape, steady, flops_of(case, shape), *slots.values(), case.bits)
+
+
+def narrows(opcode: str) -> bool:
+    """Whether it converts to numbers of 8 bits."""
+    name, *parts = opcode.split(".")
+    return name == "F2FP" and bool({"E4M3", "E5M2"} & set(parts))
 
 
 def flops_of(case: Case, shape: tuple[int, int]) -> int:
@@ -277,8 +313,13 @@ def _times(loop: sass.Loop, loops: tuple[sass.Loop, ...], kinds: Counter) -> flo
     """
     if loop.flops:
         return kinds["flops"] / sum(other.flops for other in loops)
-    kind = "mufu" if loop.counts["mufu"] else "matrix"
-    return kinds[kind] / loop.counts["mma" if kind == "matrix" else kind]
+    kind = _kind(loop)
+    return kinds["matrix" if kind == "mma" else kind] / loop.counts[kind]
+
+
+def _kind(loop: sass.Loop) -> str:
+    """The class of instructions that a hot loop is there for: exponentials, products, or transposing V."""
+    return next((kind for kind in ("mufu", "mma") if loop.counts[kind]), "shared")
 
 
 @dataclass(frozen=True)
@@ -286,8 +327,8 @@ class Row:
     """One kernel on one target. roles: warps that do the same work -> instructions and matrix FLOP by kind.
 
     wavefronts: 128-byte accesses of shared memory per KV tile; ideal: had there been no bank conflicts;
-    parts: of gradients', those of each of PARTS; uniform: of gradients', loads of 16 bytes that all lanes of
-    a warp have from one place, each counted as four of them.
+    parts: of gradients' and FP8's, those of each of PARTS; uniform: of gradients', loads of 16 bytes that all
+    lanes of a warp have from one place, each counted as four of them. transposing: issue slots for V.
     """
 
     case: str
@@ -303,6 +344,7 @@ class Row:
     local: float
     parts: dict[str, float] = field(default_factory=dict)
     uniform: float = 0.0
+    transposing: float = 0.0
 
     @property
     def merged(self) -> Cost:
@@ -339,8 +381,8 @@ def row(what: NotYet, config: str, found: Tile) -> Row:
         for role, (warps, counts) in totals.roles.items()
     }
     cost = Cost(**{k: v if isinstance(v, bool) else round(v, 2) for k, v in asdict(found.cost).items()})
-    backward = CASES[what.case].backward
-    parts = {name: round(totals.parts[name], 2) for name in PARTS} if backward else {}
+    backward, bits = CASES[what.case].backward, CASES[what.case].bits
+    parts = {name: round(totals.parts[name], 2) for name in PARTS} if backward or bits == 8 else {}
     return Row(
         what.case, what.target, found.kernel, config, (found.tile_m, found.tile_n), cost, roles,
         wavefronts=round(totals.wavefronts, 2),
@@ -349,13 +391,14 @@ def row(what: NotYet, config: str, found: Tile) -> Row:
         local=round(found.local, 2),
         parts=parts,
         uniform=round(totals.uniform, 2) if backward else 0.0,
+        transposing=round(found.transposing, 2),
     )
 
 
 def counts(case: Case, target: str) -> bool:
     """Whether the tables have a case on GPUs of a target."""
     if not case.backward:
-        return True
+        return any(case.is_on(gpu.arch) for gpu in GPUS.values() if gpu.device.target == target)
     arches = [GPUS[name].arch for name in GRADIENTS_ON if GPUS[name].device.target == target]
     return any(case.is_on(arch) and (case.rules == "plain" or arch == "sm100") for arch in arches)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import arguments, cycles, flash_attn_4, gradients, record, sass
+from . import arguments, cycles, flash_attn_4, fp8, gradients, record, sass
 from .arguments import added_per_kflop, head, of, pairs, per_work
-from .cycles import ALONE, BACKWARD, CAUSAL_BACKWARD, PARTS, Cost, NotYet, Row, flops_of
-from .gradients import Asked
+from .cycles import ALONE, BACKWARD, CAUSAL_BACKWARD, FP8, PARTS, Cost, NotYet, Row, flops_of
+from .gradients import WORK, Asked
 from .rates import GPUS
 from .record import write_whole
 from .static import CASES, OWNERS, whose
@@ -20,8 +22,10 @@ from .static import CASES, OWNERS, whose
 JSON = record.RESULTS / "cycles.json"
 TITLES = ["case", "kernel", "tile", "matrix", "mufu", "fma", "alu", "issue", "shared", "binds", "ceiling"]
 TITLES += ["of peak", "in turn", "measured"]
-# Where gradients stand beside FlashAttention-2's published tiles.
+# Where gradients stand beside FlashAttention-2's published tiles, and FP8 beside FlashAttention-3's.
 PUBLISHED_GPU = "A100"
+PUBLISHED_FP8_GPU = "H200"
+FP8_GPUS = (PUBLISHED_FP8_GPU, "B200", "GB300")
 UNITS = {"flops": "matrix", "mufu": "mufu", "shared": "shared", "reduced": "bytes added"}
 
 
@@ -59,7 +63,7 @@ def _loss(found: Row) -> str:
 def _verdict(found: Row, gpu: str) -> tuple[str, str, str, str, str]:
     """What binds, the ceiling, its share of the peak, both in turn, and what was measured."""
     binds, ceiling, in_turn = found.ceilings(GPUS[gpu])
-    share = 100 * ceiling * 1e12 / GPUS[gpu].peak
+    share = 100 * ceiling * 1e12 / (GPUS[gpu].peak * GPUS[gpu].faster(found.cost.bits))
     return binds, f"{ceiling:.0f}", f"{share:.0f} %", f"{in_turn:.0f}", measured(found, gpu)
 
 
@@ -136,7 +140,7 @@ def markdown(rows: list[Row | NotYet]) -> str:
         text += [_line(row, gpu) for row in here if isinstance(row, Row)]
         absent = [f"* {row.case}, {row.kernel}: {row.reason}" for row in here if isinstance(row, NotYet)]
         text += ["", *absent] if absent else []
-    text += ["", *_beside_published(rows)]
+    text += ["", *_in_fp8(rows), "", *_beside_published(rows)]
     for argument in arguments.ARGUMENTS:
         text += ["", *_beside_peer(rows, argument)]
     text += ["", "## Counts per CTA and KV tile, of gradients per query tile", ""]
@@ -148,6 +152,75 @@ def _line(row: Row, gpu: str) -> str:
     clocks = (f"{count:.0f}" for count in row.cost.cycles(GPUS[gpu]).values())
     cells = [row.case, row.kernel, "×".join(map(str, row.tile)), *clocks, *_verdict(row, gpu)]
     return f"| {' | '.join(cells)} |"
+
+
+def _in_fp8(rows: list[Row | NotYet]) -> Iterator[str]:
+    """Ours beside FlashAttention-3's tiles and flash-attn-4's kernels."""
+    yield from (
+        "## FP8", "",
+        "Clocks per 128 × 128 scores; of peak: of FP8's, twice that of bf16. FlashAttention-3's line is",
+        "arithmetic on its published tiles (`profiling/fp8.py`); – is what only machine code tells, and its",
+        "ceiling is without. alu and issue are with the warps that transpose V on Hopper. Conversions to 8",
+        "bits have the rate of others, but on GB300, where somebody measured it (`profiling/rates.py`).", "",
+    )  # fmt: skip
+    yield from head(["GPU", *TITLES[:-1]])
+    more = []
+    for gpu, name in product(FP8_GPUS, FP8):
+        here = [row for row in of(rows, name, gpu) if isinstance(row, Row)]
+        yield from (_fp8_line(gpu, row.case, row.kernel, row.tile, row.cost) for row in here)
+        more += [
+            f"{_told_beyond_peer(*both, found, gpu)[:-1]}, on {gpu}."
+            for both in pairs(here) if (found := beyond_peer(*both, gpu))
+        ]
+        if gpu == PUBLISHED_FP8_GPU and CASES[name].block is None:
+            yield _fp8_line(gpu, name, FLASH_ATTENTION_3, *fp8.flash_attention_3(CASES[name].dims))
+            more += [line for row in here if (line := _told_beyond_published(row))]
+    yield from ("", *more)
+
+
+FLASH_ATTENTION_3 = "FlashAttention-3's tiles"
+
+
+def _fp8_line(name: str, case: str, kernel: str, tile: tuple[int, int], cost: Cost) -> str:
+    gpu, times = GPUS[name], WORK / math.prod(tile)
+    clocks = [f"{times * count:.0f}" if count else "–" for count in cost.cycles(gpu).values()]
+    binds, ceiling, in_turn = cost.ceilings(gpu)
+    share = f"{100 * ceiling * 1e12 / (gpu.peak * gpu.faster(cost.bits)):.0f} %"
+    cells = [name, case, kernel, "×".join(map(str, tile)), *clocks, binds, f"{ceiling:.0f}", share]
+    return f"| {' | '.join([*cells, f'{in_turn:.0f}'])} |"
+
+
+def beyond_published(row: Row) -> dict[str, float]:
+    """Of what a kernel of ours asks more than FlashAttention-3's tiles, and how many times as much."""
+    tile, cost = fp8.flash_attention_3(CASES[row.case].dims)
+    ours, theirs = (
+        {unit: count / math.prod(shape) for unit, count in each.cycles(GPUS[PUBLISHED_FP8_GPU]).items()}
+        for each, shape in ((row.cost, row.tile), (cost, tile))
+    )
+    return {unit: ours[unit] / n for unit, n in theirs.items() if n and ours[unit] > 1.005 * n}
+
+
+def _told_beyond_published(row: Row) -> str:
+    """What a kernel of ours asks more of than FlashAttention-3's tiles, and what binds it, each with why."""
+    tile, _ = fp8.flash_attention_3(CASES[row.case].dims)
+    clocks = row.cost.cycles(GPUS[PUBLISHED_FP8_GPU])
+    binds, more = max(clocks, key=clocks.__getitem__), beyond_published(row)
+    told = []
+    if more:
+        ratios = ", ".join(f"{unit} {ratio:.2f} ×" for unit, ratio in more.items())
+        shapes = ["{} × {}".format(*shape) for shape in (row.tile, tile)]
+        told.append(
+            f"{ratios}: tiles of {shapes[0]}, not {shapes[1]}, for a block of scales is a tile, and one "
+            "config serves all head dims, whose registers hold O twice at 128, summed in two levels"
+        )
+    if binds == "issue":
+        share = row.transposing / row.cost.issue
+        told.append(
+            f"issue binds with {per_work(row) * clocks[binds]:.0f} clocks, {share:.0%} of them for the warps "
+            "that transpose V; in the others P is read back as it was rounded, to be summed, and O's second "
+            "level takes an addition for each of its numbers"
+        )
+    return f"* {row.case}, {row.kernel}, of FlashAttention-3's tiles: {'; '.join(told)}." if told else ""
 
 
 GRADIENTS = [*TITLES[:9], "sums", "added", "B/kFLOP", *TITLES[9:]]
@@ -246,12 +319,22 @@ def _told_beyond_peer(row: Row, peer: Row, more: dict[str, float], gpu: str) -> 
             why = f"{padded:.2f} × of the algorithm's, for padding"
         elif unit == "shared":
             why = ", ".join(_parts_beyond(row, peer))
+            why += ", as CTAs work alone" * (row.cost.bits == 8)  # theirs are pairs, which share K and V
+        elif unit == "mufu" and row.cost.bits == 8:
+            moved = (f"{_polynomials(each):.0f}" for each in (row, peer))
+            why = "{} of 32 exponentials are polynomials, not {}".format(*moved)
         else:
             why = f"{clocks[unit] / clocks[binds]:.0%} of what {binds} takes"
         told.append(f"{unit} {ratio:.2f} ×{' (binds)' * (unit == binds)}: {why}")
     shapes = ["{} × {}".format(*r.tile) for r in (row, peer)]
     tiles = f"tiles of {shapes[0]}" + (f", not {shapes[1]}" if shapes[0] != shapes[1] else ", as theirs")
     return f"* {row.case}, {row.kernel}, of {peer.kernel}'s ({tiles}): {'; '.join(told)}."
+
+
+def _polynomials(row: Row) -> float:
+    """Of 32 exponentials those that the exponential unit does not compute. It has one more for each row."""
+    rows, keys = row.tile
+    return 32 * (1 - (row.cost.mufu - rows) / (rows * keys))
 
 
 def _parts_beyond(row: Row, peer: Row) -> Iterator[str]:
@@ -314,7 +397,7 @@ def main(arguments: list[str]) -> int:
         sass.tools()
     except FileNotFoundError as error:
         parser.error(str(error))
-    print("Bounds, not timings: see --help. Inputs are random normal; bf16.")
+    print("Bounds, not timings: see --help. Inputs are random normal; bf16, or FP8 where a case says so.")
     rows: list[Row | NotYet] = []
     for found in cycles.survey(chosen.case, chosen.gpu, not chosen.no_peer):
         rows.append(found)

@@ -14,6 +14,8 @@ FA4         Zadouri et al., FlashAttention-4 (2026), section on B200's feeds and
             16 exponentials and 128 bytes of shared memory per clock and SM
 FA4#2889    flash-attention's pull request 2889 (2026): "a single SM sustains only ~30 GB/s" of fp32 sums in
             global memory, on an H200; its own and others' kernels reach up to 24 GB/s
+HAO         hao-ai-lab, flash-attention-fp4 (2026), measured on GB300: an SM converts 62 pairs of numbers a
+            clock to bf16, 32 to e4m3
 TK          Spector et al., "GPUs Go Brrr" (2024), and Luo et al., arXiv 2402.13499 (2024), table of mma:
             mma.sync reaches 63 % of the peak on H100, wgmma all of it
 """
@@ -85,7 +87,7 @@ class Gpu:
     """One product: numbers per SM and clock, lanes where not said otherwise.
 
     arch: the emulated device that it is closest to. matrix: FLOP of dense bf16. mma_sync: the part of it
-    that mma.sync reaches. mufu: exponentials.
+    that mma.sync reaches. mufu: exponentials. narrowing: of pairs to 8 bits.
     fma: FP32 add, multiply, fma. alu: FP32 compare, minimum, maximum, select. shared: bytes. sums: bytes of
     fp32 sums in global memory, as somebody measured it; 0 where nobody told.
     issue: warp instructions. clock: Hz, at which the products of the row are the data sheet's numbers.
@@ -104,6 +106,7 @@ class Gpu:
     shared: int = 128
     issue: int = 4
     sums: float = 0.0
+    narrowing: int = 64
 
     @property
     def device(self) -> Device:
@@ -115,9 +118,14 @@ class Gpu:
         """Dense bf16 FLOP/s."""
         return self.matrix * self.sms * self.clock
 
+    def faster(self, bits: int) -> int:
+        """How many times as many FLOP a clock there are of so many bits: twice of FP8 (H100, B200, GB300)."""
+        return 16 // bits
+
 
 # min, max, select and packed conversions to bf16 are issued to one unit of 64 lanes (throughput: "compare,
-# minimum, maximum" 64); conversions have no number of their own in the guide: 64 is the most they can have.
+# minimum, maximum" 64); conversions have no number of their own in the guide: 64 is the most they can have,
+# where nobody measured them.
 # mma.sync's part on B200 and GB300 is not published: 1.0 keeps what is computed from it an upper bound.
 HOPPER = Gpu(
     "sm90", (9, 0), 132, 1.830e9, 4096, 0.63, 16, 128, "H100, guide, throughput, TK, FA4#2889",
@@ -128,5 +136,7 @@ GPUS = {
     "H100": HOPPER,
     "H200": HOPPER,
     "B200": Gpu("sm100", (10, 0), 148, 1.860e9, 8192, 1.0, 16, 128, "B200, FA4, throughput"),
-    "GB300": Gpu("sm100", (10, 3), 160, 1.910e9, 8192, 1.0, 32, 128, "GB300, FA4, throughput"),
+    "GB300": Gpu(
+        "sm100", (10, 3), 160, 1.910e9, 8192, 1.0, 32, 128, "GB300, FA4, throughput, HAO", narrowing=32
+    ),
 }

@@ -303,6 +303,15 @@ def hot_loops(sass: str) -> tuple[Loop, ...]:
     return tuple(loop.alone(found) for loop in hot)
 
 
+def transposing(sass: str) -> tuple[Loop, ...]:
+    """The loops of a disassembly, if any, in which warps that do no more than that bring tiles into another
+    order: by ldmatrix and stmatrix.
+    """
+    found = (loop for loop in loops(sass) if not loop.counts["mma"] and not loop.counts["mufu"])
+    both = {"LDSM", "STSM"}
+    return tuple(loop for loop in found if both <= {opcode.partition(".")[0] for opcode in loop.opcodes})[:1]
+
+
 def hottest(found: list[Loop], kind: str, least: float = 1.0) -> Loop:
     """Of the innermost loops with instructions of a class, that with the most of them.
 

@@ -27,11 +27,12 @@ import torch
 import cute_flash
 from cute_flash import arch as trees
 from cute_flash import cache, executable
+from cute_flash.arch import quantized
 from cute_flash.arch.backward import BackwardProblem
 from cute_flash.arch.problem import Device
 from cute_flash.dispatch import EMULATED, Answer, select
 
-from . import cudnn_frontend, flash_attn_4, flash_attn_4_backward, rates, sass
+from . import cudnn_frontend, flash_attn_4, flash_attn_4_backward, flash_attn_4_fp8, rates, sass
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "static.json"
@@ -41,18 +42,28 @@ WINDOW = (256, 0)  # keys to the left and to the right
 
 @dataclass(frozen=True)
 class Case:
-    """What a kernel is compiled for, in bf16 with the log-sum-exp. rules: a key of RULES.
+    """What a kernel is compiled for, with the log-sum-exp. rules: a key of RULES.
 
-    backward: for the gradients of such a call.
+    backward: for the gradients of such a call. dtype: of q, k and v; of 8 bits the result is in bf16. block:
+    of rows of 8 bits that share a scale; None: a head's.
     """
 
     name: str
     dims: tuple[int, int]
     rules: str = "plain"
     backward: bool = False
+    dtype: str = "bfloat16"
+    block: int | None = None
+
+    @property
+    def bits(self) -> int:
+        """Of an element of q, k and v."""
+        return 8 if self.dtype in quantized.DTYPES else 16
 
     def is_on(self, arch: str) -> bool:
         """Whether the tables have it there."""
+        if self.bits == 8:
+            return arch in FP8_ON
         return not self.backward or arch in GRADIENTS_ON
 
     def answers(self, device: Device) -> tuple[Answer, ...]:
@@ -61,8 +72,10 @@ class Case:
 
         Where there is none, the one answer that says why.
         """
-        any_arch, given = next(iter(EMULATED)), RULES[self.rules]()
-        problem = cute_flash.supports("bfloat16", *self.dims, device=any_arch, lse=True, **given).problem
+        any_arch, given = next(iter(EMULATED)), RULES[self.rules]() | {"lse": True}
+        if self.bits == 8:
+            given["block"] = self.block
+        problem = cute_flash.supports(self.dtype, *self.dims, device=any_arch, **given).problem
         if self.backward:
             return _launches(select(BackwardProblem(problem), device))
         serving = [kernel for kernel in trees.load(device) if not kernel.reasons(problem, device)]
@@ -74,17 +87,25 @@ class Case:
         beside = ("preprocess", "postprocess")
         return tuple(a for a in self.answers(device) if not a or a.kernel.operation not in beside)
 
-    def peer(self) -> flash_attn_4.Case | flash_attn_4_backward.Case:
+    @property
+    def peers(self) -> Any:
+        """The module that has the peer's kernels for it."""
+        if self.bits == 8:
+            return flash_attn_4_fp8
+        return flash_attn_4_backward if self.backward else flash_attn_4
+
+    def peer(self) -> flash_attn_4.Case | flash_attn_4_backward.Case | flash_attn_4_fp8.Case:
         """The same problem in the peer's words. Raises Missing where it is not asked for it."""
         if self.rules == "everything":
             raise flash_attn_4.Missing("not asked for this problem")
+        if self.block is not None:
+            raise flash_attn_4.Missing("it has no scales of blocks")
         dim, dim_v = self.dims
         shape = {"heads": 1, "heads_kv": 1, "dim": dim, "dim_v": None if dim_v == dim else dim_v}
         shape["causal"] = self.rules == "causal"
         if self.rules == "window":
             shape["window"] = WINDOW
-        made = flash_attn_4_backward.Case if self.backward else flash_attn_4.Case
-        return made(self.name, (1024,), (1024,), **shape)
+        return self.peers.Case(self.name, (1024,), (1024,), **shape)
 
 
 def _launches(answer: Answer) -> tuple[Answer, ...]:
@@ -129,6 +150,9 @@ def _cases() -> Iterator[Case]:
         yield Case(_name_of(dims, "everything", "backward"), dims, "everything", backward=True)
     for dims in ((64, 64), (128, 128)):
         yield Case(_name_of(dims, "causal", "backward"), dims, "causal", backward=True)
+    for dims in ((64, 64), (128, 128)):
+        yield Case(_name_of(dims, "fp8"), dims, dtype=FP8)
+    yield Case(_name_of(dims, "fp8", "blocks"), dims, dtype=FP8, block=128)
 
 
 def _name_of(dims: tuple[int, int], *words: str) -> str:
@@ -139,6 +163,7 @@ def _name_of(dims: tuple[int, int], *words: str) -> str:
 # Gradients are looked at where each tree's own kernels have the most shared memory. On other devices of the
 # trees the same ones serve.
 GRADIENTS_ON = ("sm80", "sm90", "sm100")
+FP8, FP8_ON = "float8_e4m3fn", ("sm90", "sm100")
 COMMON = ((64, 64), (128, 128), (192, 128), (256, 256))
 CASES = {case.name: case for case in _cases()}
 
@@ -147,7 +172,7 @@ FOLLOWED = (
     ("sm80", "d64"), ("sm80", "d64_causal"), ("sm80", "d128"), ("sm80", "d128_causal"), ("sm80", "d256"),
     ("sm86", "d128"), ("sm90", "d64_causal"), ("sm90", "d128"), ("sm90", "d192_128"), ("sm90", "d256"),
     ("sm100", "d128"), ("sm100", "d192_128"), ("sm80", "d64_backward"), ("sm90", "d128_backward"),
-    ("sm100", "d64_backward"), ("sm100", "d128_backward"),
+    ("sm100", "d64_backward"), ("sm100", "d128_backward"), ("sm90", "d128_fp8"), ("sm100", "d128_fp8"),
 )  # fmt: skip
 
 
@@ -247,8 +272,7 @@ def peer_source(case: Case, arch: str) -> Source:
 
 def peer_figures(case: Case, arch: str) -> Figures:
     """The peer's, on the same architecture; of gradients its main kernel. Raises flash_attn_4.Missing."""
-    peers = flash_attn_4_backward if case.backward else flash_attn_4
-    peer = peers.compiled(case.peer(), EMULATED[arch].target)
+    peer = case.peers.compiled(case.peer(), EMULATED[arch].target)
     return read(peer_source(case, arch), peer.cubin, peer.shape.threads, peer.shape.shared_memory)
 
 
@@ -359,7 +383,7 @@ def _cudnn_s(case: Case, arch: str) -> Figures | Absent:
 
 def _prepare_peers(cases: Iterable[Case], arch: str) -> None:
     """Compile the peer's kernels in one process; what is missing says so when it is asked for."""
-    asked = [case.peer() for case in cases if case.rules != "everything" and not case.backward]
+    asked = [case.peer() for case in cases if case.rules != "everything" and case.peers is flash_attn_4]
     try:
         flash_attn_4.prepare(asked, EMULATED[arch].target)
     except flash_attn_4.Missing:

@@ -128,6 +128,18 @@ def test_without_a_matrix_instruction_there_is_no_hot_loop():
         sass.hottest(sass.loops(NEST.replace("HMMA.16816.F32.BF16", "FFMA")), "mma")
 
 
+def test_what_transposes_is_a_loop_of_its_own():
+    """Its slots count, and conversions to 8 bits take as long as somebody measured."""
+    moved = NEST.replace("HMMA.16816.F32.BF16", "LDSM.16.MT88.4").replace("MUFU.EX2", "STSM.16.M88.4")
+    (inner,) = sass.transposing(moved)
+    assert inner.counts["shared"] == 2 and sass.transposing(NEST) == ()
+    assert cycles.narrows("F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C") and not cycles.narrows("F2FP.BF16.F32")
+    assert cycles._times(inner, (inner,), Counter(shared=4)) == 2
+    cost = cycles.Cost(2.0**20, False, 0.0, 0.0, 128.0, 0.0, 0.0, narrowed=64.0, bits=8)
+    b200, gb300 = (cost.cycles(rates.GPUS[name]) for name in ("B200", "GB300"))
+    assert b200["matrix"] == 64 and (b200["alu"], gb300["alu"]) == (2, 3)
+
+
 def test_a_switch_has_all_its_targets():
     text = NEST.replace("MOV R1, c[0x0][0x28]", 'BRX R4 -0xa40 (*"BRANCH_TARGETS .L_x_0,.L_x_2"*)')
     assert sass.parse(text)[0].next(0) == (1, 5)

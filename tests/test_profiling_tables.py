@@ -11,7 +11,17 @@ import pytest
 
 pytest.importorskip("nvidia.cu13", reason="cuobjdump and nvdisasm come with NVIDIA's packages on PyPI")
 
-from profiling import arguments, cycles, cycles_table, flash_attn_4, gradients, readme, static, static_table
+from profiling import (
+    arguments,
+    cycles,
+    cycles_table,
+    flash_attn_4,
+    fp8,
+    gradients,
+    readme,
+    static,
+    static_table,
+)
 from profiling.rates import GPUS, PARTITIONS, WARP
 from profiling.static import CASES, EMULATED, Absent, Figures
 from profiling.timing import constants, kept
@@ -157,6 +167,47 @@ def test_blackwell_asks_no_more_of_an_sm_than_the_peer(name, case):
         assert ours[kind] <= theirs[kind] * 1.001, kind
     assert ours["issue"] <= theirs["issue"] or ours["mufu"] < theirs["mufu"]
     assert own.ceilings(gpu)[1] >= 0.999 * peer.ceilings(gpu)[1]
+
+
+def in_fp8(target: str, kernel: str) -> list[cycles.Row]:
+    return [r for r in COUNTED if r.case in cycles.FP8 and (r.target, r.kernel) == (target, kernel)]
+
+
+def test_the_arithmetic_of_fp8_tiles_is_what_the_emulator_counts_of_ours():
+    """Products, exponentials and shared memory; blocks' scales are read from global memory."""
+    rows = in_fp8("sm_90a", "sm90.fp8")
+    assert {row.case for row in rows} == set(cycles.FP8)
+    for row in rows:
+        found = fp8.cost(row.tile, CASES[row.case].dims)
+        assert (row.cost.flops, row.cost.mufu, row.cost.shared) == (found.flops, found.mufu, found.shared)
+        assert 0 < row.transposing < row.cost.issue / 3
+
+
+@pytest.mark.parametrize("name", [name for name in cycles.FP8 if CASES[name].block is None])
+def test_hoppers_fp8_beside_flash_attention_3_s_tiles(name):
+    """No more products; whatever is more than theirs stands in cycles.md, with why."""
+    told = cycles_table.JSON.with_suffix(".md").read_text()
+    (row,) = (row for row in in_fp8("sm_90a", "sm90.fp8") if row.case == name)
+    more = cycles_table.beyond_published(row)
+    assert more.keys() <= {"mufu", "shared"}
+    for unit, ratio in more.items():
+        assert re.search(rf"^\* {name}, sm90.fp8, .*\b{unit} {ratio:.2f} ×.*: tiles of", told, re.MULTILINE)
+
+
+@pytest.mark.parametrize("gpu", ["B200", "GB300"])
+@pytest.mark.parametrize("name", [name for name in cycles.FP8 if CASES[name].block is None])
+def test_blackwells_fp8_beside_the_peers(name, gpu):
+    """No more products; no lower a bound, but by what is more than theirs, which stands in cycles.md with
+    why."""
+    told = cycles_table.JSON.with_suffix(".md").read_text()
+    rows = [r for r in COUNTED if (r.case, r.target) == (name, GPUS[gpu].device.target)]
+    ((row, peer),) = arguments.pairs(rows)
+    more = cycles_table.beyond_peer(row, peer, gpu)
+    binds, bound, _ = row.ceilings(GPUS[gpu])
+    assert "matrix" not in more and (bound >= 0.999 * peer.ceilings(GPUS[gpu])[1] or binds in more)
+    for unit, ratio in more.items():
+        line = rf"^\* {name}, {row.kernel}, .*\b{unit} {ratio:.2f} ×.*, on {gpu}"
+        assert re.search(line, told, re.MULTILINE), unit
 
 
 def gradients_of(name: str) -> tuple[cycles.Row, gradients.Tiles]:
