@@ -26,6 +26,8 @@ HARMLESS: dict[tuple[str, str], dict[int, str]] = {
         **dict.fromkeys((9, 10), harmless.NUMBERS),
     },
     ("two tiles", "no fence after synchronisation"): dict.fromkeys((4, 6, 12, 13), harmless.NUMBERS),
+    ("one tile", "no wait for an mbarrier"): dict.fromkeys((13, 14), harmless.FRESH),
+    ("one tile", "no commit of a product"): {7: harmless.LAST},
 }
 
 

@@ -26,7 +26,7 @@ from cute_flash.problems import problem
 from tests import proofs
 
 from .mutations import TCGEN05, TMA, Mutation
-from .subjects import TWO_TILES
+from .subjects import LEAVING, LEAVING_TENSOR_MEMORY, ONE_TILE, TWO_TILES
 from .trial import ATTEMPTS, Launch
 
 DEVICE, DIM = "sm100", 32
@@ -38,6 +38,7 @@ class Asked:
 
     rows: int
     keys: int
+    heads: int = 1
     scale: float = 2.0
 
 
@@ -45,30 +46,46 @@ class Asked:
 class Subject:
     """A kernel to change, by a config of its own, so that tuning does not move the sites.
 
-    block: of rows that share a scale.
+    block: of rows that share a scale; None: one scale for a head. multiprocessors: of the device.
     """
 
     config: Config
     mutations: dict[str, Mutation]
     calls: tuple[Asked, ...]
-    block: int
+    block: int | None
+    multiprocessors: int = 2
 
 
 # Rows of both Q tiles, the second not whole, and five blocks of keys, the last not whole, so that every ring
 # is filled again; and scores so large that rows take their maximum off first, which is a path of its own.
 ASKED = Asked(140, 150)
 LOWERED = replace(ASKED, scale=2048.0)
-SUBJECTS = {"two tiles": Subject(Config(**TWO_TILES, tile_n=32), TMA | TCGEN05, (ASKED, LOWERED), 64)}
+# What roles tell each other, which goes on across the tiles of a CTA that takes several.
+TOLD = ("no arrival", "no fence", "no commit of a product", "no commit of a store", "no wait for a store")
+ACROSS_TILES = {name: (TMA | TCGEN05)[name] for name in TOLD}
+SUBJECTS = {
+    "two tiles": Subject(Config(**TWO_TILES, tile_n=32), TMA | TCGEN05, (ASKED, LOWERED), 64),
+    # Three tiles of one CTA: all have three blocks, or two.
+    "persistent": Subject(
+        Config(**TWO_TILES, tile_n=32, persistent=True), ACROSS_TILES,
+        (Asked(140, 90, 3), Asked(140, 60, 3), Asked(140, 60, 3, LOWERED.scale)), 64, multiprocessors=1,
+    ),
+    "one tile": Subject(
+        Config(**ONE_TILE, tile_n=32), LEAVING | LEAVING_TENSOR_MEMORY,
+        (Asked(100, 150), Asked(100, 150, scale=LOWERED.scale)), None,
+    ),
+}  # fmt: skip
 
 
 @cache
-def tensors(asked: Asked, block: int) -> tuple[cute_flash.Quantized, ...]:
+def tensors(asked: Asked, block: int | None) -> tuple[cute_flash.Quantized, ...]:
     """q, k and v of a call. Random normal."""
     generator = torch.Generator().manual_seed(0)
     lengths = (asked.rows, asked.keys, asked.keys)
-    shapes = [(1, length, 1, DIM) for length in lengths]
+    shapes = [(1, length, asked.heads, DIM) for length in lengths]
+    shared = {"heads_kv": asked.heads} if block is None else {"block": block}
     q, k, v = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
-    return quantize(q, block=block), quantize(k, block=block), quantize(v, block=block, hadamard=False)
+    return quantize(q, **shared), quantize(k, **shared), quantize(v, hadamard=False, **shared)
 
 
 @cache
@@ -83,10 +100,12 @@ def run(name: str, ptx: str, **options: Any) -> Iterator[torch.Tensor]:
     """The results of each call, in one row, from this PTX."""
     subject, device = SUBJECTS[name], EMULATED[DEVICE]
     changed = EmulatedKernel(compiled(name)._replace(ptx=ptx.encode()), device)
+    few = replace(device, multiprocessors=subject.multiprocessors)
     for asked in subject.calls:
         given = tensors(asked, subject.block)
         with (
             mock.patch("cute_flash.launch.executable", lambda *_: changed),
+            mock.patch.dict(EMULATED, {DEVICE: few}),
             cute_flash.emulated(DEVICE, contract="ptxas", **options),
         ):
             out, lse = flash_attn_quantized_func(*given, softmax_scale=asked.scale, return_lse=True)
