@@ -59,6 +59,17 @@ OUT_LATER = "the load has just waited for Q's slot, given back after dK, which c
 ADDER = "the lane that has waited for its additions is the one that passes the turn on"
 FIRST = "what is written here first: no addition has read it before"
 WAITED = "in turns additions are waited for when they are done, not only when they have been read"
+NUMBERS_BEFORE = (
+    "for the tile before the load has waited for its columns of Q, whose place is given back after dK, for "
+    "which all that read the numbers have stored dS"
+)
+TELLS = "the lane that arrives has waited itself, and the warp has touched nothing"
+IN_SHARED = "the edge is for dS in shared memory; what tensor memory holds has an edge of its own"
+PADDING = "columns behind the head dim, which are zeros"
+TOLD_ALL = (
+    "before the CTA leaves, its compute warps wait for the last commit, which comes after the others: "
+    "products complete in order"
+)
 LAST_TILE = "the last tile's: nobody fills Q's, dO's or P's place again"
 NUMBERS = "the edge is for numbers in shared memory; who touches tensor memory waits for another edge, too"
 
@@ -183,6 +194,24 @@ HARMLESS = {
         ("no wait for an mbarrier", (26,)): NUMBERS_LATER,
         ("no commit of a product", (7, 8)): LAST_TILE,
         ("no fence after synchronisation", (6,)): FRESH,
+    }),
+    **harmless("sm100", "gradients of 64 keys", {
+        ("no wait for an mbarrier", (20, 21, 22, 23, 24)): FRESH,
+        ("no wait for an mbarrier", (26,)): NUMBERS_LATER,
+        ("no wait for an mbarrier", (27,)): OUT_LATER,
+        ("no commit of a product", (8, 9)): LAST_TILE,
+    }),
+    **harmless("sm100", "gradients of a pair", {
+        ("no wait for an mbarrier", (29, 30, 31, 32, 33, 34, 35, 36)): FRESH,
+        ("no wait for an mbarrier", (38,)): NUMBERS_BEFORE,
+        ("no wait for an mbarrier", (42, 43, 44, 45)): TOLD_ALL,
+        ("one arrival more expected", (1, 3, 11, 17)): ONCE,
+        ("half the arrivals expected", (17,)): ONCE,
+        ("no barrier of a warp", (4,)): TELLS,
+        ("no change of registers", (1,)): BUDGET,
+        ("no permit given back", (0,)): PERMIT,
+        ("no fence before synchronisation", (4,)): IN_SHARED,
+        ("no reduction", (3,)): PADDING,
     }),
     **harmless("sm100", "gradients in turns", {
         ("no barrier of a warp", (0, 2, 5)): ONCE,

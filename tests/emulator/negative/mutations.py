@@ -111,9 +111,32 @@ def at_another(number: int, operation: str) -> Callable[[str], str]:
 
 
 def to_one_cta(line: str) -> str:
-    """A copy to several CTAs of a cluster that comes to the first alone."""
-    mask = re.search(r"\], (%rs\d+), ", line)[1]
-    return f"{{ .reg .b16 one; mov.b16 one, 1; {line.strip().replace(f', {mask}, ', ', one, ')} }}"
+    """A copy to several CTAs of a cluster, or a commit, that comes to the first alone."""
+    told = re.sub(r"\], %rs\d+(?=[,;])", "], one", line.strip())
+    return f"{{ .reg .b16 one; mov.b16 one, 1; {told} }}"
+
+
+def copies_between(lines: list[str]) -> list[int]:
+    """Copies from one CTA's shared memory to another's."""
+    return [i for i, line in enumerate(lines) if "shared::cluster.shared::cta" in line]
+
+
+def leaders_barriers(lines: list[str]) -> list[int]:
+    """Where the leader's barrier is worked out from a CTA's own: for arrivals, and for copies of a pair."""
+    copies = r"cp\.async\.bulk\.tensor\S*\.cta_group::2 \[.*\], \[(%r\d+)\], %rd\d+;"
+    told = "|".join(sorted(set(re.findall(copies, "\n".join(lines)))))
+    pattern = re.compile(rf"\s*(mapa\.\S+\s+%r\d+, %r\d+, 0;|and\.b32\s+({told}), )")
+    return [i for i, line in enumerate(lines) if pattern.match(line)]
+
+
+def own(line: str) -> str:
+    """The CTA's own address instead of one in another CTA that it makes out of that."""
+    return re.sub(r"(?:mapa|and)\.\S+\s+(%r\d+), (%r\d+), \S+;", r"mov.b32 \1, \2;", line)
+
+
+def own_for(name: str) -> Callable[[str], str]:
+    """The same of one of the addresses that a copy to another CTA makes."""
+    return lambda line: re.sub(rf"mapa\.\S+ {name}, (%r\d+), %r\d+;", rf"mov.b32 {name}, \1;", line)
 
 
 def said(anything: int) -> Callable[[str], str]:
@@ -177,11 +200,18 @@ CLUSTER = {
     "no arrival at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.arrive"), removed),
     "no wait at the cluster's barrier": Mutation(matching(r"barrier\.cluster\.wait"), removed),
 }
+# What CTAs that multiply together tell their leader, hear from it, and send each other.
+TOLD = {
+    "a commit that reaches one CTA alone": Mutation(
+        matching(r"tcgen05\.commit\S*\.multicast::cluster"), to_one_cta
+    ),
+    "a barrier of this CTA instead of the leader's": Mutation(leaders_barriers, own),
+    "a copy to this CTA instead of the other": Mutation(copies_between, own_for("target")),
+    "a copy that this CTA's barrier counts": Mutation(copies_between, own_for("barrier")),
+}
 # What a pair of CTAs that sums gradients exchanges and adds.
 EXCHANGED = {
-    "no copy to the other CTA": Mutation(
-        lambda lines: [i for i, line in enumerate(lines) if "shared::cluster.shared::cta" in line], removed
-    ),
+    "no copy to the other CTA": Mutation(copies_between, removed),
     "a half of a tile for one CTA alone": Mutation(
         matching(r"cp\.async\.bulk\.tensor\S*\.multicast::cluster"), to_one_cta
     ),

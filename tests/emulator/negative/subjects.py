@@ -32,6 +32,7 @@ from .mutations import (
     QUEUE,
     TCGEN05,
     TMA,
+    TOLD,
     TURNS,
     WGMMA,
 )
@@ -60,11 +61,28 @@ TILE_256 = {"columns": 256, "columns_v": 64, "keys": 16, "slice_columns": 64, "h
 WIDE_GRADIENTS = Case("", ((260, 114),), heads=(1, 1), dims=(136, 8))
 # Blackwell's: two key tiles, one whole and one not, and three query tiles: every ring is filled again.
 BLACKWELL_GRADIENTS = Case("", ((260, 140),), heads=(1, 1), dims=(8, 8))
+# A pair's tile of keys, and three query tiles. By a rule that may hide any element they all take one loop.
+PAIR_GRADIENTS = Case("", ((260, 256),), heads=(1, 1), dims=(40, 8), mask="function")
+PAIR_TILE = {
+    "tile_n": 256, "ctas": 2, "q_stages": 1, "out_stages": 1, "chunk": 16, "at_once": True,
+    "store_registers": 88, "compute_registers": 184, "other_registers": 56,
+}  # fmt: skip
+# One tile of 64 keys, whose dQ comes in two fillings, likewise.
+KEYS_GRADIENTS = replace(PAIR_GRADIENTS, seqlens=((260, 64),), dims=(256, 8))
 HANDED_OVER = {
     name: (TMA | TCGEN05)[name]
     for name in (
         "no wait for an mbarrier", "no arrival", "no fence", "no barrier", "no commit of a store",
         "no wait for a store", "no commit of a product", "no wait for a load",
+        "no wait for a store to tensor memory", "no fence before synchronisation",
+        "no fence after synchronisation",
+    )
+}  # fmt: skip
+# Of that what tensor memory's lanes and the order of products decide: sums leave as they do otherwise.
+IN_LANES = {
+    name: HANDED_OVER[name]
+    for name in (
+        "no wait for an mbarrier", "no arrival", "no commit of a product", "no wait for a load",
         "no wait for a store to tensor memory", "no fence before synchronisation",
         "no fence after synchronisation",
     )
@@ -99,6 +117,16 @@ IN_ONE_TILE = (
 )  # fmt: skip
 STAYING = {name: change for name, change in (TMA | TCGEN05).items() if name not in IN_ONE_TILE}
 PERSISTING = Case("", ((150, 90),), heads=(3, 3), softmax_scale=4.0)
+# A pair's gradients: nobody arrives at a barrier without a wait, no copy comes to both, and what waits for a
+# product is fenced as it is in a CTA alone.
+NOT_PAIRED = (
+    "no arrival at a barrier", "a half of a tile for one CTA alone", "no fence after synchronisation",
+)  # fmt: skip
+PAIRED = {
+    name: change
+    for name, change in (TMA | TCGEN05 | CLUSTER | TOLD | EXCHANGED).items()
+    if name not in NOT_PAIRED
+}
 # A pair's CTAs tell each other who has read an answer.
 ASKED_BETWEEN = {
     name: TMA[name]
@@ -229,6 +257,15 @@ SUBJECTS = {
     ("sm100", "gradients over scores"): Tiled(
         replace(BLACKWELL_GRADIENTS, dims=(128, 8)), None, HANDED_OVER, kernel=BLACKWELL_BACKWARD,
         tile=blackwell.Config(out_stages=1, **blackwell.AT_ONCE),
+    ),
+    # Two threads share a key, and K's columns come to dQ in two halves, of which the next S begins between.
+    ("sm100", "gradients of 64 keys"): Tiled(
+        KEYS_GRADIENTS, None, IN_LANES, kernel=BLACKWELL_BACKWARD,
+        tile=blackwell.Config(tile_n=64, q_stages=1, out_stages=1, chunk=16, **blackwell.AT_ONCE),
+    ),
+    # Two CTAs that multiply together and exchange dS; dQ lies over S.
+    ("sm100", "gradients of a pair"): Tiled(
+        PAIR_GRADIENTS, None, PAIRED, kernel=BLACKWELL_BACKWARD, tile=blackwell.Config(**PAIR_TILE), ctas=2,
     ),
     # Two key tiles add to a query tile, and two heads to a key tile.
     ("sm100", "gradients in turns"): Tiled(
