@@ -27,11 +27,21 @@ class TileHeads(NamedTuple):
     place: Int32 | tuple[Int32, Int32]
 
     @staticmethod
-    def of(problem: Problem, heads: int, index: Int32, group: Int32) -> TileHeads:
-        """Number `index` of a launch's; `group` query heads share a KV head, `heads` of them a tile."""
+    def of(
+        problem: Problem,
+        heads: int,
+        index: Int32,
+        group: Int32,
+        by_parts: cute.FastDivmodDivisorV2 | None = None,
+    ) -> TileHeads:
+        """Number `index` of a launch's; `group` query heads share a KV head, `heads` of them a tile.
+
+        by_parts: `parts_of` the two for a division, where the host has made that cheap.
+        """
+        parts = parts_of(heads, group) if by_parts is None else by_parts
         if heads == 1:
-            return TileHeads(index, index + 1, index // group if problem.gqa else index, index)
-        kv = index // parts_of(heads, group)
+            return TileHeads(index, index + 1, index // parts if problem.gqa else index, index)
+        kv = index // parts
         first = (index - kv * parts_of(heads, group)) * heads
         return TileHeads(kv * group + first, kv * group + group, kv, (kv, first))
 

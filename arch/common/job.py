@@ -13,17 +13,18 @@ from .heads import TileHeads
 from .memory import Maps
 from .operand import HeadRows, Operand
 from .rules import Rules
-from .schedule import InOrder, InSections, OneTile
+from .schedule import InOrder, InSections, OneTile, WithoutDivisions
 from .sequence import Sequence
 
 
 class Launch(NamedTuple):
-    """What CTAs are launched with. group: query heads that share a KV head."""
+    """What CTAs are launched with. group: query heads that share a KV head. by_parts: see `TileHeads.of`."""
 
     call: Operands
     maps: Maps
-    schedule: OneTile | InSections | InOrder
+    schedule: OneTile | InSections | WithoutDivisions | InOrder
     group: Int32
+    by_parts: cute.FastDivmodDivisorV2 | None = None
 
 
 class Job(NamedTuple):

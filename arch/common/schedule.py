@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from ..elementwise import where
+from ..elementwise import maximum, minimum, where
 from ..scheduled import Schedule
 
 
@@ -89,6 +89,62 @@ class InSections(NamedTuple):
         return self.splits
 
 
+class WithoutDivisions(NamedTuple):
+    """`InSections` by multiplications and shifts: what it divides by is known when a kernel is launched.
+
+    The host computes their factors. by_splits: None where keys are not split. by_section: tiles of a section.
+    by_together, by_last: pairs in a section and in the last one, None where each has one pair.
+    """
+
+    order: InSections
+    by_splits: cute.FastDivmodDivisorV2 | None
+    by_section: cute.FastDivmodDivisorV2
+    by_together: cute.FastDivmodDivisorV2 | None
+    by_last: cute.FastDivmodDivisorV2 | None
+    by_heads: cute.FastDivmodDivisorV2
+
+    @staticmethod
+    def of(order: InSections) -> WithoutDivisions:
+        """On the host. `splits` and `together` of the order are Python's 1 where they always are."""
+        pairs = order.heads * order.batches
+        splits, by_together, by_last = None, None, None
+        if not isinstance(order.splits, int):
+            splits = divisor(order.splits)
+        if not isinstance(order.together, int):
+            together = maximum(order.together, 1)
+            last = pairs - maximum(pairs - 1, 0) // together * together
+            by_together, by_last = divisor(together), divisor(last)
+        by_section = divisor(order.m_blocks * order.together)
+        return WithoutDivisions(order, splits, by_section, by_together, by_last, divisor(order.heads))
+
+    def grid(self) -> tuple[Int32, int, int]:
+        """A CTA for each tile."""
+        return self.order.grid()
+
+    @property
+    def count(self) -> Int32:
+        return self.order.count
+
+    def splits_of(self, batch: Int32) -> Int32 | int:
+        """In how many parts the keys of a sequence are taken."""
+        return self.order.splits_of(batch)
+
+    def tile(self, i: Int32) -> WorkTile:
+        """Tile `i`."""
+        order, split = self.order, 0
+        if self.by_splits is not None:
+            i, split = divmod(i, self.by_splits)
+        section, place = divmod(i, self.by_section)
+        pair, up = section, place
+        if self.by_together is not None:
+            first = section * order.together
+            left = order.heads * order.batches - first
+            up = where(order.together <= left, place // self.by_together, place // self.by_last)
+            pair = first + place - up * minimum(order.together, left)
+        batch, head = divmod(pair, self.by_heads)
+        return WorkTile(order.m_blocks - 1 - up, head, batch, split)
+
+
 class InOrder(NamedTuple):
     """The tiles of another schedule, in its places, with sequences in an order that tensors hold.
 
@@ -96,7 +152,7 @@ class InOrder(NamedTuple):
     than there are places for; None: in as many. A place beyond them is a split without keys.
     """
 
-    places: OneTile | InSections
+    places: OneTile | InSections | WithoutDivisions
     order: cute.Tensor
     parts: cute.Tensor | None
 
@@ -118,9 +174,16 @@ class InOrder(NamedTuple):
         return self.places.splits_of(batch) if self.parts is None else self.parts[batch]
 
 
-def in_order(places: OneTile | InSections, given: Schedule | None) -> OneTile | InSections | InOrder:
+def in_order(
+    places: OneTile | InSections | WithoutDivisions, given: Schedule | None
+) -> OneTile | InSections | WithoutDivisions | InOrder:
     """The schedule of a launch that is given an order, or is not."""
     return places if given is None else InOrder(places, given.sequence_order, given.sequence_splits)
+
+
+def divisor(n: Int32) -> cute.FastDivmodDivisorV2:
+    """What numbers that are not negative are divided by, n or, where that is 0 and nothing is launched, 1."""
+    return cute.FastDivmodDivisorV2(maximum(n, 1))
 
 
 def tile_per_cta(

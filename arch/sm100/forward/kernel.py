@@ -131,7 +131,7 @@ class ForwardKernel:
 
     def job(self, launch: Launch, index: Int32) -> Job:
         """Tile `index` of a launch."""
-        call, maps, schedule, group = launch
+        call, maps, schedule, group = launch.call, launch.maps, launch.schedule, launch.group
         tile = schedule.tile(index)
         heads = TileHeads.of(self.problem, self.config.heads, tile.head, group)
         first_row = tile.m_block * rows_of_tile(self.config)

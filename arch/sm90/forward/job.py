@@ -18,7 +18,7 @@ def job_of(problem: Problem, config: Config, launch: Launch, index: Int32) -> Jo
         call=launch.call,
         maps=launch.maps,
         sequence=cached_sequence_of(launch.call, tile.batch),
-        heads=TileHeads.of(problem, config.heads, tile.head, launch.group),
+        heads=TileHeads.of(problem, config.heads, tile.head, launch.group, launch.by_parts),
         first_row=tile.m_block * rows_of_tile(config),
         split=tile.split,
         splits=launch.schedule.splits_of(tile.batch),

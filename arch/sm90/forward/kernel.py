@@ -27,7 +27,7 @@ from ...common.job import Launch, rows_of_tile
 from ...common.memory import Maps, SmemAllocator, Tiles
 from ...common.operand import Operand
 from ...common.roles import Role, warp_specialize
-from ...common.schedule import InSections, in_order
+from ...common.schedule import InSections, WithoutDivisions, divisor, in_order
 from ...common.sequence import extent
 from ...elementwise import maximum, minimum
 from ...problem import Operands, Problem
@@ -73,11 +73,12 @@ class ForwardKernel:
         if cutlass.const_expr(self.config.persistent):
             grid = minimum(grid, multiprocessors)
         threads = (self.config.threads, 1, 1)
-        self.kernel(Launch(call, maps, schedule, group)).launch(
+        by_parts = divisor(parts_of(self.config.heads, group)) if self.problem.gqa else None
+        self.kernel(Launch(call, maps, schedule, group, by_parts)).launch(
             grid=(grid, 1, 1), block=threads, stream=stream, min_blocks_per_mp=1
         )
 
-    def schedule(self, call: Operands, group: Int32) -> InSections:
+    def schedule(self, call: Operands, group: Int32) -> WithoutDivisions:
         """The tiles in order; heads that share K and V are neighbours."""
         rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
         keys = call.k.shape[0] // maximum(batches, 1) if self.problem.packed_k else call.k.shape[1]
@@ -87,10 +88,11 @@ class ForwardKernel:
         if self.config.longest_first:
             nbytes = self.problem.precision.nbytes(self.problem.head_dim + self.problem.head_dim_v)
             together = maximum(L2_FOR_SECTION // (nbytes * maximum(keys, 1)), 1) * group
-            together = minimum(together, heads * batches)  # else, with very few keys, sizes would overflow
-        splits = call.out.shape[0] if self.problem.split_kv else 1
+            # Else, with very few keys, sizes would overflow.
+            together = Int32(minimum(together, heads * batches))
+        splits = Int32(call.out.shape[0]) if self.problem.split_kv else 1
         blocks = cute.ceil_div(rows, rows_of_tile(self.config))
-        return InSections(*map(Int32, (blocks, heads, batches, splits, together)))
+        return WithoutDivisions.of(InSections(*map(Int32, (blocks, heads, batches)), splits, together))
 
     @cute.kernel
     def kernel(self, launch: Launch):
