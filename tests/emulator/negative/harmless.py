@@ -99,7 +99,7 @@ HARMLESS = {
         ("no wait for an mbarrier", (0, 1)): FRESH,
         ("one arrival more expected", (1,)): ONCE,
         ("half the arrivals expected", (1,)): ONCE,
-        ("no barrier", (1, 5)): TURNS,
+        ("no barrier", (3, 5)): TURNS,
         ("no change of registers", (1,)): BUDGET,
         ("no fence before a product", (2, 4, 6)): FENCED,
     }),
