@@ -15,7 +15,7 @@ from tests.test_house import offenders
 CACHE = "CUTE_FLASH_CACHE"
 HOUSE = "tests/test_house.py"
 LONGEST = ("test_install.py", "test_profiling_pack.py", "test_profiling_report.py")
-MOST_KEPT = 4 << 30  # bytes; a whole run leaves 2.5 GB
+MOST_KEPT = 4 << 30  # bytes: many runs' worth
 MOST_TRANSLATED = 256  # kernels of a process, of some megabytes each
 pytest_plugins = ("tests.costs", "tests.proofs")
 
@@ -32,15 +32,25 @@ def pytest_configure(config):
     """One thread a process, also for those that tests start: tensors are small, and threads that wait for
     each other on busy cores take ten times the oracle's own time. Memory that a tensor is given and nobody
     has written holds NaN: who reads it fails in every run, not in one of twenty. Compiled kernels are kept
-    between runs, below .pytest_cache, unless the environment names a place.
+    between runs, those of other clones too, unless the environment names a place.
     """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     os.environ["OMP_NUM_THREADS"] = "1"
     if CACHE not in os.environ:
-        config.stash[_kept] = config.cache.mkdir("kernels")
+        config.stash[_kept] = place_of_kernels(config)
         os.environ[CACHE] = str(config.stash[_kept])
+
+
+def place_of_kernels(config) -> Path:
+    """The user's, whatever the clone: a kernel's name tells its sources. Where there is none, the clone's."""
+    try:
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cute_flash-tests"
+        place.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none to write to
+        return config.cache.mkdir("kernels")
+    return place
 
 
 def pytest_unconfigure(config):

@@ -93,6 +93,14 @@ def test_translated_kernels_are_not_looked_through(monkeypatch):
     assert known.cleared == 1
 
 
+def test_kernels_are_kept_for_other_clones(tmp_path, monkeypatch, request):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert conftest.place_of_kernels(request.config) == tmp_path / "cute_flash-tests"
+    (tmp_path / "file").touch()  # in which there is no room for a directory
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert conftest.place_of_kernels(request.config) == request.config.cache.mkdir("kernels")
+
+
 def test_kernels_read_long_ago_make_room(tmp_path):
     for age, name in enumerate(("new", "used", "old")):
         for suffix in (".kernel", ".lock"):
