@@ -9,9 +9,10 @@ These are bounds, not timings: no latency, no dependency, no memory beyond share
 the time. One cluster of CTAs runs on the emulator over some KV tiles and over twice as many; the difference
 is the steady cost of a tile. Matrix FLOP, exponentials, shared memory and barriers are counted there; FP32
 and integer issue slots are those of the hot loops' machine code, because the compiler fuses what PTX has
-apart. Warps outside these loops (copies, rescaling by warps of their own) take slots that are not counted,
-but for those that transpose V. Of gradients, a tile is one of queries: a CTA of the main kernel keeps its
-keys and walks the queries. Under a causal mask it is one that the mask leaves whole.
+apart. What runs only where a warp's vote says so counts as often as votes said so on the emulator. Warps
+outside these loops (copies, rescaling by warps of their own) take slots that are not counted, but for those
+that transpose V. Of gradients, a tile is one of queries: a CTA of the main kernel keeps its keys and walks
+the queries. Under a causal mask it is one that the mask leaves whole.
 
     ceiling   the slowest unit alone: everything overlaps perfectly
     in turn   the tensor cores wait for the rest of the tile, and that for them: nothing overlaps
@@ -39,7 +40,7 @@ from cute_flash.objectfile import ObjectFileError
 from . import flash_attn_4, gradients, sass
 from .rates import GPUS, PARTITIONS, WARP, Gpu
 from .static import CASES, Case, in_words
-from .watch import KINDS, PARTS, Totals, Watch
+from .watch import KINDS, PARTS, Totals, Watch, by_kind
 
 FORWARD = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
 BACKWARD = tuple(name for name, case in CASES.items() if case.backward and case.rules == "plain")
@@ -284,14 +285,29 @@ def tile(
         )
     slots = Counter(fma=0, alu=0, issue=0, local=0, narrowed=0, transposing=0)  # in Tile's order
     for loop, n in passes:
-        names = [opcode.partition(".")[0] for opcode in loop.opcodes]
-        slots["fma"] += WARP * n * sum(FMA.get(name, 0) for name in names)
-        slots["alu"] += WARP * n * sum(name in ALU for name in names)
-        slots["local"] += WARP * n * sum(map(sass.local_bytes, loop.opcodes))
-        slots["issue"] += n * loop.size
-        slots["transposing"] += n * loop.size * (_kind(loop) == "shared")
-        slots["narrowed"] += WARP * n * sum(map(narrows, loop.opcodes))
+        for opcode, weight in zip(loop.opcodes, loop.weights(agreed(loop, steady)), strict=True):
+            name = opcode.partition(".")[0]
+            slots["fma"] += WARP * n * weight * FMA.get(name, 0)
+            slots["alu"] += WARP * n * weight * (name in ALU)
+            slots["local"] += WARP * n * weight * sass.local_bytes(opcode)
+            slots["issue"] += n * weight
+            slots["transposing"] += n * weight * (_kind(loop) == "shared")
+            slots["narrowed"] += WARP * n * weight * narrows(opcode)
     return Tile(kernel, *shape, steady, flops_of(case, shape), *slots.values(), case.bits)
+
+
+def agreed(loop: sass.Loop, steady: Totals) -> list[float]:
+    """In which share of a hot loop's passes each of its votes said yes, in the order of their lines in PTX.
+
+    They are votes of the warps that do most of what the loop is there for.
+    """
+    if not loop.voted:
+        return []
+    kind = {"mma": "matrix"}.get(_kind(loop), _kind(loop))
+    often = [by_kind(opcodes)[kind] for opcodes in steady.opcodes]
+    votes = sum((v for v, n in zip(steady.votes, often, strict=True) if 2 * n > max(often)), Counter())
+    lines = sorted({line for (line, _), count in votes.items() if count})
+    return [votes[line, True] / (votes[line, True] + votes[line, False]) for line in lines]
 
 
 def narrows(opcode: str) -> bool:

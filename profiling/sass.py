@@ -15,6 +15,7 @@ import struct
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,10 +85,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """One natural loop: its instructions' numbers and opcodes, nested loops included."""
+    """One natural loop: its instructions' numbers and opcodes, nested loops included.
+
+    voted: of each branch in it that a warp's vote decides, in order, the instructions that run only where the
+    vote says yes, and only where it says no.
+    """
 
     body: frozenset[int]
     opcodes: tuple[str, ...]
+    voted: tuple[tuple[frozenset[int], frozenset[int]], ...] = ()
 
     @property
     def size(self) -> int:
@@ -108,7 +114,18 @@ class Loop:
         inside = frozenset().union(*(other.body for other in found if other.body < self.body))
         numbered = zip(sorted(self.body), self.opcodes, strict=True)
         kept = {i: opcode for i, opcode in numbered if i not in inside}
-        return Loop(frozenset(kept), tuple(kept.values()))
+        return Loop(frozenset(kept), tuple(kept.values()), self.voted)
+
+    def weights(self, yes: Sequence[float]) -> list[float]:
+        """How often each of its instructions runs a pass, where the votes say yes in these shares of it.
+
+        Raises ValueError where there are not as many shares as votes.
+        """
+        often = [1.0] * self.size
+        for (if_yes, if_no), share in zip(self.voted, yes, strict=True):
+            for at, number in enumerate(sorted(self.body)):
+                often[at] *= share if number in if_yes else 1 - share if number in if_no else 1.0
+        return often
 
 
 def tool(name: str) -> Path:
@@ -222,8 +239,43 @@ def loops(sass: str) -> list[Loop]:
     found = []
     for body in bodies.values():
         members = sorted(i for block in body for i in blocks[block])
-        found.append(Loop(frozenset(members), tuple(instructions[i].opcode for i in members)))
+        decided = (_decided(instructions, blocks, follow, body, block) for block in sorted(body))
+        opcodes = tuple(instructions[i].opcode for i in members)
+        found.append(Loop(frozenset(members), opcodes, tuple(filter(None, decided))))
     return sorted(found, key=lambda loop: loop.size)
+
+
+def _decided(
+    instructions: list[Instruction],
+    blocks: list[range],
+    follow: list[tuple[int, ...]],
+    body: set[int],
+    block: int,
+) -> tuple[frozenset[int], frozenset[int]] | None:
+    """What follows a block of a loop only where a warp's vote in it says yes, and only where no.
+
+    None where its last branch goes by nothing that it voted on, or where the ways do not meet in the loop.
+    """
+    last = instructions[blocks[block][-1]]
+    told = last.guard.lstrip("!")
+    wrote = [i for i in blocks[block] if told and instructions[i].operands.partition(",")[0] == told]
+    voted = bool(wrote) and instructions[wrote[-1]].opcode == "VOTE.ANY"
+    if not voted or len(follow[block]) != 2 or not body.issuperset(follow[block]):
+        return None
+    on, taken = (_reached(follow, body, block, arm) for arm in follow[block])
+    only = [frozenset(i for b in arm for i in blocks[b]) for arm in (on - taken, taken - on)]
+    return tuple(only if last.guard.startswith("!") else only[::-1])
+
+
+def _reached(follow: list[tuple[int, ...]], body: set[int], block: int, arm: int) -> set[int]:
+    """Blocks of a loop that are reached from behind one of them, by an arm of its branch, in one pass."""
+    found, pending = set(), [arm]
+    while pending:
+        at = pending.pop()
+        if at in body and at != block and at not in found:
+            found.add(at)
+            pending += follow[at]
+    return found
 
 
 def _gather(body: set[int], tail: int, before: list[list[int]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cute_flash.emulator.checks.counters import BankConflicts
+from cute_flash.emulator.ptx.parse import Instruction
 
 # Kinds of PTX instructions that are counted per warp; the first match wins.
 KINDS = {
@@ -42,6 +43,7 @@ class Watch(BankConflicts):
         super().__init__()
         self.shared_bytes = self.reduced = self.uniform = 0
         self.opcodes: list[Counter] = []
+        self.votes: list[Counter] = []
         self._read_now: dict[tuple, list[np.ndarray]] = {}
         self._copied = 0
 
@@ -50,12 +52,22 @@ class Watch(BankConflicts):
             raise ValueError(f"CTAs are watched that run at once; the grid is {m.launch.grid}")
         self.launch, self.ctas = m.launch, m.ctas
         self.opcodes = [Counter() for _ in range(m.warps)]
+        self.votes = [Counter() for _ in range(m.warps)]
 
     def step(self, m: Any, g: Any) -> None:
         self._together()
         for instruction in m.code.steps[m.at].instructions:
             for warp in g.warp_at.tolist():
                 self.opcodes[warp][instruction.opcode] += 1
+            if instruction.opcode == "vote.sync.any.pred":
+                self._vote(m, g, instruction)
+
+    def _vote(self, m: Any, g: Any, instruction: Instruction) -> None:
+        holds = np.zeros(g.mask.shape, bool)
+        holds[g.mask] = np.ravel(m.rows["pred"][instruction.operands[1].row][g.index])
+        said = holds.any(axis=2)[g.warp_at, g.cta_at]
+        for warp, yes in zip(g.warp_at.tolist(), said.tolist(), strict=True):
+            self.votes[warp][instruction.line, yes] += 1
 
     def shared_read(self, m: Any, g: Any, address: np.ndarray, size: int) -> None:
         super().shared_read(m, g, address, size)
@@ -112,7 +124,8 @@ class Watch(BankConflicts):
         for where, (count, _) in self.wavefronts.items():
             parts[where if where in PARTS else "warps"] += count / n
         counts = (needed, ideal, self.shared_bytes, self.reduced)
-        return Totals(opcodes, *(count / n for count in counts), parts, self.uniform / n)
+        votes = tuple(Counter({vote: count / n for vote, count in w.items()}) for w in self.votes)
+        return Totals(opcodes, *(count / n for count in counts), parts, self.uniform / n, votes)
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,8 @@ class Totals:
     """Of one CTA. opcodes: per warp, how often each was executed. wavefronts: 128-byte accesses of shared
     memory; ideal: had there been no bank conflicts; parts: those of each of PARTS. shared_bytes: read,
     written, and copied in. reduced: bytes of fp32 sums in global memory. uniform: loads of 16 bytes that all
-    lanes of a warp have from one place."""
+    lanes of a warp have from one place. votes: per warp, how often the vote in a line of PTX said yes or no.
+    """
 
     opcodes: tuple[Counter, ...]
     wavefronts: float
@@ -129,6 +143,7 @@ class Totals:
     reduced: float = 0.0
     parts: Counter = field(default_factory=Counter)
     uniform: float = 0.0
+    votes: tuple[Counter, ...] = ()
 
     def per_tile(self, less: Totals, tiles: float) -> Totals:
         """The steady cost of a tile, where `less` ran `tiles` fewer."""
@@ -140,12 +155,14 @@ class Totals:
         return Totals(
             opcodes=tuple(map(per, self.opcodes, less.opcodes)),
             parts=per(self.parts, less.parts),
+            votes=tuple(map(per, self.votes, less.votes)),
             **{name: (getattr(self, name) - getattr(less, name)) / tiles for name in names},
         )
 
     def times(self, count: float) -> Totals:
         """Of so many CTAs, or tiles."""
-        nothing = Totals((Counter(),) * len(self.opcodes), 0.0, 0.0, 0.0)
+        none = (Counter(),) * len(self.opcodes)
+        nothing = Totals(none, 0.0, 0.0, 0.0, votes=none)
         return self.per_tile(nothing, 1 / count)
 
     @property
