@@ -64,6 +64,8 @@ NUMBERS_BEFORE = (
     "which all that read the numbers have stored dS"
 )
 TELLS = "the lane that arrives has waited itself, and the warp has touched nothing"
+FENCED_LATER = "a wait with a fence of its own comes next, before tensor memory is touched"
+RELAY = "the relay touches no tensor memory; the leader's wait for it has a fence"
 IN_SHARED = "the edge is for dS in shared memory; what tensor memory holds has an edge of its own"
 PADDING = "columns behind the head dim, which are zeros"
 TOLD_ALL = (
@@ -211,6 +213,9 @@ HARMLESS = {
         ("no change of registers", (1,)): BUDGET,
         ("no permit given back", (0,)): PERMIT,
         ("no fence before synchronisation", (4,)): IN_SHARED,
+        ("no fence after synchronisation", (2, 9, 10, 14, 15)): FENCED_LATER,
+        ("no fence after synchronisation", (3, 11, 16)): IN_SHARED,
+        ("no fence after synchronisation", (5,)): RELAY,
         ("no reduction", (3,)): PADDING,
     }),
     **harmless("sm100", "gradients in turns", {

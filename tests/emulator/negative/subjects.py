@@ -117,11 +117,8 @@ IN_ONE_TILE = (
 )  # fmt: skip
 STAYING = {name: change for name, change in (TMA | TCGEN05).items() if name not in IN_ONE_TILE}
 PERSISTING = Case("", ((150, 90),), heads=(3, 3), softmax_scale=4.0)
-# A pair's gradients: nobody arrives at a barrier without a wait, no copy comes to both, and what waits for a
-# product is fenced as it is in a CTA alone.
-NOT_PAIRED = (
-    "no arrival at a barrier", "a half of a tile for one CTA alone", "no fence after synchronisation",
-)  # fmt: skip
+# A pair's gradients: nobody arrives at a barrier without a wait, and no copy comes to both.
+NOT_PAIRED = ("no arrival at a barrier", "a half of a tile for one CTA alone")
 PAIRED = {
     name: change
     for name, change in (TMA | TCGEN05 | CLUSTER | TOLD | EXCHANGED).items()
