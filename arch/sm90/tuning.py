@@ -67,11 +67,14 @@ PLAIN, NUMBERS, TABLES = range(3)
 
 
 def register_pressure(problem: Problem, device: Device) -> int:
-    """NUMBERS: its rules hold values. TABLES: they read tables, or there is dropout. Otherwise PLAIN."""
+    """NUMBERS: its rules hold values, or a score goes by positions. TABLES: they read tables, or there is
+    dropout. Otherwise PLAIN.
+    """
     rules = [rule for rule in (problem.mask, problem.score) if rule]
     if problem.dropout or any(rule.reads_tables() for rule in rules):
         return TABLES
-    return NUMBERS if any(rule.leaves() for rule in rules) else PLAIN
+    positions = problem.score is not None and problem.score.sees_positions()
+    return NUMBERS if positions or any(rule.leaves() for rule in rules) else PLAIN
 
 
 def fitted(config: Config, problem: Problem, device: Device) -> Config | None:
@@ -124,7 +127,7 @@ ROWS = (
         head_dim=64, head_dim_v=64, pressure=PLAIN,
         config=Config(consumers=3, tile_n=128, stages=2, producer_registers=32, consumer_registers=160),
         why="a third warpgroup reads each tile of K and V for 192 rows instead of 128, but leaves 160 "
-        "registers to each: with a window's two numbers it spills",
+        "registers to each: with a window's two numbers, or a score that goes by positions, it spills",
     ),
     Row(
         head_dim=64, head_dim_v=64, pressure=NUMBERS,
