@@ -105,12 +105,14 @@ GRADIENTS |= {
         "keys": replace(BLACKWELL_WIDE, dims=(72, 136)),
         "parts": replace(BLACKWELL_WIDE, dims=(200, 136)),
         "pair": replace(BLACKWELL_WIDE, dims=(104, 128), seqlens=((130, 300),)),
+        "serial": replace(BLACKWELL_WIDE, dims=(136, 104), seqlens=((130, 300),)),
         "turns_of_keys": BLACKWELL_RELAY,
         "turns_of_heads": replace(CASES["heads_6_2"], seqlens=((40, 100),), heads=(3, 1), deterministic=True),
         "turns_over_scores": replace(BLACKWELL_RELAY, dims=(128, 8)),
         "turns_rows": replace(BLACKWELL_TURNS, dims=(136, 72)),
         "turns_parts": replace(BLACKWELL_TURNS, dims=(200, 136)),
         "turns_pair": replace(BLACKWELL_TURNS, dims=(128, 128), seqlens=((70, 300),)),
+        "turns_serial": replace(BLACKWELL_TURNS, dims=(136, 104), seqlens=((70, 300),)),
         "turns_packed": replace(BLACKWELL_RELAY, varlen=True, seqlens=((30, 150), (20, 40))),
         "turns_of_blocks": replace(
             BLACKWELL_RELAY, mask="full", blocks="random_causal", seqlens=((150, 300),)

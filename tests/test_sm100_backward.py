@@ -14,7 +14,7 @@ import cute_flash
 from cute_flash.arch.backward import BackwardProblem
 from cute_flash.arch.problem import Device, Problem
 from cute_flash.arch.sm100 import BACKWARD
-from cute_flash.arch.sm100.backward.plan import PairPlan, Plan
+from cute_flash.arch.sm100.backward.plan import PairPlan, Plan, SerialPlan
 from cute_flash.arch.sm100.backward.tuning import BACKWARD as ROWS
 from cute_flash.arch.sm100.backward.tuning import Config
 from cute_flash.arch.sm100.tmem import LANE
@@ -43,13 +43,15 @@ FULLEST = (
         replace(EXTREMES["heavy"], dims=dims, heads=(2, 1), seqlens=((70, 150), (20, 30)))
         for dims in ((192, 128), (192, 192), (256, 256))
     ),
+    replace(EXTREMES["heavy"], dims=(192, 128), mask="window", seqlens=((70, 150),)),
     replace(EXTREMES["blocks_heavy"], dims=(256, 256), blocks="small", heads=(2, 1), seqlens=((70, 150),)),
 )
 # Head dims that are no whole tile: of 128 rows and keys, of 64 rows, of 64 keys, of these with dQ in parts,
 # of pairs. One CTA of these has no keys.
+PAIRED = (104, 128), (136, 104)
 WIDE = {
-    dims: Case("wide", ((130, 300 if dims == (104, 128) else 140),), heads=(1, 1), dims=dims, mask="causal")
-    for dims in ((96, 104), (136, 72), (72, 136), (200, 136), (104, 128))
+    dims: Case("wide", ((130, 300 if dims in PAIRED else 140),), heads=(1, 1), dims=dims, mask="causal")
+    for dims in ((96, 104), (136, 72), (72, 136), (200, 136), *PAIRED)
 }
 # Small, of kernels that NAMES has: several visits, heads that share keys, several key tiles, dQ over dP.
 STRICT = {
@@ -61,6 +63,7 @@ STRICT = {
     "keys": WIDE[72, 136],
     "parts": WIDE[200, 136],
     "pair": WIDE[104, 128],
+    "serial": WIDE[136, 104],
 }
 IN_TURNS = {
     "keys": replace(CASES["lengths_127_257_causal"], heads=(1, 1), deterministic=True),
@@ -68,6 +71,7 @@ IN_TURNS = {
     "rows": Case("rows", ((70, 140),), heads=(2, 1), dims=(136, 72), deterministic=True),
     "parts": Case("parts", ((140, 70),), heads=(2, 1), dims=(200, 136), deterministic=True),
     "pair": Case("pair", ((140, 300),), heads=(2, 1), dims=(128, 128), deterministic=True),
+    "serial": Case("serial", ((140, 300),), heads=(2, 1), dims=(136, 104), deterministic=True),
 }
 
 
@@ -185,11 +189,22 @@ def test_tensor_memory_of_a_pair():
     assert plan.at("dp") == 128 and plan.regions.used == 512 and plan.columns_at_once == 64
 
 
+def test_tensor_memory_of_a_pair_with_little_room():
+    """dP begins in the second half of S, of which P takes the first. dQ comes in two fillings, beyond S."""
+    plan = SerialPlan(192, 128)
+    s = plan.at("s")
+    assert plan.regions.used == 512 and (plan.at("dp"), plan.at("grad_q")) == (s + 64, s + 128)
+    assert [plan.half("p", i) for i in (0, 1)] == [s, s + 32] and plan.half("ds", 1) == s + 128
+    assert [plan.width(i) for i in (0, 1)] == [64, 32] and plan.grad_q_shape(1) == (64, 64)
+    assert [plan.column(i, side) for i in (0, 1) for side in (0, 1)] == [0, 96, 64, 160]
+
+
 @pytest.mark.parametrize(
     "mask, ctas", [("full", 2), ("causal", 2), ("window", 1), ("document_causal", 2)], ids=str
 )
-def test_windows_are_not_for_pairs(mask, ctas):
-    case = Case("pairs", dims=(128, 128), mask=mask)
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128)], ids=str)
+def test_windows_are_not_for_pairs(mask, ctas, dims):
+    case = Case("pairs", dims=dims, mask=mask)
     assert main_step(case, "sm100").config.ctas == ctas
 
 
@@ -198,7 +213,8 @@ def test_windows_are_not_for_pairs(mask, ctas):
     [
         ((96, 128), 24 + 32 + 2 * 24 + 32 + 32 + 2 * 16 + 2),
         ((128, 128), 3 * 32 + 4 * 16 + 3 * 16 + 2 * 8 + 2),
-        ((192, 128), 48 + 32 + 2 * 24 + 2 * 16 + 16 + 4 * 8 + 1),
+        ((192, 64), 48 + 16 + 2 * 24 + 2 * 8 + 16 + 4 * 8 + 1),
+        ((192, 128), 2 * 48 + 32 + 24 + 16 + 3 * 16 + 2 * 4 + 2),
         ((192, 192), 24 + 24 + 2 * 48 + 48 + 16 + 2 * 8 + 2),
         ((256, 256), 32 + 32 + 64 + 64 + 16 + 2 * 8 + 2),
     ],
@@ -207,7 +223,8 @@ def test_windows_are_not_for_pairs(mask, ctas):
 def test_shared_memory_is_what_tiles_take(dims, kib):
     """K, V, tiles of Q and of dO, dS, parts of dQ in fp32, and the rows' numbers: all that there is.
 
-    A pair's CTA has half of Q and of dO in either form, columns of K, and of dS what it sends besides.
+    A pair's CTA has half of Q and of dO in either form, at 192/128 in one at a time, columns of K, and of dS
+    what it sends besides.
     """
     problem = BackwardProblem(Problem("float16", *dims))
     config = BACKWARD.config(problem, DEVICE)

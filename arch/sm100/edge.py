@@ -71,10 +71,14 @@ class Edge(NamedTuple):
 
 def warp_arrives(barrier: cute.Pointer, group: Group = ALONE) -> None:
     """One arrival at the leader's barrier for the warp, when all its threads have come here."""
-    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC)
+    before_sync()
     cute.arch.sync_warp()
     with cute.arch.elect_one():
         group.arrive(barrier)
+
+
+def before_sync() -> None:
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC)
 
 
 def after_sync() -> None:

@@ -77,8 +77,7 @@ class Compute:
                 self.load(key, memory, "s", 0, weights)
                 if cutlass.const_expr(self.config.s_emptied):
                     edges.s.warp_emptied(self.group)
-                if cutlass.const_expr(self.config.p_apart):
-                    edges.p.wait_empty(turn)
+                self.wait_for_p(edges, turn)
                 kept = self.to_p(key, memory, weights, slot.index, first_row, phases[p].masked)
                 stored()
                 edges.p.warp_filled(self.group)
@@ -197,6 +196,12 @@ class Compute:
     def place_of_ds(self, key: Key, place: Int32) -> tuple[Int32, Int32 | int]:
         """Row and first column in shared memory, where dP's are (place, the thread's first row)."""
         return place, self.first(key, 1)
+
+    @cute.jit
+    def wait_for_p(self, edges: Edges, turn: Int32):
+        """Until P may be written: over what the warp has read itself, or where dV has read the one before."""
+        if cutlass.const_expr(self.config.p_apart):
+            edges.p.wait_empty(turn)
 
     def wait_until_free(self, edges: Edges, turn: Int32) -> None:
         """Until dS may be written in shared memory: dP is computed after dQ, which read the one before."""

@@ -101,9 +101,14 @@ class Tiles(NamedTuple):
         grad_k, grad_v = in_place(k, operands.grad_k), in_place(v, operands.grad_v)
         keys = config.tile_n + config.cta_keys * (config.ctas - 1)
         ds = allocate(smem, Operand.of(problem.precision, keys, config.cta_rows, 1, False))
-        halves = (None, None, None)
+        halves = dict.fromkeys(OF_PAIRS)
         if config.paired:
-            halves = (allocate(smem, getattr(operands, name)) for name in OF_PAIRS)
+            # The columns of Q and dO have places of their own, or those of their rows.
+            rows = {"q_columns": q, "out_columns": grad_out}
+            halves = {
+                name: allocate(smem, operand) if name in config.moved else in_place(rows[name], operand)
+                for name, operand in ((name, getattr(operands, name)) for name in OF_PAIRS)
+            }
 
         def numbers(*shape: int) -> cute.Tensor:
             return smem.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=128)
@@ -113,7 +118,7 @@ class Tiles(NamedTuple):
             cute.make_layout((config.cta_keys * config.chunk, WARPGROUPS)),
         )
         return Tiles(
-            moved=GradientOperands(q, k, v, grad_out, grad_k, grad_v, *halves),
+            moved=GradientOperands(q, k, v, grad_out, grad_k, grad_v, **halves),
             ds=ds,
             sums=numbers(config.cta_rows * config.chunk * plan_of(problem, config).sides, config.sums),
             shared_sums=shared_sums,

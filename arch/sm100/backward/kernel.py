@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -43,9 +44,10 @@ from .mma import Mma
 from .pair import PEER_EDGES, PairCompute, PairLoad, PairMma
 from .plan import plan_of
 from .products import Products
+from .serial import SerialCompute, SerialLoad, SerialMma, SerialStore
 from .store import Result, Store
 from .topology import WARPGROUP, topology
-from .tuning import OF_PAIRS, WARPGROUPS, Config
+from .tuning import WARPGROUPS, Config, SerialConfig
 from .turns import AsTheyCome, InTurns
 
 
@@ -95,10 +97,9 @@ class BackwardKernel:
         problem, config, plan, group, links = self.problem, self.config, self.plan, self.group, self.topology
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tiles, barriers, address = self.shared_memory()
-        moved = ("k", "v", "q", "grad_out", *(OF_PAIRS if config.paired else ()))
         channels = {
             name: mma_channel(barriers, links[name], getattr(self.operands, name).bytes, config.ctas)
-            for name in moved
+            for name in config.moved
         }
         numbers = channel(barriers, links["numbers"], 2 * 4 * config.tile_m)
         edges = self.edges(barriers, warp)
@@ -110,10 +111,10 @@ class BackwardKernel:
         producers = LoadEnds(**producers, numbers=numbers.producer)
         consumers = MmaEnds(**{name: made.consumer for name, made in channels.items()})
         result = Result(problem, config, plan, self.operands, self.turns)
-        kinds = (PairCompute, PairMma, PairLoad) if config.paired else (Compute, Mma, Load)
-        compute = kinds[0](problem, config, plan, result, group)
-        mma, load = kinds[1](problem, config, products), kinds[2](problem, config, self.operands)
-        store = Store(problem, config, plan, self.turns, group)
+        kinds = roles_of(config)
+        compute = kinds.compute(problem, config, plan, result, group)
+        mma, load = kinds.mma(problem, config, products), kinds.load(problem, config, self.operands)
+        store = kinds.store(problem, config, plan, self.turns, group)
         roles = (
             Role(partial(store.run, launch, memory, edges), WARPGROUP, config.store_registers),
             Role(
@@ -146,3 +147,21 @@ class BackwardKernel:
         barriers = smem.allocate_array(cutlass.Int64, self.topology.count)
         address = smem.allocate_array(cutlass.Int32, 1)
         return Tiles.allocate(smem, self.problem, self.config, self.operands), barriers, address
+
+
+class Kinds(NamedTuple):
+    """Of the roles, as a config has them."""
+
+    store: type[Store]
+    compute: type[Compute]
+    mma: type[Mma]
+    load: type[Load]
+
+
+def roles_of(config: Config) -> Kinds:
+    """Those of a CTA alone, or of one of a pair."""
+    if isinstance(config, SerialConfig):
+        return Kinds(SerialStore, SerialCompute, SerialMma, SerialLoad)
+    if config.paired:
+        return Kinds(Store, PairCompute, PairMma, PairLoad)
+    return Kinds(Store, Compute, Mma, Load)

@@ -135,9 +135,9 @@ class Mma:
         if plan.apart:
             edges.grad_q.wait_empty(turn * plan.fillings + filling)
         a = make.ds(tiles.ds)
-        for part in range(filling * plan.sides, (filling + 1) * plan.sides):
-            mma = make.grad_q(make.group)
-            acc = make.result(mma, memory.tensor, plan.side(part), plan.grad_q_shape)
-            b = make.k_of_grad_q(tiles.moved.k, part)
+        for side in range(plan.sides):
+            mma = make.grad_q(filling, make.group)
+            acc = make.result(mma, memory.tensor, plan.side(side), plan.grad_q_shape(filling))
+            b = make.k_of_grad_q(tiles.moved.k, plan.column(filling, side), filling)
             begin(mma, acc, tile_of(a, 0, turn), tile_of(b, 0, turn), False)
         edges.grad_q.filled_by_mma(make.group)

@@ -164,9 +164,10 @@ class PairMma(Mma):
         edges.peer_ds.wait_full(turn)
         edges.relayed.wait_full(turn)
         keys = cute.local_tile(tiles.ds, (self.config.tile_n, self.config.cta_rows, 1), (0, 0, 0))
-        mma = make.grad_q(make.group)
-        acc = make.result(mma, memory.tensor, plan.at("grad_q"), plan.grad_q_shape)
-        a, b = make.ds(keys), make.k_of_grad_q(tiles.moved.k_columns, 0)
+        mma = make.grad_q(filling, make.group)
+        acc = make.result(mma, memory.tensor, plan.at("grad_q"), plan.grad_q_shape(filling))
+        a = make.ds(keys)
+        b = make.k_of_grad_q(tiles.moved.k_columns, plan.column(filling, 0), filling)
         begin(mma, acc, tile_of(a, 0, turn), tile_of(b, 0, turn), False)
         edges.grad_q.filled_by_mma(make.group)
 

@@ -42,7 +42,7 @@ from cutlass import Int32
 from ...common.regions import Region, Regions
 from ...problem import Problem
 from ..tmem import COLUMNS, HALF_LANES, LANE
-from .tuning import ROWS, WARPGROUPS, Config, columns_of
+from .tuning import ROWS, WARPGROUPS, Config, SerialConfig, columns_of
 
 STEPS = ("s", "dp", "p", "dv", "ds", "dk", "dq", "store", "end")
 
@@ -134,10 +134,17 @@ class Plan:
         """What lies in the first lanes."""
         return self.stacks[0]
 
-    @property
-    def grad_q_shape(self) -> tuple[int, int]:
+    def width(self, filling: int) -> int:
+        """Columns of dQ in one lane, of a filling."""
+        return self.columns_at_once
+
+    def column(self, filling: int, side: int) -> int:
+        """The first of dQ's columns that a filling has on a side."""
+        return (filling * self.sides + side) * self.columns_at_once
+
+    def grad_q_shape(self, filling: int) -> tuple[int, int]:
         """Rows of a CTA, and columns, of a product that dQ comes by."""
-        return self.rows, self.columns_at_once
+        return self.rows, self.width(filling)
 
     @property
     def allocated(self) -> int:
@@ -150,9 +157,9 @@ class Plan:
         lower = next(i for i, found in enumerate(names) if name in found)
         return self.stacks[lower].at(name, 0) + lower * HALF_LANES * LANE
 
-    def side(self, part: int) -> int:
-        """Where a part of dQ's columns lies, of `fillings` * `sides`."""
-        return self.at("grad_q") + part % self.sides * HALF_LANES * LANE
+    def side(self, side: int) -> int:
+        """Where dQ's columns of a side lie."""
+        return self.at("grad_q") + side * HALF_LANES * LANE
 
     def half(self, name: str, warpgroup: int | Int32) -> int | Int32:
         """First column of a warpgroup's part of S, P, dP or dS, and its first lane."""
@@ -198,9 +205,8 @@ class PairPlan(Plan):
         """It lies over S, not over dP."""
         return True
 
-    @property
-    def grad_q_shape(self) -> tuple[int, int]:
-        return self.rows // 2, self.columns
+    def grad_q_shape(self, filling: int) -> tuple[int, int]:
+        return self.rows // 2, self.sides * self.width(filling)
 
     @functools.cached_property
     def stacks(self) -> tuple[Regions, ...]:
@@ -224,8 +230,67 @@ class PairPlan(Plan):
         return self.at("p_last") if name == "p" else self.half_rows
 
 
+SERIAL_STEPS = ("s", "load", "dp", "p", "ds", "dk", "dv", "dq", "store", "end")
+
+
+@dataclass(frozen=True)
+class SerialPlan(PairPlan):
+    """Of each CTA of a pair whose sums leave 192 columns, as at 192/128; fields as in `Plan`.
+
+        columns_v   columns     64           64           64
+           dV         dK     [           S            ]
+                             [  P   ]  [   dP, over it dS and dQ   ]
+
+    dQ comes in two fillings of the last 64 columns: two thirds, and the rest. What lies over what follows
+    from the order of products:
+
+        dP(t), dK(t), dV(t), dQ(t) its first part, S(t+1), dQ(t) the rest
+
+        dP(t) over S(t)       all warps of both CTAs have read S
+        P(t) over S(t)        all warps of the CTA have: the second warpgroup's part lies over the first's
+        dS(t) over dP(t)      a warp has read its part
+        dQ(t) over dS(t)      dK(t) runs before it
+        S(t+1) over P(t)      dV(t) runs before it; over dS(t): dK(t) does
+        dQ(t) over dQ(t), dP(t+1) over dQ(t)      the store roles have read it
+    """
+
+    @property
+    def fillings(self) -> int:
+        return 2
+
+    def width(self, filling: int) -> int:
+        first = self.rows // 2
+        return self.columns // self.sides - first if filling else first
+
+    def column(self, filling: int, side: int) -> int:
+        return side * (self.columns // self.sides) + filling * self.width(0)
+
+    @functools.cached_property
+    def stacks(self) -> tuple[Regions, ...]:
+        quarter, half = self.rows // 4, self.rows // 2
+        regions = (
+            Region(name="grad_v", size=self.columns_v, filled="dv", read="end"),
+            Region(name="grad_k", size=self.columns, filled="dk", read="end"),
+            Region(name="s", size=half, filled="s", read="load"),
+            Region(name="s_last", size=half, filled="s", read="load"),
+            Region(name="dp_last", size=half, filled="dp", read="ds"),
+            Region(name="p", size=half, filled="p", read="dv", over="s"),
+            Region(name="dp", size=half, filled="dp", read="ds", over="s_last"),
+            Region(name="ds", size=quarter, filled="ds", read="dk", over="s_last"),
+            Region(name="ds_last", size=quarter, filled="ds", read="dk", over="dp_last"),
+            Region(name="grad_q", size=self.width(0), filled="dq", read="store", over="dp_last"),
+        )
+        unit = "columns of tensor memory"
+        return (Regions(regions=regions, steps=SERIAL_STEPS, unit=unit, room=COLUMNS),)
+
+    def step(self, name: str) -> int:
+        return self.half_rows // 2 if name == "p" else self.half_rows
+
+
 def plan_of(problem: Problem, config: Config) -> Plan:
     """That of a problem's kernel with this config."""
+    if isinstance(config, SerialConfig):
+        return SerialPlan(*columns_of(problem))
     if config.paired:
         return PairPlan(*columns_of(problem))
     return Plan(*columns_of(problem), config.p_apart, config.tile_m, config.tile_n)

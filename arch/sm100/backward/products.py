@@ -40,9 +40,9 @@ class Products:
         """Of dK and dV, likewise."""
         return tiled_mma(self.dtype, self.share(columns, group), TMEM, MN, group, rows=self.plan.keys)
 
-    def grad_q(self, group: Group) -> cute.TiledMma:
-        """Of a part of dQ's columns, likewise."""
-        rows, columns = self.plan.grad_q_shape
+    def grad_q(self, filling: int, group: Group) -> cute.TiledMma:
+        """Of a filling of dQ's columns, likewise."""
+        rows, columns = self.plan.grad_q_shape(filling)
         return tiled_mma(self.dtype, self.share(columns, group), SMEM, MN, group, MN, rows)
 
     def share(self, columns: int, group: Group) -> int:
@@ -64,13 +64,14 @@ class Products:
 
     def ds(self, tiles: cute.Tensor) -> cute.Tensor:
         """Descriptors (mma, rows, k, tiles) of dS^T (keys, rows, tiles), as A of dQ."""
-        return as_a(self.grad_q, self.group, transposed(tiles))
+        return as_a(partial(self.grad_q, 0), self.group, transposed(tiles))
 
-    def k_of_grad_q(self, tiles: cute.Tensor, part: int) -> cute.Tensor:
-        """Descriptors (mma, columns, k, tiles) of a part of the columns of K, as B of dQ."""
+    def k_of_grad_q(self, tiles: cute.Tensor, column: int, filling: int) -> cute.Tensor:
+        """Descriptors (mma, columns, k, tiles) of a filling's columns of K, `column` and on, as B of dQ."""
         keys, count = cute.size(tiles, mode=[0]), cute.size(tiles, mode=[2])
-        columns = (self.plan.columns_at_once, keys, count)
-        return as_b(self.grad_q, self.group, cute.local_tile(transposed(tiles), columns, (part, 0, 0)))
+        width = self.plan.width(filling)
+        part = cute.local_tile(transposed(tiles), (width, keys, count), (column // width, 0, 0))
+        return as_b(partial(self.grad_q, filling), self.group, part)
 
     def result(self, mma: cute.TiledMma, base: cute.Pointer, at: int, shape: tuple[int, int]) -> cute.Tensor:
         """What a product writes, of a CTA's (rows, columns), from place `at` of tensor memory on."""

@@ -61,12 +61,16 @@ class Store:
             row = first_row + Int32(visits.block(place)) * self.config.tile_m
             row += block.rank * self.config.cta_rows
             visit = Visit(block, rules, visits, place, row, warp)
-            for filling in cutlass.range_constexpr(self.plan.fillings):
-                self.leave(visit, memory, edges, turn * self.plan.fillings + filling, filling)
+            self.tile(visit, memory, edges, turn)
             if warp == 0:
                 self.finish(block, row, cute.arch.thread_idx()[0] % THREADS)
         if cute.arch.thread_idx()[0] % THREADS == 0:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def tile(self, visit: Visit, memory: Memory, edges: Edges, turn: Int32) -> None:
+        """All of a tile's dQ, filling by filling."""
+        for filling in range(self.plan.fillings):
+            self.leave(visit, memory, edges, turn * self.plan.fillings + filling, filling)
 
     @cute.jit
     def leave(
@@ -74,7 +78,7 @@ class Store:
     ):
         """A filling of dQ leaves tensor memory, all of it at once or piece by piece. turn: of fillings."""
         thread, width, config = cute.arch.thread_idx()[0] % THREADS, self.config.chunk, self.config
-        chunks = self.plan.columns_at_once // width
+        chunks = self.plan.width(filling) // width
         together = chunks if config.at_once else 1
         edges.grad_q.wait_full(turn)
         for chunk in cutlass.range_constexpr(0, chunks, together):
@@ -84,12 +88,20 @@ class Store:
             if cutlass.const_expr(chunk + together == chunks):
                 edges.grad_q.warp_emptied(self.group)
             for c in cutlass.range_constexpr(together):
-                staged = memory.tiles.sums[None, (turn * chunks + chunk + c) % config.sums]
-                self.meet(thread, config.sums - 1)
-                row, side = self.threads.key(thread), self.threads.part(thread, width * config.cta_rows)
-                to_sums(some_columns(values, c * width, width), staged, config.cta_rows, row, side)
-                cute.arch.barrier(barrier_id=STORE, number_of_threads=THREADS)
-                self.add(visit, staged, filling, chunk + c, thread)
+                place = turn * chunks + chunk + c
+                self.stage(visit, memory, some_columns(values, c * width, width), place, (filling, chunk + c))
+
+    def stage(
+        self, visit: Visit, memory: Memory, values: cute.Tensor, place: Int32, piece: tuple[int, int]
+    ) -> None:
+        """A chunk of columns by way of shared memory to its sums. piece: filling, and chunk in it."""
+        thread, config = cute.arch.thread_idx()[0] % THREADS, self.config
+        staged = memory.tiles.sums[None, place % config.sums]
+        self.meet(thread, config.sums - 1)
+        row, side = self.threads.key(thread), self.threads.part(thread, config.chunk * config.cta_rows)
+        to_sums(values, staged, config.cta_rows, row, side)
+        cute.arch.barrier(barrier_id=STORE, number_of_threads=THREADS)
+        self.add(visit, staged, *piece, thread)
 
     @cute.jit
     def add(
@@ -104,7 +116,7 @@ class Store:
                 sums = visit.block.call.grad_q_sum[visit.block.head, visit.row, None].iterator
                 rows, width, sides = self.config.cta_rows, self.config.chunk, self.plan.sides
                 for side in cutlass.range_constexpr(sides):
-                    column = (filling * sides + side) * self.plan.columns_at_once + chunk * width
+                    column = self.plan.column(filling, side) + chunk * width
                     add(sums + column * rows, staged.iterator + side * width * rows, width * rows)
                 cute.arch.cp_async_bulk_commit_group()
 

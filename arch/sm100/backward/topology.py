@@ -21,7 +21,7 @@ def topology(config: Config) -> Topology:
         return Link(name=name, producers=producers, consumers=consumers, slots=slots, **more)
 
     of_pairs = (
-        *(link(name, ("load",), ("mma",)) for name in OF_PAIRS),
+        *(link(name, ("load",), ("mma",)) for name in OF_PAIRS if name in config.moved),
         link("peer_ds", ("peer",), ("mma",), emptied=False),
         link("relayed", ("relay",), ("mma",), emptied=False),
     )

@@ -72,6 +72,11 @@ class Config:
         return self.ctas > 1
 
     @property
+    def moved(self) -> tuple[str, ...]:
+        """What is loaded through channels, and comes to places of its own."""
+        return ("k", "v", "q", "grad_out", *(OF_PAIRS if self.paired else ()))
+
+    @property
     def s_emptied(self) -> bool:
         """Whether who reads S tells when: something else than P comes there."""
         return self.p_apart or self.paired
@@ -96,6 +101,15 @@ class Config:
         """Registers per thread before `setmaxnreg`."""
         return REGISTERS // (WARPGROUPS + 2)
 
+    def of_pairs(self, sizes: dict[str, int]) -> tuple[Region, ...]:
+        """What a pair's CTAs have besides. sizes: in bytes."""
+        return (
+            Region(name="k_columns", size=sizes["k"], filled="load", read="dq"),
+            Region(name="q_columns", size=sizes["q"], filled="load", read="dk"),
+            Region(name="out_columns", size=sizes["grad_out"], filled="load", read="dv"),
+            Region(name="peer_ds", size=sizes["ds"] // 2, filled="ds", read="dq"),
+        )
+
     def regions(self, problem: Problem) -> Regions:
         """Shared memory in bytes."""
         columns, nbytes = columns_of(problem), problem.precision.nbytes
@@ -103,18 +117,14 @@ class Config:
         q, grad_out = (nbytes(self.cta_rows * count) for count in columns)
         ds, numbers = nbytes(self.tile_m * self.cta_keys), 4 * self.tile_m
         sums, shared_sums = 4 * ROWS * self.chunk, 4 * self.cta_keys * self.chunk
-        of_pairs = (
-            Region(name="k_columns", size=k, filled="load", read="dq"),
-            Region(name="q_columns", size=q, filled="load", read="dk"),
-            Region(name="out_columns", size=grad_out, filled="load", read="dv"),
-            Region(name="peer_ds", size=ds // 2, filled="ds", read="dq"),
-        )
+        q_read, out_read = ("s", "dp") if self.paired else ("dk", "dv")
+        of_pairs = self.of_pairs({"k": k, "q": q, "grad_out": grad_out, "ds": ds})
         return Regions(
             regions=(
                 Region(name="k", size=k, filled="load", read="dq"),
                 Region(name="v", size=v, filled="load", read="dp"),
-                Region(name="q", size=q, count=self.q_stages, filled="load", read="dk"),
-                Region(name="grad_out", size=grad_out, count=self.out_stages, filled="load", read="dv"),
+                Region(name="q", size=q, count=self.q_stages, filled="load", read=q_read),
+                Region(name="grad_out", size=grad_out, count=self.out_stages, filled="load", read=out_read),
                 Region(name="ds", size=ds // 2, count=2, filled="ds", read="dq"),
                 Region(name="sums", size=sums, count=self.sums, filled="store", read="store"),
                 Region(name="lse", size=numbers, count=NUMBERS, filled="load", read="p"),
@@ -134,6 +144,27 @@ class Config:
     def shared_memory(self, problem: BackwardProblem) -> int:
         """Bytes of dynamic shared memory."""
         return self.regions(problem.forward).used + ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class SerialConfig(Config):
+    """A pair that has Q and dO in one form at a time, and S and dP in the same columns: see `serial`.
+
+    dQ comes in two fillings: two thirds of it and the rest.
+    """
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        return ("k", "v", "q", "grad_out", "k_columns")
+
+    def of_pairs(self, sizes: dict[str, int]) -> tuple[Region, ...]:
+        """The columns of Q and dO come to the places of their rows."""
+        return (
+            Region(name="k_columns", size=sizes["k"], filled="load", read="dq"),
+            Region(name="q_columns", size=sizes["q"], filled="s", read="dk", over="q"),
+            Region(name="out_columns", size=sizes["grad_out"], filled="dp", read="dv", over="grad_out"),
+            Region(name="peer_ds", size=sizes["ds"] // 2, filled="ds", read="dq"),
+        )
 
 
 def columns_of(problem: Problem) -> tuple[int, int]:
@@ -182,6 +213,14 @@ BACKWARD = (
     Row(
         head_dim=128, head_dim_v=128, pressure=HEAVY, config=Config(out_stages=1, **PIECEWISE),
         why="rules and dropout take the registers that dQ would leave at once with",
+    ),
+    Row(
+        head_dim=192, head_dim_v=128, pressure=HEAVY, narrowest=104, few=False,
+        config=SerialConfig(
+            tile_n=256, ctas=2, q_stages=1, out_stages=1, chunk=8, at_once=True, store_registers=88,
+            compute_registers=184, other_registers=56,
+        ),
+        why="FlashAttention-4's pair: of shared memory it asks two thirds of what tiles of 64 rows do",
     ),
     Row(
         head_dim=192, head_dim_v=128, pressure=HEAVY, config=Config(tile_m=64, chunk=16, sums=4, **AT_ONCE),
