@@ -27,10 +27,10 @@ def test_demo_notices_a_difference(capsys, arch, monkeypatch):
 
 def test_training(capsys, arch):
     """A few steps by either attention: the same losses, which fall."""
-    assert demo.main(["--train", "--steps", "3", "--arch", arch]) == 0
+    assert demo.main(["--train", "--steps", "4", "--arch", arch]) == 0
     printed, progress = capsys.readouterr()
     assert f"kernels on an emulated {arch}" in progress
-    assert "largest difference of the curves" in printed and len(printed.splitlines()) > 5
+    assert "largest difference of the curves" in printed and len(printed.splitlines()) > 6
 
 
 def test_training_notices_a_wrong_gradient(capsys, monkeypatch):
