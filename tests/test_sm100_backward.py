@@ -14,7 +14,7 @@ import cute_flash
 from cute_flash.arch.backward import BackwardProblem
 from cute_flash.arch.problem import Device, Problem
 from cute_flash.arch.sm100 import BACKWARD
-from cute_flash.arch.sm100.backward.plan import PairPlan, Plan, SerialPlan
+from cute_flash.arch.sm100.backward.plan import PairPlan, Plan, SerialPlan, WidePlan
 from cute_flash.arch.sm100.backward.tuning import BACKWARD as ROWS
 from cute_flash.arch.sm100.backward.tuning import Config
 from cute_flash.arch.sm100.tmem import LANE
@@ -41,18 +41,23 @@ FULLEST = (
     replace(of_row("heavy", (128, 128)), heads=(2, 1), seqlens=((150, 300), (20, 130))),
     *(
         replace(EXTREMES["heavy"], dims=dims, heads=(2, 1), seqlens=((70, 150), (20, 30)))
+        for dims in ((192, 128), (256, 256))
+    ),
+    *(
+        replace(EXTREMES["heavy"], dims=dims, mask="window", seqlens=((70, 150),))
         for dims in ((192, 128), (192, 192), (256, 256))
     ),
-    replace(EXTREMES["heavy"], dims=(192, 128), mask="window", seqlens=((70, 150),)),
     replace(EXTREMES["blocks_heavy"], dims=(256, 256), blocks="small", heads=(2, 1), seqlens=((70, 150),)),
 )
-# Head dims that are no whole tile: of 128 rows and keys, of 64 rows, of 64 keys, of these with dQ in parts,
-# of pairs. One CTA of these has no keys.
-PAIRED = (104, 128), (136, 104)
+# Head dims that are no whole tile: of 128 rows and keys, of 64 rows, of 64 keys, of pairs. One CTA of these
+# has no keys.
+PAIRED = (104, 128), (136, 104), (200, 136)
 WIDE = {
     dims: Case("wide", ((130, 300 if dims in PAIRED else 140),), heads=(1, 1), dims=dims, mask="causal")
-    for dims in ((96, 104), (136, 72), (72, 136), (200, 136), *PAIRED)
+    for dims in ((96, 104), (136, 72), (72, 136), *PAIRED)
 }
+# Of 64 keys with dQ in parts, which sees a window.
+PARTS = Case("parts", ((130, 140),), heads=(1, 1), dims=(200, 136), mask="window")
 # Small, of kernels that NAMES has: several visits, heads that share keys, several key tiles, dQ over dP.
 STRICT = {
     "causal": replace(CASES["lengths_127_257_causal"], heads=(1, 1)),
@@ -61,17 +66,19 @@ STRICT = {
     "at_once": replace(CASES["dims_128_8"], heads=(1, 1), seqlens=((270, 140),)),
     "rows": WIDE[136, 72],
     "keys": WIDE[72, 136],
-    "parts": WIDE[200, 136],
+    "parts": PARTS,
     "pair": WIDE[104, 128],
     "serial": WIDE[136, 104],
+    "wide": WIDE[200, 136],
 }
 IN_TURNS = {
     "keys": replace(CASES["lengths_127_257_causal"], heads=(1, 1), deterministic=True),
     "heads": replace(CASES["heads_6_2"], heads=(2, 1), seqlens=((140, 70),), deterministic=True),
     "rows": Case("rows", ((70, 140),), heads=(2, 1), dims=(136, 72), deterministic=True),
-    "parts": Case("parts", ((140, 70),), heads=(2, 1), dims=(200, 136), deterministic=True),
+    "parts": replace(PARTS, seqlens=((140, 70),), heads=(2, 1), deterministic=True),
     "pair": Case("pair", ((140, 300),), heads=(2, 1), dims=(128, 128), deterministic=True),
     "serial": Case("serial", ((140, 300),), heads=(2, 1), dims=(136, 104), deterministic=True),
+    "wide": Case("wide", ((140, 150),), heads=(2, 1), dims=(200, 136), deterministic=True),
 }
 
 
@@ -199,10 +206,18 @@ def test_tensor_memory_of_a_pair_with_little_room():
     assert [plan.column(i, side) for i in (0, 1) for side in (0, 1)] == [0, 96, 64, 160]
 
 
+def test_tensor_memory_of_a_pair_for_wide_heads():
+    """Nothing lies over anything: accumulators take half as many columns as they have."""
+    plan = WidePlan(256, 256)
+    places = [plan.at(name) for name in ("s", "dp", "grad_v", "grad_k", "grad_q")]
+    assert places == [0, 64, 128, 256, 384] and plan.regions.used == plan.allocated == 512
+    assert plan.half("s", 1) == 32 and plan.half("dp", 1) == 96 and plan.grad_q_shape(0) == (64, 256)
+
+
 @pytest.mark.parametrize(
     "mask, ctas", [("full", 2), ("causal", 2), ("window", 1), ("document_causal", 2)], ids=str
 )
-@pytest.mark.parametrize("dims", [(128, 128), (192, 128)], ids=str)
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (256, 256)], ids=str)
 def test_windows_are_not_for_pairs(mask, ctas, dims):
     case = Case("pairs", dims=dims, mask=mask)
     assert main_step(case, "sm100").config.ctas == ctas
@@ -215,16 +230,16 @@ def test_windows_are_not_for_pairs(mask, ctas, dims):
         ((128, 128), 3 * 32 + 4 * 16 + 3 * 16 + 2 * 8 + 2),
         ((192, 64), 48 + 16 + 2 * 24 + 2 * 8 + 16 + 4 * 8 + 1),
         ((192, 128), 2 * 48 + 32 + 24 + 16 + 3 * 16 + 2 * 4 + 2),
-        ((192, 192), 24 + 24 + 2 * 48 + 48 + 16 + 2 * 8 + 2),
-        ((256, 256), 32 + 32 + 64 + 64 + 16 + 2 * 8 + 2),
+        ((192, 192), 5 * 24 + 16 + 16 + 16 + 2 * 8 + 2),
+        ((256, 256), 5 * 32 + 16 + 16 + 16 + 2 * 8 + 2),
     ],
     ids=str,
 )
 def test_shared_memory_is_what_tiles_take(dims, kib):
     """K, V, tiles of Q and of dO, dS, parts of dQ in fp32, and the rows' numbers: all that there is.
 
-    A pair's CTA has half of Q and of dO in either form, at 192/128 in one at a time, columns of K, and of dS
-    what it sends besides.
+    A pair's CTA has half of Q and of dO in either form, beyond 128 in one at a time, columns of K, and of dS
+    what it sends besides; for wide heads P, too.
     """
     problem = BackwardProblem(Problem("float16", *dims))
     config = BACKWARD.config(problem, DEVICE)

@@ -53,7 +53,7 @@ class Compute:
 
     def __init__(self, problem: Problem, config: Config, plan: Plan, result: Result, group: Group):
         self.problem, self.config, self.plan, self.result, self.group = problem, config, plan, result, group
-        self.dtype, self.threads = element_type(problem.precision), threads_of(plan.keys)
+        self.dtype, self.threads = element_type(problem.precision), threads_of(plan.keys, group)
         self.rows = plan.half_rows // plan.sharers  # of a thread
         self.chunk = min(CHUNK, self.rows)
 
@@ -79,14 +79,13 @@ class Compute:
                     edges.s.warp_emptied(self.group)
                 self.wait_for_p(edges, turn)
                 kept = self.to_p(key, memory, weights, slot.index, first_row, phases[p].masked)
-                stored()
+                self.written("p")
                 edges.p.warp_filled(self.group)
                 edges.dp.wait_full(turn)
                 self.wait_until_free(edges, turn)
                 self.to_ds(key, memory, weights, slot.index, kept, block.call.keep_scale)
                 slot.release()
-                stored()
-                cute.arch.fence_proxy("async.shared", space="cta")
+                self.written("ds")
                 edges.ds.warp_filled(self.group)
                 self.send(key, memory, edges)
         if visits.any():
@@ -122,6 +121,12 @@ class Compute:
         """Write P or dS, two rows to a column, likewise."""
         place = self.plan.half(name, key.warpgroup) + first // 2
         self.threads.store(words(rounded), memory.tensor, place, self.plan.half_rows // 2, key.thread)
+
+    def written(self, name: str) -> None:
+        """Products may read what this thread has written of P, or dS, when an arrival tells."""
+        stored()
+        if name == "ds":
+            cute.arch.fence_proxy("async.shared", space="cta")
 
     def to_p(
         self, key: Key, memory: Memory, weights: cute.Tensor, slot: Int32, first_row: Int32, masked: bool
@@ -190,8 +195,12 @@ class Compute:
                 self.differentiate(key, piece, weight, delta, c + r)
                 self.round(piece, some_columns(ds, r, PIECE))
             self.store(key, memory, "ds", c, ds)
-            row, first = self.place_of_ds(key, place)
-            to_row(ds, memory.tiles.ds[row, None, 0], first + c)
+            self.share(key, memory, ds, place, c)
+
+    def share(self, key: Key, memory: Memory, ds: cute.Tensor, place: Int32, first: int) -> None:
+        """dS, from the thread's row `first` on, of the key at `place` to shared memory, for dQ."""
+        row, column = self.place_of_ds(key, place)
+        to_row(ds, memory.tiles.ds[row, None, 0], column + first)
 
     def place_of_ds(self, key: Key, place: Int32) -> tuple[Int32, Int32 | int]:
         """Row and first column in shared memory, where dP's are (place, the thread's first row)."""

@@ -89,6 +89,7 @@ class Tiles(NamedTuple):
 
     moved: GradientOperands  # (rows, columns, tiles); dK and dV in the places of K and V
     ds: cute.Tensor  # (keys, rows, 1): dS transposed; of a pair see `pair`
+    weights: cute.Tensor | None  # (keys, rows, 2): P and dS transposed, of a pair for wide heads; see `wide`
     sums: cute.Tensor  # (numbers, places) fp32: columns of dQ on their way
     shared_sums: cute.Tensor  # (numbers, warpgroups) fp32: the same of dK and dV, in the place of dS
     lse: cute.Tensor  # (rows, NUMBERS) fp32
@@ -99,16 +100,18 @@ class Tiles(NamedTuple):
         """Places for all of it."""
         k, v, q, grad_out = (allocate(smem, getattr(operands, name)) for name in ("k", "v", "q", "grad_out"))
         grad_k, grad_v = in_place(k, operands.grad_k), in_place(v, operands.grad_v)
-        keys = config.tile_n + config.cta_keys * (config.ctas - 1)
-        ds = allocate(smem, Operand.of(problem.precision, keys, config.cta_rows, 1, False))
-        halves = dict.fromkeys(OF_PAIRS)
+        ds = allocate(smem, Operand.of(problem.precision, config.ds_keys, config.cta_rows, 1, False))
+        weights, halves = None, dict.fromkeys(OF_PAIRS)
+        if config.shared_weights:
+            weights = allocate(smem, Operand.of(problem.precision, config.cta_keys, config.tile_m, 2, False))
         if config.paired:
             # The columns of Q and dO have places of their own, or those of their rows.
-            rows = {"q_columns": q, "out_columns": grad_out}
+            rows = {"q": q, "grad_out": grad_out}
             halves = {
-                name: allocate(smem, operand) if name in config.moved else in_place(rows[name], operand)
+                name: allocate(smem, operand) if name in config.moved
+                else in_place(rows[config.channel(name)], operand)
                 for name, operand in ((name, getattr(operands, name)) for name in OF_PAIRS)
-            }
+            }  # fmt: skip
 
         def numbers(*shape: int) -> cute.Tensor:
             return smem.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=128)
@@ -120,6 +123,7 @@ class Tiles(NamedTuple):
         return Tiles(
             moved=GradientOperands(q, k, v, grad_out, grad_k, grad_v, **halves),
             ds=ds,
+            weights=weights,
             sums=numbers(config.cta_rows * config.chunk * plan_of(problem, config).sides, config.sums),
             shared_sums=shared_sums,
             lse=numbers(config.tile_m, NUMBERS),

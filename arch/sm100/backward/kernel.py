@@ -47,8 +47,9 @@ from .products import Products
 from .serial import SerialCompute, SerialLoad, SerialMma, SerialStore
 from .store import Result, Store
 from .topology import WARPGROUP, topology
-from .tuning import WARPGROUPS, Config, SerialConfig
+from .tuning import WARPGROUPS, Config, SerialConfig, WideConfig
 from .turns import AsTheyCome, InTurns
+from .wide import WideCompute, WideLoad, WideMma
 
 
 class BackwardKernel:
@@ -110,7 +111,7 @@ class BackwardKernel:
         producers = {name: made.producer for name, made in channels.items()}
         producers = LoadEnds(**producers, numbers=numbers.producer)
         consumers = MmaEnds(**{name: made.consumer for name, made in channels.items()})
-        result = Result(problem, config, plan, self.operands, self.turns)
+        result = Result(problem, config, plan, self.operands, self.turns, group)
         kinds = roles_of(config)
         compute = kinds.compute(problem, config, plan, result, group)
         mma, load = kinds.mma(problem, config, products), kinds.load(problem, config, self.operands)
@@ -160,6 +161,8 @@ class Kinds(NamedTuple):
 
 def roles_of(config: Config) -> Kinds:
     """Those of a CTA alone, or of one of a pair."""
+    if isinstance(config, WideConfig):
+        return Kinds(Store, WideCompute, WideMma, WideLoad)
     if isinstance(config, SerialConfig):
         return Kinds(SerialStore, SerialCompute, SerialMma, SerialLoad)
     if config.paired:

@@ -126,8 +126,12 @@ class Mma:
         mma = make.grad_kv(columns, make.group)
         acc = make.result(mma, memory.tensor, make.plan.at(into), (make.plan.keys, columns))
         b = tile_of(make.columns(tiles), held.current_handle().index, turn)
-        begin(mma, acc, make.weights(memory.tensor, weights, columns), b, Boolean(turn > 0))
+        begin(mma, acc, self.weights(memory, weights, columns), b, Boolean(turn > 0))
         held.release()
+
+    def weights(self, memory: Memory, name: str, columns: int) -> cute.Tensor:
+        """P^T or dS^T as A of dV or dK, which has so many columns."""
+        return self.products.weights(memory.tensor, name, columns)
 
     def begin_grad_q(self, memory: Memory, edges: Edges, turn: Int32, filling: int) -> None:
         """Begin a filling of dQ = dS K, where it may lie."""

@@ -14,6 +14,8 @@ other's rows, which are sent.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
@@ -28,7 +30,7 @@ from .compute import Compute, Key
 from .job import Edges, LoadEnds, Memory, MmaEnds, key_block
 from .load import Load
 from .mma import Mma
-from .tuning import ROWS, THREADS
+from .tuning import KEYS, OF_PAIRS, ROWS, THREADS
 
 SEND = 4  # named barrier: of the warpgroup whose dS is sent
 SENT = 2 * ROWS  # first row of what is sent
@@ -36,73 +38,82 @@ PEER_EDGES = ("peer_ds", "relayed")
 
 
 class PairLoad(Load):
-    """Brings either form of Q and dO, in the order in which products free their places."""
+    """Brings either form of Q and dO, in the order in which products free their places.
+
+    first, then: what is brought for the first tile, and for each of the others.
+    """
+
+    first = "k", "q", "numbers", "v", "grad_out", "out_columns", "q_columns", "k_columns"
+    then = "q", "numbers", "grad_out", "out_columns", "q_columns"
 
     @cute.jit
     def run(self, launch: Launch, memory: Memory, ends: LoadEnds, warp: Int32):
-        operands, moved = self.operands, memory.tiles.moved
         block = key_block(self.problem, self.config, launch)
         rules = Rules.of(self.problem, block.call, block.sequence, block.head)
         visits = block.visits(self.problem, self.config, rules)
         if visits.any():
-            k, v, k_columns = self.of_keys(block)
-            q, grad_out, q_columns, out_columns = self.of_rows(block)
-            half = block.rank * self.config.cta_rows
+            rows = self.rows(block)
             row = self.first_row(visits, visits.start)
-            slot = ends.k.acquire_and_advance()
-            self.copy(operands.k, k, block.first_key, moved.k, slot)
-            slot = ends.q.acquire_and_advance()
-            self.copy(operands.q, q, row + half, moved.q, slot)
-            slot = ends.numbers.acquire_and_advance()
-            self.numbers(block, row, memory, slot)
-            slot = ends.v.acquire_and_advance()
-            self.copy(operands.v, v, block.first_key, moved.v, slot)
-            slot = ends.grad_out.acquire_and_advance()
-            self.copy(operands.grad_out, grad_out, row + half, moved.grad_out, slot)
-            slot = ends.out_columns.acquire_and_advance()
-            self.copy(operands.out_columns, out_columns, row, moved.out_columns, slot)
-            slot = ends.q_columns.acquire_and_advance()
-            self.copy(operands.q_columns, q_columns, row, moved.q_columns, slot)
-            slot = ends.k_columns.acquire_and_advance()
-            self.copy(operands.k_columns, k_columns, block.tile_key, moved.k_columns, slot)
+            for i in cutlass.range_constexpr(len(self.first)):
+                ends = self.bring(self.first[i], block, rows, row, memory, ends)
             for i in cutlass.range(visits.total - 1, unroll=1):
                 row = self.first_row(visits, visits.after(visits.start, i + 1))
-                slot = ends.q.acquire_and_advance()
-                self.copy(operands.q, q, row + half, moved.q, slot)
-                slot = ends.numbers.acquire_and_advance()
-                self.numbers(block, row, memory, slot)
-                slot = ends.grad_out.acquire_and_advance()
-                self.copy(operands.grad_out, grad_out, row + half, moved.grad_out, slot)
-                slot = ends.out_columns.acquire_and_advance()
-                self.copy(operands.out_columns, out_columns, row, moved.out_columns, slot)
-                slot = ends.q_columns.acquire_and_advance()
-                self.copy(operands.q_columns, q_columns, row, moved.q_columns, slot)
+                for j in cutlass.range_constexpr(len(self.then)):
+                    ends = self.bring(self.then[j], block, rows, row, memory, ends)
             # The leader must not tell a CTA that has left that its tiles are free.
-            ends.q.tail()
-            ends.grad_out.tail()
-            ends.out_columns.tail()
-            ends.q_columns.tail()
+            for name in self.refilled():
+                getattr(ends, name).tail()
 
-    def of_keys(self, block: KeyBlock) -> tuple[HeadRows, ...]:
-        """The keys' head's K, V and the CTA's columns of K."""
-        names = ("k", "v", "k_columns")
-        mapped = ((getattr(self.operands, name), getattr(block.maps, name)) for name in names)
-        k, v, columns = (block.k_rows(*one) for one in mapped)
-        return k, v, self.operands.k_columns.part(columns, block.rank)
+    def refilled(self) -> tuple[str, ...]:
+        """Channels of tiles that come again."""
+        return tuple(dict.fromkeys(self.config.channel(name) for name in self.then if name != "numbers"))
 
-    def of_rows(self, block: KeyBlock) -> tuple[HeadRows, ...]:
-        """The query head's Q and dO, and the CTA's columns of them."""
-        names = ("q", "grad_out", "q_columns", "out_columns")
-        mapped = ((getattr(self.operands, name), getattr(block.maps, name)) for name in names)
-        q, grad_out, *columns = (block.q_rows(*one) for one in mapped)
-        parts = zip((self.operands.q_columns, self.operands.out_columns), columns, strict=True)
-        return q, grad_out, *(operand.part(rows, block.rank) for operand, rows in parts)
+    def bring(
+        self, name: str, block: KeyBlock, rows: dict[str, HeadRows], row: Int32, memory: Memory,
+        ends: LoadEnds,
+    ) -> LoadEnds:
+        """Begin copying one thing of the tile whose first row is `row`."""
+        slot = getattr(ends, self.config.channel(name)).acquire_and_advance()
+        if name == "numbers":
+            self.numbers(block, row, memory, slot)
+        else:
+            own = row + block.rank * self.config.cta_rows
+            at = {"k": block.first_key, "v": block.first_key, "k_columns": block.tile_key}
+            first = at.get(name, own if name in ("q", "grad_out") else row)
+            operand, tiles = getattr(self.operands, name), getattr(memory.tiles.moved, name)
+            self.copy(operand, rows[name], first, tiles, slot)
+        return ends
+
+    def rows(self, block: KeyBlock) -> dict[str, HeadRows]:
+        """What is copied from: the keys' head's K and V, the query head's Q and dO, the CTA's columns."""
+        found = {}
+        for name in ("k", "v", "k_columns", "q", "grad_out", "q_columns", "out_columns"):
+            operand, of = getattr(self.operands, name), block.k_rows if name in KEYS else block.q_rows
+            rows = of(operand, getattr(block.maps, name))
+            found[name] = operand.part(rows, block.rank) if name in OF_PAIRS else rows
+        return found
+
+
+class Product(NamedTuple):
+    """One of a tile's products. ahead: it is the next tile's. filling: of dQ."""
+
+    name: str
+    ahead: bool = False
+    filling: int = 0
+
+
+S, DP = Product("s", ahead=True), Product("dp", ahead=True)
+DV, DK, DQ = Product("grad_v"), Product("grad_k"), Product("grad_q")
 
 
 class PairMma(Mma):
-    """The leader's warp begins all products; the other's is the relay."""
+    """The leader's warp begins all products; the other's is the relay.
+
+    order: of the products beside a tile, here so that two of them run while dS is on its way.
+    """
 
     values, queries = "out_columns", "q_columns"
+    order: tuple[Product, ...] = DV, S, DK, DP, DQ
 
     @cute.jit
     def run(self, launch: Launch, memory: Memory, edges: Edges, ends: MmaEnds, warp: Int32):
@@ -124,52 +135,78 @@ class PairMma(Mma):
 
     @cute.jit
     def begin_all(self, memory: Memory, edges: Edges, ends: MmaEnds, total: Int32):
-        """dV(t), S(t+1), dK(t), dP(t+1), dQ(t): two products run while dS is on its way. See `PairPlan`."""
-        ends.k.wait_and_advance()
-        q = ends.q.wait_and_advance()
-        self.begin_s(memory, edges, q.index, Int32(0))
-        q.release()
-        ends.v.wait_and_advance()
-        out = ends.grad_out.wait_and_advance()
-        self.begin_dp(memory, edges, out.index, Int32(0))
-        out.release()
-        ends.k_columns.wait_and_advance()
+        order = self.order
+        ends = self.begin_first(memory, edges, ends)
         for turn in cutlass.range(total - 1, unroll=1):
-            ends.out_columns.wait()
-            self.begin_grad_v(memory, edges, ends.out_columns, turn)
-            ends.out_columns.advance()
-            q = ends.q.wait_and_advance()
-            edges.grad_q.wait_empty(turn)
-            self.begin_s(memory, edges, q.index, turn + 1)
-            q.release()
-            ends.q_columns.wait()
-            self.begin_grad_k(memory, edges, ends.q_columns, turn)
-            ends.q_columns.advance()
-            out = ends.grad_out.wait_and_advance()
-            self.begin_dp(memory, edges, out.index, turn + 1)
-            out.release()
-            edges.s.wait_empty(turn + 2)
-            self.begin_grad_q(memory, edges, turn, 0)
-        ends.out_columns.wait()
-        self.begin_grad_v(memory, edges, ends.out_columns, total - 1)
-        ends.q_columns.wait()
-        self.begin_grad_k(memory, edges, ends.q_columns, total - 1)
-        edges.grad_q.wait_empty(total - 1)
-        self.begin_grad_q(memory, edges, total - 1, 0)
+            for i in cutlass.range_constexpr(len(order)):
+                ends = self.begin(order[i], memory, edges, ends, turn + order[i].ahead)
+        for i in cutlass.range_constexpr(len(order)):
+            if cutlass.const_expr(not order[i].ahead):
+                ends = self.begin(order[i], memory, edges, ends, total - 1, last=True)
         edges.grad_kv.filled_by_mma(self.products.group)
+
+    def begin_first(self, memory: Memory, edges: Edges, ends: MmaEnds) -> MmaEnds:
+        """Begin the first tile's products that are begun ahead. What comes once has come then."""
+        ends.k.wait_and_advance()
+        ends = self.begin(S, memory, edges, ends, Int32(0), first=True)
+        ends.v.wait_and_advance()
+        ends = self.begin(DP, memory, edges, ends, Int32(0), first=True)
+        ends.k_columns.wait_and_advance()
+        return ends
+
+    def begin(
+        self, product: Product, memory: Memory, edges: Edges, ends: MmaEnds, turn: Int32,
+        first: bool = False, last: bool = False,
+    ) -> MmaEnds:
+        """Begin tile `turn`'s product, when its operands are there, and its place is free.
+
+        first, last: for the first tile, and the last one; the first finds every place free.
+        """
+        name = product.name
+        if name in ("s", "dp"):
+            rows = ends.q if name == "s" else ends.grad_out
+            slot = rows.wait_and_advance()
+            if not first:
+                self.wait_for_room(product, edges, turn, last)
+            scores = self.begin_s if name == "s" else self.begin_dp
+            scores(memory, edges, slot.index, turn)
+            slot.release()
+        elif name == "grad_q":
+            self.wait_for_room(product, edges, turn, last)
+            self.begin_grad_q(memory, edges, turn, product.filling)
+        else:
+            of_v = name == "grad_v"
+            add = self.begin_grad_v if of_v else self.begin_grad_k
+            held = getattr(ends, self.config.channel(self.values if of_v else self.queries))
+            held.wait()
+            add(memory, edges, held, turn)
+            held.advance()
+        return ends
+
+    def wait_for_room(self, product: Product, edges: Edges, turn: Int32, last: bool) -> None:
+        """Until nobody reads what lies where tile `turn`'s product comes: dQ and S lie over each other."""
+        if product.name == "s":
+            edges.grad_q.wait_empty(turn - 1)
+        elif product.name == "grad_q" and last:
+            edges.grad_q.wait_empty(turn)
+        elif product.name == "grad_q":
+            edges.s.wait_empty(turn + 2)
 
     def begin_grad_q(self, memory: Memory, edges: Edges, turn: Int32, filling: int) -> None:
         """Begin dQ = dS K of both CTAs' keys, when each has the other's dS."""
         make, tiles, plan = self.products, memory.tiles, self.products.plan
         edges.peer_ds.wait_full(turn)
         edges.relayed.wait_full(turn)
-        keys = cute.local_tile(tiles.ds, (self.config.tile_n, self.config.cta_rows, 1), (0, 0, 0))
         mma = make.grad_q(filling, make.group)
         acc = make.result(mma, memory.tensor, plan.at("grad_q"), plan.grad_q_shape(filling))
-        a = make.ds(keys)
+        a = make.ds(self.own_rows(tiles.ds))
         b = make.k_of_grad_q(tiles.moved.k_columns, plan.column(filling, 0), filling)
         begin(mma, acc, tile_of(a, 0, turn), tile_of(b, 0, turn), False)
         edges.grad_q.filled_by_mma(make.group)
+
+    def own_rows(self, ds: cute.Tensor) -> cute.Tensor:
+        """dS (keys of both CTAs, the CTA's rows, 1)."""
+        return cute.local_tile(ds, (self.config.tile_n, self.config.cta_rows, 1), (0, 0, 0))
 
 
 class PairCompute(Compute):
@@ -190,9 +227,12 @@ class PairCompute(Compute):
         if key.warpgroup != rank:
             cute.arch.barrier(barrier_id=SEND, number_of_threads=THREADS)
             if key.thread < 32:
-                with cute.arch.elect_one():
-                    row, barrier = ROWS * self.config.cta_rows, edges.peer_ds.full
-                    nbytes = row * ds.element_type.width // 8
-                    cute.arch.mbarrier_arrive_and_expect_tx(barrier, nbytes)
-                    target, source = ds.iterator + rank * row, ds.iterator + 2 * row
-                    copy_to_peer(target, source, nbytes, barrier, 1 - rank)
+                size = ROWS * self.config.cta_rows
+                self.copy(edges, ds.iterator + rank * size, ds.iterator + 2 * size, size)
+
+    def copy(self, edges: Edges, target: cute.Pointer, source: cute.Pointer, size: int) -> None:
+        """Begin copying so many elements to `target` in the other CTA; expect as many from there."""
+        barrier, nbytes = edges.peer_ds.full, self.problem.precision.nbytes(size)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, nbytes)
+            copy_to_peer(target, source, nbytes, barrier, 1 - self.group.rank())

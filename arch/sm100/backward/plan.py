@@ -42,7 +42,7 @@ from cutlass import Int32
 from ...common.regions import Region, Regions
 from ...problem import Problem
 from ..tmem import COLUMNS, HALF_LANES, LANE
-from .tuning import ROWS, WARPGROUPS, Config, SerialConfig, columns_of
+from .tuning import ROWS, WARPGROUPS, Config, SerialConfig, WideConfig, columns_of
 
 STEPS = ("s", "dp", "p", "dv", "ds", "dk", "dq", "store", "end")
 
@@ -52,7 +52,7 @@ class Plan:
     """Of a CTA alone.
 
     columns, columns_v: of dK and dQ, and of dV. p_apart: P has columns of its own. rows, keys: of a tile, 64
-    or 128.
+    or 128. shared_weights: P and dS are multiplied out of shared memory, not from here.
 
     ValueError where they do not fit.
     """
@@ -62,6 +62,7 @@ class Plan:
     p_apart: bool = False
     rows: int = ROWS
     keys: int = ROWS
+    shared_weights = False
 
     def __post_init__(self) -> None:
         self.stacks  # noqa: B018
@@ -287,8 +288,41 @@ class SerialPlan(PairPlan):
         return self.half_rows // 2 if name == "p" else self.half_rows
 
 
+@dataclass(frozen=True)
+class WidePlan(PairPlan):
+    """Of each CTA of a pair with 64 keys each; fields as in `Plan`. Nothing lies over anything:
+
+        64    64    columns_v / 2    columns / 2    columns / 2
+        S     dP         dV              dK             dQ
+
+    Each has 64 rows of a CTA, the second half of the columns in the lanes below the first's. A warpgroup has
+    half of the columns of S and dP: of the rows of Q that either CTA sums dQ of, 32.
+    """
+
+    keys: int = ROWS // 2
+    shared_weights = True
+
+    @functools.cached_property
+    def stacks(self) -> tuple[Regions, ...]:
+        half = self.rows // 2
+        regions = (
+            Region(name="s", size=half, filled="s", read="p"),
+            Region(name="dp", size=half, filled="dp", read="ds"),
+            Region(name="grad_v", size=self.columns_v // 2, filled="dv", read="end"),
+            Region(name="grad_k", size=self.columns // 2, filled="dk", read="end"),
+            Region(name="grad_q", size=self.columns_at_once, filled="dq", read="store"),
+        )
+        unit = "columns of tensor memory"
+        return (Regions(regions=regions, steps=STEPS, unit=unit, room=COLUMNS),)
+
+    def step(self, name: str) -> int:
+        return self.half_rows // self.sides
+
+
 def plan_of(problem: Problem, config: Config) -> Plan:
     """That of a problem's kernel with this config."""
+    if isinstance(config, WideConfig):
+        return WidePlan(*columns_of(problem))
     if isinstance(config, SerialConfig):
         return SerialPlan(*columns_of(problem))
     if config.paired:

@@ -1,7 +1,7 @@
 """The five products: what they multiply, and where in tensor memory their results are.
 
     S^T = K Q^T       dP^T = V dO^T       keys x rows; both operands in shared memory
-    dV += P^T dO      dK += dS^T Q        keys x columns; P^T and dS^T in tensor memory
+    dV += P^T dO      dK += dS^T Q        keys x columns; P^T and dS^T in tensor memory, or as `wide` has them
     dQ = dS K                             rows x columns, in parts; dS lies in shared memory transposed
 
 A tiled product carries its accumulate flag along, so that each use makes its own. A pair's takes half of A's
@@ -38,7 +38,8 @@ class Products:
 
     def grad_kv(self, columns: int, group: Group) -> cute.TiledMma:
         """Of dK and dV, likewise."""
-        return tiled_mma(self.dtype, self.share(columns, group), TMEM, MN, group, rows=self.plan.keys)
+        source = SMEM if self.plan.shared_weights else TMEM
+        return tiled_mma(self.dtype, self.share(columns, group), source, MN, group, rows=self.plan.keys)
 
     def grad_q(self, filling: int, group: Group) -> cute.TiledMma:
         """Of a filling of dQ's columns, likewise."""

@@ -23,7 +23,7 @@ from ..group import Group
 from ..tmem import columns, load, registers, some_columns
 from .job import Edges, GradientOperands, Memory, key_block
 from .plan import Plan
-from .threads import Below, threads_of
+from .threads import threads_of
 from .tuning import CHUNK, THREADS, Config
 from .turns import AsTheyCome, InTurns
 
@@ -48,7 +48,7 @@ class Store:
         self, problem: Problem, config: Config, plan: Plan, turns: AsTheyCome | InTurns, group: Group
     ):
         self.problem, self.config, self.plan, self.turns, self.group = problem, config, plan, turns, group
-        self.threads = Below() if group.paired else threads_of(plan.rows)
+        self.threads = threads_of(plan.grad_q_shape(0)[0], group)
 
     @cute.jit
     def run(self, launch: Launch, memory: Memory, edges: Edges, warp: Int32):
@@ -172,10 +172,11 @@ class Result:
 
     def __init__(
         self, problem: Problem, config: Config, plan: Plan, operands: GradientOperands,
-        turns: AsTheyCome | InTurns,
+        turns: AsTheyCome | InTurns, group: Group,
     ):
         self.problem, self.config, self.plan, self.operands = problem, config, plan, operands
-        self.turns, self.dtype, self.threads = turns, element_type(problem.precision), threads_of(plan.keys)
+        self.turns, self.dtype = turns, element_type(problem.precision)
+        self.threads = threads_of(plan.keys, group)
 
     @cute.jit
     def store(self, block: KeyBlock, memory: Memory, visits: cutlass.Constexpr, warpgroup: Int32):
@@ -214,16 +215,19 @@ class Result:
             sums = total[block.kv_head, row, None].iterator
             keys, width = self.config.cta_keys, self.config.chunk
             own = width // self.plan.sharers
-            for c in cutlass.range_constexpr(0, self.dim(name), width):
+            for place, apart in self.threads.pieces(self.dim(name), width):
                 values = registers(own)
-                self.load(name, memory, c, width, values, thread)
+                self.load(name, memory, place, width, values, thread)
                 if thread == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
                 self.meet(part)
                 to_sums(values, staged, keys, self.threads.key(thread), self.threads.part(thread, own * keys))
                 self.meet(part)
                 if thread == 0:
-                    add(sums + c * keys, staged.iterator, width * keys)
+                    count = own if apart > own else width  # of columns that are neighbours
+                    for first in range(0, width, count):
+                        column = place + first // own * apart
+                        add(sums + column * keys, staged.iterator + first * keys, count * keys)
                     cute.arch.cp_async_bulk_commit_group()
             if thread == 0:
                 cute.arch.cp_async_bulk_wait_group(0, read=not self.turns.ordered)
@@ -237,12 +241,12 @@ class Result:
         tile = getattr(memory.tiles.moved, name)[None, None, 0]
         factor = self.factor(name, block)
         key, own = self.threads.key(thread), CHUNK // self.plan.sharers
-        for c in cutlass.range_constexpr(0, self.dim(name), CHUNK):
+        for place, apart in self.threads.pieces(self.dim(name), CHUNK):
             values = registers(own)
             values.fill(0.0)
             if visits.any():
-                self.load(name, memory, c, CHUNK, values, thread)
-            to_tile(values, factor, tile[key, None], c + self.threads.part(thread, own))
+                self.load(name, memory, place, CHUNK, values, thread)
+            to_tile(values, factor, tile[key, None], place + self.threads.part(thread, apart))
         cute.arch.fence_proxy("async.shared", space="cta")
         self.meet(part)
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0:
@@ -266,7 +270,7 @@ class Result:
     def load(
         self, name: str, memory: Memory, first: int, count: int, row: cute.Tensor, thread: Int32
     ) -> None:
-        """Read what is the thread's of `count` columns of dK or dV, from column `first` on."""
+        """Read what is the thread's of a piece of dK or dV, of `count` columns, from place `first` on."""
         self.threads.load(memory.tensor, self.plan.at(name) + first, count, row, thread)
 
     def meet(self, part: int) -> None:

@@ -5,10 +5,13 @@ What a key has neighbours of, rows of S or columns of dK, is a span of it: all o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import cutlass.cute as cute
 from cutlass import Int32
 
 from .. import tmem
+from ..group import Group
 from ..tmem import HALF_LANES
 from .tuning import ROWS
 
@@ -28,6 +31,10 @@ class KeyEach:
         """Where the thread's part of a span begins, whose parts are `unit`."""
         return 0
 
+    def pieces(self, columns: int, width: int) -> Iterator[tuple[int, int]]:
+        """Of columns `width` at a time: where in tensor memory, and how far the threads' are apart."""
+        return ((place, width // self.sharers) for place in range(0, columns, width))
+
     def load(self, base: cute.Pointer, first, span: int, row: cute.Tensor, thread: Int32) -> None:
         """Read registers of a key's span: column `first` is the first thread's first."""
         tmem.load(tmem.columns(base, first, cute.size(row)), row, thread)
@@ -37,7 +44,7 @@ class KeyEach:
         tmem.store(row, tmem.columns(base, first, cute.size(row)), thread)
 
 
-class KeyShared:
+class KeyShared(KeyEach):
     """64 keys; likewise."""
 
     sharers, neighbours = 2, HALF_LANES
@@ -55,8 +62,10 @@ class KeyShared:
         tmem.store_shared(row, base + first, span // 2, thread)
 
 
-class Below:
-    """64 rows, whose second half of the columns lies in the lanes below the first's; likewise."""
+class Below(KeyEach):
+    """64 rows of a CTA of a pair: the second half of the columns lies in the lanes below the first's."""
+
+    sharers, neighbours = 2, WARP
 
     def key(self, thread: Int32) -> Int32:
         return thread % (ROWS // 2)
@@ -64,7 +73,12 @@ class Below:
     def part(self, thread: Int32, unit: int) -> Int32:
         return thread // (ROWS // 2) * unit
 
+    def pieces(self, columns: int, width: int) -> Iterator[tuple[int, int]]:
+        return ((place, columns // 2) for place in range(0, columns // 2, width // 2))
 
-def threads_of(keys: int) -> KeyEach | KeyShared:
-    """Those of a tile of 128 or 64 keys."""
-    return KeyEach() if keys == ROWS else KeyShared()
+
+def threads_of(rows: int, group: Group) -> KeyEach:
+    """Those of an accumulator of which a CTA has 128 or 64 rows."""
+    if rows == ROWS:
+        return KeyEach()
+    return Below() if group.paired else KeyShared()

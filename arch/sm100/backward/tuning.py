@@ -1,7 +1,7 @@
 """Tile sizes of Blackwell's backward kernel: a table, read top to bottom; the first row that serves is taken.
 
-A CTA has 128 keys, a lane of tensor memory for each, or 64, half a lane for each, and takes 128 or 64 rows of
-Q at a time. What a row rests on:
+A CTA has 128 keys, a lane of tensor memory for each, or 64, half a lane or two for each, and takes 128 or 64
+rows of Q at a time. What a row rests on:
 
 tile_m, tile_n: dK and dV take head_dim + head_dim_v columns of tensor memory for 128 keys, S and dP two of
     tile_m. Where that is too much tile_m is 64, or else tile_n, for which dK and dV take the more of both.
@@ -31,6 +31,8 @@ REGISTERS = 512  # of four threads, one of each warpgroup
 NUMBERS = 2  # places of LSE and D
 CHUNK = 32  # columns or rows that are in registers at a time
 OF_PAIRS = ("q_columns", "k_columns", "out_columns")  # half of the columns: what a pair's CTAs have besides
+ROWS_OF = {"q_columns": "q", "out_columns": "grad_out"}  # where columns come that have no place of their own
+KEYS = ("k", "v", "k_columns")  # what comes once, of keys
 ALIGNMENT = 1024  # bytes that barriers and the alignment of tiles may take
 
 
@@ -46,8 +48,13 @@ class Config:
     columns of dQ that there are into registers, otherwise `chunk`. store_registers, compute_registers,
     other_registers: per thread.
 
+    shared_weights: P and dS are multiplied out of shared memory, not out of tensor memory.
+
     ValueError for registers that are not launched.
     """
+
+    shared_weights = False
+
 
     tile_m: int = ROWS
     tile_n: int = ROWS
@@ -76,6 +83,10 @@ class Config:
         """What is loaded through channels, and comes to places of its own."""
         return ("k", "v", "q", "grad_out", *(OF_PAIRS if self.paired else ()))
 
+    def channel(self, name: str) -> str:
+        """What something comes through: a channel of its own, or that of the place it comes to."""
+        return ROWS_OF[name] if name in ROWS_OF and name not in self.moved else name
+
     @property
     def s_emptied(self) -> bool:
         """Whether who reads S tells when: something else than P comes there."""
@@ -85,6 +96,11 @@ class Config:
     def cta_keys(self) -> int:
         """Keys of a CTA."""
         return self.tile_n // self.ctas
+
+    @property
+    def ds_keys(self) -> int:
+        """Keys of dS in shared memory: a pair's, and once more a CTA's own."""
+        return self.tile_n + self.cta_keys * (self.ctas - 1)
 
     @property
     def cta_rows(self) -> int:
@@ -167,6 +183,25 @@ class SerialConfig(Config):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class WideConfig(SerialConfig):
+    """A pair that has 64 keys in each CTA, for wide heads: see `wide`."""
+
+    shared_weights = True
+
+    @property
+    def ds_keys(self) -> int:
+        return self.tile_n
+
+    def of_pairs(self, sizes: dict[str, int]) -> tuple[Region, ...]:
+        """P besides, and the CTA's own rows of dS once more."""
+        return (
+            *super().of_pairs(sizes),
+            Region(name="p", size=sizes["ds"], filled="p", read="dv"),
+            Region(name="own_ds", size=sizes["ds"] // 2, filled="ds", read="dq"),
+        )
+
+
 def columns_of(problem: Problem) -> tuple[int, int]:
     """Columns of tiles of Q and K, and of dO and V: those of their gradients' sums."""
     return scratch_columns(problem.head_dim), scratch_columns(problem.head_dim_v)
@@ -225,6 +260,11 @@ BACKWARD = (
     Row(
         head_dim=192, head_dim_v=128, pressure=HEAVY, config=Config(tile_m=64, chunk=16, sums=4, **AT_ONCE),
         why="64 rows of Q leave tensor memory for sums of 128 keys: of 64, dQ would leave twice as often",
+    ),
+    Row(
+        head_dim=256, head_dim_v=256, pressure=HEAVY, narrowest=104, few=False,
+        config=WideConfig(tile_n=128, ctas=2, q_stages=1, out_stages=1, chunk=16, **PIECEWISE),
+        why="FlashAttention-4's pair of 64 keys each: half of what a CTA alone adds to dQ's sums and reads",
     ),
     Row(
         head_dim=192, head_dim_v=192, pressure=HEAVY,

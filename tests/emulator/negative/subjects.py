@@ -67,6 +67,12 @@ PAIR_TILE = {
     "tile_n": 256, "ctas": 2, "q_stages": 1, "out_stages": 1, "chunk": 16, "at_once": True,
     "store_registers": 88, "compute_registers": 184, "other_registers": 56,
 }  # fmt: skip
+# The fewest columns of which dQ comes in two products.
+SERIAL_GRADIENTS = replace(PAIR_GRADIENTS, dims=(136, 8))
+SERIAL_TILE = PAIR_TILE | {"chunk": 8}
+WIDE_TILE = {
+    "tile_n": 128, "ctas": 2, "q_stages": 1, "out_stages": 1, "chunk": 16, **blackwell.PIECEWISE,
+}  # fmt: skip
 # One tile of 64 keys, whose dQ comes in two fillings, likewise.
 KEYS_GRADIENTS = replace(PAIR_GRADIENTS, seqlens=((260, 64),), dims=(256, 8))
 HANDED_OVER = {
@@ -263,6 +269,16 @@ SUBJECTS = {
     # Two CTAs that multiply together and exchange dS; dQ lies over S.
     ("sm100", "gradients of a pair"): Tiled(
         PAIR_GRADIENTS, None, PAIRED, kernel=BLACKWELL_BACKWARD, tile=blackwell.Config(**PAIR_TILE), ctas=2,
+    ),
+    # The same with Q and dO in one form at a time, dP over half of S, and dQ in two products.
+    ("sm100", "gradients of a serial pair"): Tiled(
+        SERIAL_GRADIENTS, None, PAIRED, kernel=BLACKWELL_BACKWARD, tile=blackwell.SerialConfig(**SERIAL_TILE),
+        ctas=2,
+    ),
+    # 64 keys in each CTA, P and dS out of shared memory.
+    ("sm100", "gradients of a wide pair"): Tiled(
+        replace(PAIR_GRADIENTS, seqlens=((260, 128),)), None, PAIRED, kernel=BLACKWELL_BACKWARD,
+        tile=blackwell.WideConfig(**WIDE_TILE), ctas=2,
     ),
     # Two key tiles add to a query tile, and two heads to a key tile.
     ("sm100", "gradients in turns"): Tiled(
