@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("nvidia.cu13", reason="nvdisasm comes with NVIDIA's packages on PyPI")
 
-from profiling.timing import constants, predict, tune
+from profiling.timing import backward, constants, predict, tune
 
 
 def task(arch: str = "sm90", dims: tuple[int, int] = (128, 128), causal: bool = False) -> tune.Task:
@@ -39,6 +39,36 @@ def test_the_bound_is_what_products_or_exponentials_take():
         heads = asked.shape.batch * asked.shape.heads
         needed = heads * work / chip.matrix_flops / chip.sms + chip.kernel_launch
         assert needed <= asked.bound(asked.answer.config) < 1.15 * needed
+
+
+@pytest.mark.parametrize("tree", tune.GPUS)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+def test_candidates_for_gradients(tree, dims):
+    """Of the class that the table has there; a config that has no registers for itself is none."""
+    asked = tune.Task.of(tree, tune.GPUS[tree], dims, False, 4096, gradients=True)
+    row = asked.answer.config
+    found = tune.candidates(asked, list(tune.CHOICES[type(row)]), 2)
+    assert found and all(type(candidate.config) is type(row) for candidate in found)
+    problem = asked.answer.problem
+    assert all(c.config.shared_memory(problem) <= asked.answer.device.shared_memory for c in found)
+
+
+@pytest.mark.parametrize("tree", ["sm90", "sm100"])
+def test_the_bound_of_gradients_is_what_five_products_take(tree):
+    """At 192/128 three of them have 192 columns, two 128: at as many clocks, as many more FLOP per second."""
+    asked = tune.Task.of(tree, tune.GPUS[tree], (192, 128), False, 4096, gradients=True)
+    chip, shape = constants.of(asked.gpu), asked.shape
+    flops = 2 * (3 * 192 + 2 * 128) * shape.batch * shape.heads * 4096**2
+    needed = flops / chip.matrix_flops / chip.sms
+    around = backward.around(shape, chip) + chip.kernel_launch
+    assert needed + around <= asked.bound(asked.answer.config) < 1.15 * needed + around
+    assert asked.tflops(1e6) == pytest.approx(flops / 1e6 * chip.clock / 1e6)
+
+
+def test_what_there_is_not_to_be_changed_is_told(capsys):
+    asked = ["--arch", "sm100", "--head-dim", "256", "--backward", "--only", "keys", "sums"]
+    assert tune.main(asked) == 2
+    assert capsys.readouterr().out == "--only keys: of sm100.backward there may change sums, registers\n"
 
 
 def test_polynomials_lower_the_bound_where_exponentials_bind():
@@ -81,8 +111,15 @@ def test_the_best_stands_beside_the_row(monkeypatch, capsys):
     assert "  stages=1" in said and "the row" in said.split("best, predicted:")[1]
 
 
-@pytest.mark.parametrize("wrong", [["--head-dim", "1", "2", "3"], ["--head-dim", "64", "--gpu", "A100"]])
-def test_what_is_not_there_is_refused(wrong, capsys):
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["--head-dim", "1", "2", "3"], "--head-dim takes"),
+        (["--head-dim", "64", "--gpu", "A100"], "A100 is not sm90"),
+        (["--head-dim", "64", "--backward", "--causal"], "--backward is without --causal"),
+    ],
+)
+def test_what_is_not_there_is_refused(wrong, said, capsys):
     with pytest.raises(SystemExit):
         tune.main(["--arch", "sm90", *wrong])
-    assert "--head-dim takes" in capsys.readouterr().err or "A100" in wrong
+    assert said in capsys.readouterr().err

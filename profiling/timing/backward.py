@@ -15,7 +15,7 @@ import torch
 
 import cute_flash
 from cute_flash import emulator, executable
-from cute_flash.dispatch import EMULATED
+from cute_flash.dispatch import EMULATED, Answer
 from cute_flash.emulator.execution.launch import Driver
 
 from .. import flash_attn_4, flash_attn_4_backward, gradients, sass, static
@@ -59,13 +59,23 @@ def peer(wanted: Wanted, arch: str) -> Subject:
 
 
 def ours(wanted: Wanted, arch: str) -> Subject:
-    """This project's main kernel, without a mask. Raises NotImplementedError where none serves."""
+    """This project's main kernel, without a mask. Raises what `answer_for` does."""
+    return of_answer(answer_for(wanted, arch), wanted, arch)
+
+
+def answer_for(wanted: Wanted, arch: str) -> Answer:
+    """What the table has for it. Raises NotImplementedError with the reasons where nothing is timed."""
     if wanted.causal or wanted.group > 1:
         raise NotImplementedError("gradients are timed without a mask, with as many heads of K and V")
     case = static.Case("timing", wanted.dims, backward=True)
     answer = case.with_products(EMULATED[arch])[0]
     if not answer:
         raise NotImplementedError(" ".join(str(answer).split()))
+    return answer
+
+
+def of_answer(answer: Answer, wanted: Wanted, arch: str) -> Subject:
+    """A kernel that serves, with its config."""
     config, problem, device = answer.config, answer.problem, answer.device
     built = executable.artifact(answer.kernel, problem, config, device)
     run_it = executable.executable(answer.kernel, problem, config, device, "emulator")

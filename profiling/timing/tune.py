@@ -1,21 +1,23 @@
-"""`python -m profiling tune`: configs of a forward kernel by the model, the best beside the table's row.
+"""`python -m profiling tune`: configs of a kernel by the model, the best beside the table's row.
 
     python -m profiling tune --arch sm90 --head-dim 128
+    python -m profiling tune --arch sm90 --head-dim 128 --backward
     python -m profiling tune --arch sm100 --head-dim 192 128 --causal --length 8192 --seconds 1800
     python -m profiling tune --arch sm90 --head-dim 64 --only tile_n stages --changes 1
 
 A candidate is the row's config with some of CHOICES changed. Its bound is what products and exponentials
-take by themselves; candidates are tried from the lowest on, of equal ones first those with the fewest
-changes. One whose bound is above the best prediction so far is not compiled. What the compiler refuses or
-spills is told and left out.
+take by themselves, of gradients those of the main kernel; candidates are tried from the lowest on, of equal
+ones first those with the fewest changes. One whose bound is above the best prediction so far is not compiled.
+What the compiler refuses or spills is told and left out.
 
 Clocks are predictions, with the model's error: a row is worth changing where it loses by more than 3 %. The
-exit status is 1 where the row itself cannot be predicted.
+exit status is 1 where the row itself cannot be predicted, 2 for what there is not to be changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,14 +26,18 @@ from typing import Any
 
 import cute_flash
 from cute_flash import executable
+from cute_flash.arch.backward import BackwardProblem
+from cute_flash.arch.sm80.backward import tuning as ampere
 from cute_flash.arch.sm80.tuning import Config as Ampere
+from cute_flash.arch.sm90.backward import tuning as hopper
 from cute_flash.arch.sm90.tuning import Config as Hopper
+from cute_flash.arch.sm100.backward import tuning as blackwell
 from cute_flash.arch.sm100.tuning import Config as Blackwell
 from cute_flash.dispatch import Answer
 
 from .. import rates, sass
 from ..static import in_words
-from . import constants, kept, predict, subjects
+from . import backward, constants, kept, predict, subjects
 from .grid import Shape
 
 GPUS = {"sm80": "A100", "sm90": "H200", "sm100": "GB200"}
@@ -49,6 +55,20 @@ def _together(names: str, *rows: tuple) -> tuple[dict[str, Any], ...]:
     return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)
 
 
+_HOPPERS_WIDE = {
+    "tile_m": _each("tile_m", 64, 128),
+    "keys": _each("keys", *range(16, 73, 8)),
+    "slice_columns": _each("slice_columns", 32, 64, 96, 128),
+    "handed_columns": _each("handed_columns", 16, 32, 64, 96, 128),
+    "overlap": _each("overlap", False, True),
+}
+_BLACKWELLS_PAIR = {
+    "sums": _together("chunk sums", (8, 2), (8, 4), (16, 2), (16, 3), (16, 4), (32, 2)),
+    "registers": _together(
+        "at_once store_registers compute_registers other_registers",
+        (False, 80, 184, 64), (True, 88, 184, 56), (True, 152, 152, 56), (True, 120, 168, 56),
+    ),
+}  # fmt: skip
 # What can be tried, by the class of a kernel's config: name -> changes, of which a candidate has one at most.
 CHOICES: dict[type, dict[str, tuple[dict[str, Any], ...]]] = {
     Ampere: {
@@ -79,6 +99,29 @@ CHOICES: dict[type, dict[str, tuple[dict[str, Any], ...]]] = {
         "ctas": _each("ctas", 1, 2),
         "persistent": _each("persistent", False, True),
     },
+    ampere.Config: {
+        "tile": _together(
+            "tile_m tile_n warps",
+            (32, 64, 8), (64, 64, 8), (64, 128, 8), (128, 64, 8), (128, 128, 8), (64, 64, 4), (32, 128, 8),
+        ),
+        "stages": _each("stages", 1, 2),
+        "k_in_registers": _each("k_in_registers", False, True),
+        "v_in_registers": _each("v_in_registers", False, True),
+    },
+    hopper.Config: {
+        "tile_m": _each("tile_m", 64, 128),
+        "overlap": _each("overlap", False, True),
+        "registers": _together("producer_registers consumer_registers", (24, 240), (40, 232)),
+    },
+    hopper.WideConfig: _HOPPERS_WIDE,
+    hopper.PairConfig: _HOPPERS_WIDE,
+    blackwell.Config: _BLACKWELLS_PAIR | {
+        "q_stages": _each("q_stages", 1, 2),
+        "out_stages": _each("out_stages", 1, 2),
+        "p_apart": _each("p_apart", False, True),
+    },
+    blackwell.SerialConfig: _BLACKWELLS_PAIR,
+    blackwell.WideConfig: _BLACKWELLS_PAIR,
 }  # fmt: skip
 
 
@@ -111,26 +154,47 @@ class Task:
     shape: Shape
 
     @classmethod
-    def of(cls, arch: str, gpu: str, dims: tuple[int, int], causal: bool, length: int) -> Task:
+    def of(
+        cls, arch: str, gpu: str, dims: tuple[int, int], causal: bool, length: int, gradients: bool = False
+    ) -> Task:
         """Raises NotImplementedError with the reasons where no kernel serves."""
+        heads, wanted = kept.WIDTH // dims[0], subjects.Wanted(dims, causal)
+        shape = Shape(max(1, kept.TOKENS // length), length, length, heads, heads, dims, causal)
+        if gradients:
+            return cls(backward.answer_for(wanted, arch), arch, gpu, wanted, shape)
         mask = {"mask": cute_flash.Causal()} if causal else {}
         answer = cute_flash.supports("bfloat16", *dims, device=arch, lse=True, **mask)
         if not answer:
             raise NotImplementedError(" ".join(str(answer).split()))
-        heads = kept.WIDTH // dims[0]
-        shape = Shape(max(1, kept.TOKENS // length), length, length, heads, heads, dims, causal)
-        return cls(answer, arch, gpu, subjects.Wanted(dims, causal), shape)
+        return cls(answer, arch, gpu, wanted, shape)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it is of these, by their main kernel."""
+        return isinstance(self.answer.problem, BackwardProblem)
+
+    @property
+    def columns(self) -> int:
+        """Of the products' columns together, for one score: d and d_v, or of gradients 3 d and 2 d_v."""
+        dim, dim_v = self.wanted.dims
+        return 3 * dim + 2 * dim_v if self.gradients else dim + dim_v
 
     def bound(self, config: Any) -> float:
         """Clocks that a launch takes at least: of products, and of exponentials that ex2 computes."""
         chip, ctas = constants.of(self.gpu), getattr(config, "ctas", 1)
-        scores = config.tile_m // ctas * config.tile_n
-        products = 2 * scores * sum(self.wanted.dims) / chip.matrix_flops
+        scores = config.tile_m * config.tile_n // ctas
+        products = 2 * scores * self.columns / chip.matrix_flops
         by_ex2 = 1 - getattr(config, "polynomial", 0) / 32
         each = max(products, scores * by_ex2 * chip.exp_interval / rates.WARP / rates.PARTITIONS)
         ideal = predict.Samples({1: each, 2: 2 * each}, {}, {1: 0.0, 2: 0.0}, 0.0)
-        place = _Place(config.tile_m, config.tile_n, ctas, self.wanted.causal)
+        keys = config.tile_n // ctas if self.gradients else config.tile_n
+        place = _Place(config.tile_m, keys, ctas, self.wanted.causal, backward=self.gradients)
         return predict.clocks(place, ideal, self.shape, self.gpu)
+
+    def tflops(self, clocks: float) -> float:
+        """At the GPU's clock in constants.csv."""
+        flops = self.shape.flops * self.columns / sum(self.wanted.dims)
+        return flops / clocks * constants.of(self.gpu).clock / 1e6
 
     def clocks(self, config: Any) -> float:
         """Of the launch, by the model. Raises what compiling and simulating do, ValueError for spills."""
@@ -139,7 +203,10 @@ class Task:
         used = sass.resources(built.cubin)
         if used.local or used.stack:
             raise ValueError(f"spills: {used.stack} bytes of stack, {used.local} of local memory")
-        subject = subjects.of_answer(answer, self.wanted, self.arch, answer.device)
+        if self.gradients:
+            subject = backward.of_answer(answer, self.wanted, self.arch)
+        else:
+            subject = subjects.of_answer(answer, self.wanted, self.arch, answer.device)
         return predict.clocks(subject, predict.samples(subject, self.gpu), self.shape, self.gpu)
 
 
@@ -172,7 +239,8 @@ def candidates(task: Task, only: Iterable[str], changes: int) -> list[Candidate]
     row, names, found = task.answer.config, list(only), {}
     for many in range(1, changes + 1):
         for fields in _changes(CHOICES[type(row)], names, many):
-            found.setdefault(replace(row, **fields), many)
+            with contextlib.suppress(ValueError):  # that it is no config: registers are not enough
+                found.setdefault(replace(row, **fields), many)
     found.pop(row, None)
     room, problem = task.answer.device.shared_memory, task.answer.problem
     fitting = [config for config in found if config.shared_memory(problem) <= room]
@@ -216,8 +284,13 @@ def main(arguments: list[str]) -> int:
     """Try, and print as it goes."""
     asked = _arguments(arguments)
     dims = (asked.head_dim[0], asked.head_dim[-1])
-    task = Task.of(asked.arch, asked.gpu or GPUS[asked.arch], dims, asked.causal, asked.length)
+    gpu = asked.gpu or GPUS[asked.arch]
+    task = Task.of(asked.arch, gpu, dims, asked.causal, asked.length, asked.backward)
     row = task.answer.config
+    space = CHOICES[type(row)]
+    if unknown := [name for name in asked.only or () if name not in space]:
+        print(f"--only {' '.join(unknown)}: of {task.answer.kernel.name} there may change {', '.join(space)}")
+        return 2
     mask = "causal" if asked.causal else "full"
     print(f"{task.answer.kernel.name} on {task.gpu}, {mask}, {asked.length} keys")
     print(f"row: {in_words(row)}", flush=True)
@@ -225,9 +298,9 @@ def main(arguments: list[str]) -> int:
     if own.clocks is None:
         print(f"row: {own.said}")
         return 1
-    rate = f"{_tflops(task, own.clocks):.0f} TFLOP/s"
+    rate = f"{task.tflops(own.clocks):.0f} TFLOP/s"
     print(f"row: {own.said}, {rate}; at least {task.bound(row):.0f}", flush=True)
-    order = candidates(task, asked.only or list(CHOICES[type(row)]), asked.changes)
+    order = candidates(task, asked.only or list(space), asked.changes)
     found = []
     for number, trial in enumerate(trials(order, own.clocks, task.clocks, asked.seconds), 1):
         ratio = f", {own.clocks / trial.clocks:.3f} of the row's speed" if trial.clocks else ""
@@ -243,14 +316,10 @@ def _summary(task: Task, own: Trial, found: list[Trial]) -> Iterator[str]:
     yield "best, predicted:"
     for trial in best[:SHOWN]:
         what = "the row" if trial is own else changed(trial.config, own.config)
-        yield f"  {_tflops(task, trial.clocks):6.0f} TFLOP/s  {own.clocks / trial.clocks:.3f}  {what}"
+        yield f"  {task.tflops(trial.clocks):6.0f} TFLOP/s  {own.clocks / trial.clocks:.3f}  {what}"
     lost = 1 - best[0].clocks / own.clocks
     verdict = "worth changing" if lost > WORTH else f"less than {100 * WORTH:.0f} %: the row stays"
     yield f"the row loses {100 * lost:.1f} %: {verdict}"
-
-
-def _tflops(task: Task, clocks: float) -> float:
-    return task.shape.flops / clocks * constants.of(task.gpu).clock / 1e6
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
@@ -260,7 +329,8 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     gpus = [gpu for gpu, family in constants.FAMILIES.items() if family in GPUS]
     parser.add_argument("--gpu", choices=gpus, help="default: A100, H200, GB200")
     parser.add_argument("--head-dim", required=True, nargs="+", type=int, metavar="D", help="D, or D and D_V")
-    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--causal", action="store_true", help="not with --backward")
+    parser.add_argument("--backward", action="store_true", help="the main kernel of gradients")
     parser.add_argument("--length", type=int, default=4096, help="of sequences, 16384 tokens of them")
     names = sorted({name for space in CHOICES.values() for name in space})
     parser.add_argument("--only", nargs="+", choices=names, help="what may change; default: everything")
@@ -269,6 +339,8 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     asked = parser.parse_args(arguments)
     if len(asked.head_dim) > 2:
         parser.error(f"--head-dim takes one or two numbers, not {len(asked.head_dim)}")
+    if asked.backward and asked.causal:
+        parser.error("--backward is without --causal: gradients are timed without a mask")
     if asked.gpu and constants.FAMILIES[asked.gpu] != asked.arch:
         parser.error(f"--gpu {asked.gpu} is not {asked.arch}")
     return asked
