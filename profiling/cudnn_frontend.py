@@ -1,6 +1,7 @@
-"""cuDNN front end's main backward kernel for sm_80, compiled without a GPU, to be measured beside ours.
+"""cuDNN front end's kernels for sm_80, compiled without a GPU, to be measured beside ours.
 
-    peer = compiled(Case("d128", (1024,), (1024,), dim=128))     its machine code, PTX, and launch
+    peer = compiled(Case("d128", (1024,), (1024,), dim=128))     its main backward kernel: its machine code,
+                                                                 PTX, and launch
 
 What is compiled and how its launches are described is tests/peers/cudnn_frontend.py's; where the wheel
 nvidia-cudnn-frontend is installed, for which `pip install --no-deps` is enough.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from tests.peers.flash_attn_4_backward import Backward, Case
 from . import sass
 from .flash_attn_4 import Missing, Peer, directory_of, launch_shape, tensors
 
-__all__ = ["NAME", "compiled", "full_name", "has", "tensors_of"]
+__all__ = ["NAME", "call_of", "compiled", "full_name", "has", "tensors_of"]
 DIMS = (64, 128, 256)  # head dims that are looked at
 
 
@@ -39,19 +41,23 @@ def full_name() -> str:
 
 def compiled(case: Case) -> Peer:
     """The main kernel that it has for `case`. Raises Missing where there is none to be had."""
-    call = _call(replace(case, heads=1, heads_kv=1))
+    call = call_of(replace(case, heads=1, heads_kv=1))
     shape = launch_shape(call.main, tensors_of(call.case, *case.seqlens_q, *case.seqlens_k))
     return Peer(call.main, sass.embedded_cubin(call.main.object_file.read_bytes()), shape)
 
 
 @functools.cache
-def _call(case: Case) -> Backward:
+def call_of(case: Case, kernels: ModuleType = cudnn_frontend) -> Backward:
+    """All launches of `case`, the backward pass's or those of its forward kernel's module.
+
+    Raises Missing where they are not to be had.
+    """
     if not cudnn_frontend.installed():
         raise Missing("not installed")
-    directory = directory_of("sm_80", cudnn_frontend.__file__)
+    directory = directory_of("sm_80", kernels.__file__)
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        return cudnn_frontend.build([case], directory)[case.name]
+        return kernels.build([case], directory)[case.name]
     except RuntimeError as error:
         raise Missing(f"does not compile: {str(error).strip().splitlines()[-1][:300]}") from error
 

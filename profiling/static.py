@@ -138,7 +138,10 @@ RULES = {
 
 
 def _cases() -> Iterator[Case]:
-    """Head dims of every row of the tuning tables, with each of RULES; windows at the commonest ones."""
+    """Head dims of every row of the tuning tables, with each of RULES; windows at the commonest ones.
+
+    Of gradients those that change the row.
+    """
     squares = (32, 64, 96, 128, 160, 192, 224, 256)
     for dims in (*((dim, dim) for dim in squares), (192, 128)):
         for rules in RULES:
@@ -150,6 +153,8 @@ def _cases() -> Iterator[Case]:
         yield Case(_name_of(dims, "everything", "backward"), dims, "everything", backward=True)
     for dims in ((64, 64), (128, 128)):
         yield Case(_name_of(dims, "causal", "backward"), dims, "causal", backward=True)
+    for dims in ((192, 192), (256, 256)):
+        yield Case(_name_of(dims, "window", "backward"), dims, "window", backward=True)
     for dims in ((64, 64), (128, 128)):
         yield Case(_name_of(dims, "fp8"), dims, dtype=FP8)
     yield Case(_name_of(dims, "fp8", "blocks"), dims, dtype=FP8, block=128)

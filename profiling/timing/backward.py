@@ -18,11 +18,12 @@ from cute_flash import emulator, executable
 from cute_flash.dispatch import EMULATED, Answer
 from cute_flash.emulator.execution.launch import Driver
 
-from .. import flash_attn_4, flash_attn_4_backward, gradients, sass, static
+from .. import cudnn_frontend, flash_attn_4, flash_attn_4_backward, gradients, sass, static
 from .grid import Shape
 from .subjects import Subject, Wanted, occupancy, smaller_launch
 from .trace import Recorder
 
+ONE_TILE = (512, 64)  # queries, and keys of a tile of cuDNN front end's, for which its kernel is compiled
 LENGTHS = (1024, 640)  # of queries and keys that it is compiled with: told apart in the scratch's sizes
 LAUNCHES = 3  # of a call, besides the main one
 
@@ -54,6 +55,40 @@ def peer(wanted: Wanted, arch: str) -> Subject:
 
     return Subject(
         f"{flash_attn_4.NAME} {flash_attn_4.version()}", cubin, rows, 1, keys, cluster, one_block.threads,
+        occupancy(arch, cubin, one_block.threads, one_block.shared_memory), False, wanted.causal, run, True,
+    )  # fmt: skip
+
+
+@functools.cache
+def cudnn(wanted: Wanted, arch: str) -> Subject:
+    """cuDNN front end's kernel for sm_80. A CTA works on one query head, shared keys or not.
+
+    Raises flash_attn_4.Missing.
+    """
+    dim, dim_v = wanted.dims
+    if arch != "sm80" or dim != dim_v or dim not in (128, 256):
+        raise flash_attn_4.Missing(f"{cudnn_frontend.NAME} has none for {wanted.dims} on {arch}")
+    case = flash_attn_4_backward.Case(
+        f"timing_cudnn_{dim}_{wanted.causal}_{wanted.dtype}", ONE_TILE[:1], ONE_TILE[1:], heads=1,
+        heads_kv=1, dim=dim, causal=wanted.causal, dtype=wanted.dtype,
+    )  # fmt: skip
+    call = cudnn_frontend.call_of(case)
+    rows, keys = call.main.tile
+    operands = cudnn_frontend.tensors_of(case, *ONE_TILE)
+    cubin = sass.embedded_cubin(call.main.object_file.read_bytes())
+    one_block = flash_attn_4.launch_shape(call.main, operands)
+    driver = Driver(emulator.Program(flash_attn_4.defined(call.main.ptx)), flash_attn_4.LARGEST_SHARED_MEMORY)
+
+    def run(tiles: int, works: int, recorder: Recorder) -> None:
+        # The first number that is passed says how many tiles of queries there are.
+        first = next(i for i, told in enumerate(call.main.arguments) if isinstance(told, int))
+        arguments = [tiles if i == first else told for i, told in enumerate(call.main.arguments)]
+        options = emulator.Options(observers=(recorder,), uninitialized="poison", permissive=True)
+        kernel = replace(call.main, arguments=arguments)
+        flash_attn_4.call(kernel, driver, driver.symbols, operands, options)
+
+    return Subject(
+        cudnn_frontend.full_name(), cubin, rows, 1, keys, 1, one_block.threads,
         occupancy(arch, cubin, one_block.threads, one_block.shared_memory), False, wanted.causal, run, True,
     )  # fmt: skip
 

@@ -20,12 +20,14 @@ from cute_flash import emulator, executable, objectfile
 from cute_flash.arch.problem import Operands
 from cute_flash.dispatch import EMULATED, Answer
 from cute_flash.emulator.execution.launch import Driver
+from tests.peers import cudnn_frontend_forward
 
-from .. import flash_attn_4, rates, sass
+from .. import cudnn_frontend, flash_attn_4, rates, sass
 from ..static import threads_of
 from . import decode
 from .trace import Recorder
 
+LONGEST = 1024  # keys of which a sample of cuDNN front end's sees the first ones
 MANY = 256  # tiles of rows, more than a GPU has SMs
 
 
@@ -101,6 +103,36 @@ def peer(wanted: Wanted, arch: str) -> Subject:
         f"{flash_attn_4.NAME} {flash_attn_4.version()}", found.cubin, rows, packed, keys, cluster,
         found.shape.threads, occupancy(arch, found.cubin, found.shape.threads, found.shape.shared_memory),
         persistent, wanted.causal, run,
+    )  # fmt: skip
+
+
+@functools.cache
+def cudnn(wanted: Wanted, arch: str) -> Subject:
+    """cuDNN front end's kernel for sm_80. A CTA works on one query head, shared keys or not.
+
+    Raises flash_attn_4.Missing.
+    """
+    if arch != "sm80" or wanted.dims != (128, 128):
+        raise flash_attn_4.Missing(f"{cudnn_frontend.NAME} has none for {wanted.dims} on {arch}")
+    case = cudnn_frontend_forward.Case(
+        f"timing_{wanted.causal}_{wanted.dtype}", (128,), (LONGEST,), heads=1, heads_kv=1, dim=128,
+        causal=wanted.causal, dtype=wanted.dtype,
+    )  # fmt: skip
+    (kernel,) = cudnn_frontend.call_of(case, cudnn_frontend_forward).launches
+    rows, keys = kernel.tile
+    operands = flash_attn_4.tensors(case)
+    cubin = sass.embedded_cubin(kernel.object_file.read_bytes())
+    shape = flash_attn_4.launch_shape(kernel, operands)
+    driver = Driver(emulator.Program(flash_attn_4.defined(kernel.ptx)), flash_attn_4.LARGEST_SHARED_MEMORY)
+
+    def run(tiles: int, works: int, recorder: Recorder) -> None:
+        told = cudnn_frontend_forward.sized(kernel.arguments, tiles, tiles * keys)
+        options = emulator.Options(observers=(recorder,), uninitialized="poison", permissive=True)
+        flash_attn_4.call(replace(kernel, arguments=told), driver, driver.symbols, operands, options)
+
+    return Subject(
+        cudnn_frontend.full_name(), cubin, rows, 1, keys, 1, shape.threads,
+        occupancy(arch, cubin, shape.threads, shape.shared_memory), False, wanted.causal, run,
     )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ APART, IN_ORDER = 0.10, 0.90  # pairs of libraries that differ by more; the part
 LIBRARIES = {  # name in tables, and pass -> its kernel for a problem
     ("FA4", "fwd"): subjects.peer,
     ("FA4", "bwd"): backward.peer,
+    ("cuDNN FROST (CuTe DSL)", "fwd"): subjects.cudnn,
+    ("cuDNN FROST (CuTe DSL)", "bwd"): backward.cudnn,
 }
 
 

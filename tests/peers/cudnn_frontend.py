@@ -4,7 +4,7 @@
 
 Its wheel (nvidia-cudnn-frontend, without its dependencies) is enough: kernels are taken from their modules
 and compiled for one call each, with the launches and arguments of its `prepared_host.py`. What is written is
-read by flash_attn_4_backward.py. Dense, as many heads of K and V as of Q, no mask.
+read by flash_attn_4_backward.py. Dense, as many heads of K and V as of Q, at head dim 64 no mask.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def scratch_of(case: Case) -> dict[str, dict[str, Any]]:
 def record(case: Case, directory: Path) -> None:
     """Compile a case's launches and write them; for a process of its own."""
     import cutlass
-    from cudnn.frost.tile_dsl.mask import MASK_NONE
+    from cudnn.frost.tile_dsl.constants import MASK_CAUSAL, MASK_NONE, SCHED_LPT_L2
     from cudnn.sdpa.bwd.kernels.sm80 import bprop_d64_f16, bprop_f16
 
     params, dtype = bprop_f16.PARAMS, cutlass.BFloat16 if case.dtype == "bfloat16" else cutlass.Float16
@@ -79,10 +79,11 @@ def record(case: Case, directory: Path) -> None:
         recorder.launch(bprop_d64_f16._bprop_host, tensors, [dim, dtype], numbers, told)
         recorder.launch(bprop_d64_f16._unpermute_host, ["sums", "dq"], [dim, dtype], [tiles])
     else:
+        mask, policy = (MASK_CAUSAL, SCHED_LPT_L2) if case.causal else (MASK_NONE, params.sched_policy)
         known = [
             dim, dim, params.tile_kv, params.tile_q, params.warps_per_sg, 1 if dim >= 256 else 2, dim <= 128,
-            dtype, MASK_NONE, 0, False, False, False, True, False, False, False, False, False,
-            params.sched_policy, params.sched_l2_mib << 20, None,
+            dtype, mask, 0, False, False, False, True, False, False, False, False, False, policy,
+            params.sched_l2_mib << 20, None,
         ]  # fmt: skip
         tiles, told = -(-rows // params.tile_q), (params.tile_q, params.tile_kv)
         numbers = [tiles, scale / math.log(2), scale, 0, cutlass.Int64(0), 0, 0, 0]

@@ -266,6 +266,11 @@ SUBJECTS = {
         KEYS_GRADIENTS, None, IN_LANES, kernel=BLACKWELL_BACKWARD,
         tile=blackwell.Config(tile_n=64, q_stages=1, out_stages=1, chunk=16, **blackwell.AT_ONCE),
     ),
+    # 64 rows of Q, whose dQ has its last columns beside its first ones, over dP.
+    ("sm100", "gradients of 64 rows"): Tiled(
+        replace(PAIR_GRADIENTS, seqlens=((170, 128),)), None, IN_LANES, kernel=BLACKWELL_BACKWARD,
+        tile=blackwell.Config(tile_m=64, chunk=16, sums=4, **blackwell.AT_ONCE),
+    ),
     # Two CTAs that multiply together and exchange dS; dQ lies over S.
     ("sm100", "gradients of a pair"): Tiled(
         PAIR_GRADIENTS, None, PAIRED, kernel=BLACKWELL_BACKWARD, tile=blackwell.Config(**PAIR_TILE), ctas=2,
