@@ -72,6 +72,20 @@ TOLD_ALL = (
     "before the CTA leaves, its compute warps wait for the last commit, which comes after the others: "
     "products complete in order"
 )
+BEHIND_DS = "dV is begun behind dK, for which all warps store dS, and tell, after P"
+AGAIN = "the tile's dQ has waited for the same when its first columns were begun"
+ONCE_CAME = "the first tile's dQ has waited for it; where there is one tile only, it needs the wait"
+NUMBERS_READ = (
+    "for the tile before the load has waited for its columns of dO, whose place is given back after dP, for "
+    "which all had read S, and had read the numbers of the tile before that"
+)
+BEHIND_P = "dV is begun before the next S, when all warps have stored P, and tell: they had read S"
+P_SHARED = "P lies in shared memory; that S has been read the warp has told before, with a fence"
+NUMBERS_ROWS = (
+    "for the tile before the load has waited to bring its rows of Q, whose place is given back after dK, for "
+    "which all that read the numbers have stored dS"
+)
+ARRIVED = "the warp has touched no tensor memory since it arrived, with a fence, for S"
 LAST_TILE = "the last tile's: nobody fills Q's, dO's or P's place again"
 NUMBERS = "the edge is for numbers in shared memory; who touches tensor memory waits for another edge, too"
 
@@ -216,6 +230,50 @@ HARMLESS = {
         ("no fence after synchronisation", (2, 9, 10, 14, 15)): FENCED_LATER,
         ("no fence after synchronisation", (3, 11, 16)): IN_SHARED,
         ("no fence after synchronisation", (5,)): RELAY,
+        ("no reduction", (3,)): PADDING,
+    }),
+    **harmless("sm100", "gradients of a serial pair", {
+        ("no wait for an mbarrier", (16, 30)): BEHIND_DS,
+        ("no wait for an mbarrier", (22, 23, 35, 36)): AGAIN,
+        ("no wait for an mbarrier", (31,)): ONCE_CAME,
+        ("no wait for an mbarrier", (37, 38, 39, 40, 41, 42)): FRESH,
+        ("no wait for an mbarrier", (45,)): NUMBERS_READ,
+        ("no wait for an mbarrier", (50, 51)): TOLD_ALL,
+        ("one arrival more expected", (1, 3, 9, 13)): ONCE,
+        ("half the arrivals expected", (13,)): ONCE,
+        ("no barrier of a warp", (3,)): BEHIND_DS,
+        ("no barrier of a warp", (5,)): TELLS,
+        ("no change of registers", (1,)): BUDGET,
+        ("no permit given back", (0,)): PERMIT,
+        ("no wait for a store to tensor memory", (0,)): BEHIND_DS,
+        ("no fence before synchronisation", (3,)): ARRIVED,
+        ("no fence before synchronisation", (4,)): BEHIND_DS,
+        ("no fence before synchronisation", (6,)): RELAY,
+        ("no fence after synchronisation", (6,)): RELAY,
+        ("no fence after synchronisation", (7, 13, 16, 22)): FENCED_LATER,
+        ("no fence after synchronisation", (10, 19)): BEHIND_DS,
+        ("no fence after synchronisation", (11, 12, 14, 15, 20, 21, 23, 24)): IN_SHARED,
+        ("no reduction", (11, 13, 15, 17, 19, 21, 23)): PADDING,
+    }),
+    **harmless("sm100", "gradients of a wide pair", {
+        ("no wait for an mbarrier", (19,)): BEHIND_P,
+        ("no wait for an mbarrier", (28, 29, 30, 31, 32, 35)): FRESH,
+        ("no wait for an mbarrier", (36,)): NUMBERS_ROWS,
+        ("no wait for an mbarrier", (41, 42)): TOLD_ALL,
+        ("one arrival more expected", (1, 3, 9, 13)): ONCE,
+        ("half the arrivals expected", (13,)): ONCE,
+        ("no barrier of a warp", (1,)): BEHIND_P,
+        ("no barrier of a warp", (4,)): TELLS,
+        ("no change of registers", (1,)): BUDGET,
+        ("no permit given back", (0,)): PERMIT,
+        ("no fence before synchronisation", (1,)): BEHIND_P,
+        ("no fence before synchronisation", (2,)): P_SHARED,
+        ("no fence before synchronisation", (4,)): RELAY,
+        ("no fence after synchronisation", (4,)): RELAY,
+        ("no fence after synchronisation", (5, 11)): P_SHARED,
+        ("no fence after synchronisation", (6, 7, 12, 13)): FENCED_LATER,
+        ("no fence after synchronisation", (8, 9, 14, 15)): IN_SHARED,
+        ("no fence after synchronisation", (10,)): BEHIND_P,
         ("no reduction", (3,)): PADDING,
     }),
     **harmless("sm100", "gradients in turns", {

@@ -130,6 +130,10 @@ PAIRED = {
     for name, change in (TMA | TCGEN05 | CLUSTER | TOLD | EXCHANGED).items()
     if name not in NOT_PAIRED
 }
+# Of a pair whose warps store nothing to tensor memory.
+IN_SHARED_MEMORY = {
+    name: change for name, change in PAIRED.items() if name != "no wait for a store to tensor memory"
+}
 # A pair's CTAs tell each other who has read an answer.
 ASKED_BETWEEN = {
     name: TMA[name]
@@ -282,7 +286,7 @@ SUBJECTS = {
     ),
     # 64 keys in each CTA, P and dS out of shared memory.
     ("sm100", "gradients of a wide pair"): Tiled(
-        replace(PAIR_GRADIENTS, seqlens=((260, 128),)), None, PAIRED, kernel=BLACKWELL_BACKWARD,
+        replace(PAIR_GRADIENTS, seqlens=((260, 128),)), None, IN_SHARED_MEMORY, kernel=BLACKWELL_BACKWARD,
         tile=blackwell.WideConfig(**WIDE_TILE), ctas=2,
     ),
     # Two key tiles add to a query tile, and two heads to a key tile.
