@@ -217,6 +217,12 @@ HARMLESS = {
         ("no wait for an mbarrier", (27,)): OUT_LATER,
         ("no commit of a product", (8, 9)): LAST_TILE,
     }),
+    **harmless("sm100", "gradients of 64 rows", {
+        ("no wait for an mbarrier", (17, 18, 19, 20, 21)): FRESH,
+        ("no wait for an mbarrier", (23,)): NUMBERS_LATER,
+        ("no wait for an mbarrier", (24,)): OUT_LATER,
+        ("no commit of a product", (7, 8)): LAST_TILE,
+    }),
     **harmless("sm100", "gradients of a pair", {
         ("no wait for an mbarrier", (29, 30, 31, 32, 33, 34, 35, 36)): FRESH,
         ("no wait for an mbarrier", (38,)): NUMBERS_BEFORE,
