@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from tests.peers import cudnn_frontend
-from tests.peers.cudnn_frontend import NAME, PACKAGE
+from tests.peers.cudnn_frontend import NAME, PACKAGE, retold
 from tests.peers.flash_attn_4_backward import Backward, Case
 
 from . import sass
 from .flash_attn_4 import Missing, Peer, directory_of, launch_shape, tensors
 
-__all__ = ["NAME", "call_of", "compiled", "full_name", "has", "tensors_of"]
+__all__ = ["NAME", "call_of", "compiled", "full_name", "has", "retold", "tensors_of"]
 DIMS = (64, 128, 256)  # head dims that are looked at
 
 

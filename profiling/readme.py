@@ -77,7 +77,8 @@ def _predicted() -> list[str]:
     lines = [
         f"**Predicted, not measured**: TFLOP/s over {PREDICTED_AT} keys, by a model of SMs that runs machine",
         "code clock by clock (`python -m profiling timing`, `profiling/results/timing.md`), and its mean",
-        "error on published speeds of flash-attn-4 that chose nothing in it (`--validate`).", "",
+        "error on published speeds of flash-attn-4, on an A100 also of cuDNN front end's open kernels, that",
+        "chose nothing in it (`--validate`).", "",
         f"| kernel | {' | '.join(titles)} | error of the model |",
         "|---" * (len(columns) + 2) + "|",
     ]

@@ -1,4 +1,4 @@
-"""Main backward kernels, ours and flash-attn-4's, to be timed as subjects.py's forward kernels are.
+"""Main backward kernels, ours and peers', to be timed as subjects.py's forward kernels are.
 
 A CTA (or a cluster) keeps its keys and walks the tiles of queries. Of flash-attn-4's only the first one is
 launched on the emulator. The launches around the main one, which move rows of O, dO and sums of dQ, take what
@@ -20,7 +20,7 @@ from cute_flash.emulator.execution.launch import Driver
 
 from .. import cudnn_frontend, flash_attn_4, flash_attn_4_backward, gradients, sass, static
 from .grid import Shape
-from .subjects import Subject, Wanted, occupancy, smaller_launch
+from .subjects import Subject, Wanted, occupancy, of_cudnn, smaller_launch
 from .trace import Recorder
 
 ONE_TILE = (512, 64)  # queries, and keys of a tile of cuDNN front end's, for which its kernel is compiled
@@ -73,24 +73,8 @@ def cudnn(wanted: Wanted, arch: str) -> Subject:
         heads_kv=1, dim=dim, causal=wanted.causal, dtype=wanted.dtype,
     )  # fmt: skip
     call = cudnn_frontend.call_of(case)
-    rows, keys = call.main.tile
     operands = cudnn_frontend.tensors_of(case, *ONE_TILE)
-    cubin = sass.embedded_cubin(call.main.object_file.read_bytes())
-    one_block = flash_attn_4.launch_shape(call.main, operands)
-    driver = Driver(emulator.Program(flash_attn_4.defined(call.main.ptx)), flash_attn_4.LARGEST_SHARED_MEMORY)
-
-    def run(tiles: int, works: int, recorder: Recorder) -> None:
-        # The first number that is passed says how many tiles of queries there are.
-        first = next(i for i, told in enumerate(call.main.arguments) if isinstance(told, int))
-        arguments = [tiles if i == first else told for i, told in enumerate(call.main.arguments)]
-        options = emulator.Options(observers=(recorder,), uninitialized="poison", permissive=True)
-        kernel = replace(call.main, arguments=arguments)
-        flash_attn_4.call(kernel, driver, driver.symbols, operands, options)
-
-    return Subject(
-        cudnn_frontend.full_name(), cubin, rows, 1, keys, 1, one_block.threads,
-        occupancy(arch, cubin, one_block.threads, one_block.shared_memory), False, wanted.causal, run, True,
-    )  # fmt: skip
+    return of_cudnn(call.main, operands, wanted, lambda tiles: {0: tiles}, backward=True)
 
 
 def ours(wanted: Wanted, arch: str) -> Subject:

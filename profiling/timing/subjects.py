@@ -119,20 +119,28 @@ def cudnn(wanted: Wanted, arch: str) -> Subject:
         causal=wanted.causal, dtype=wanted.dtype,
     )  # fmt: skip
     (kernel,) = cudnn_frontend.call_of(case, cudnn_frontend_forward).launches
-    rows, keys = kernel.tile
-    operands = flash_attn_4.tensors(case)
+    keys = kernel.tile[1]
+    return of_cudnn(kernel, flash_attn_4.tensors(case), wanted, lambda tiles: {0: tiles, 3: tiles * keys})
+
+
+def of_cudnn(
+    kernel: flash_attn_4.Kernel, operands: dict[str, torch.Tensor], wanted: Wanted,
+    numbers: Callable[[int], dict[int, int]], backward: bool = False,
+) -> Subject:
+    """A launch of cuDNN front end's. numbers: what its host code is told instead, for so many tiles."""
     cubin = sass.embedded_cubin(kernel.object_file.read_bytes())
     shape = flash_attn_4.launch_shape(kernel, operands)
     driver = Driver(emulator.Program(flash_attn_4.defined(kernel.ptx)), flash_attn_4.LARGEST_SHARED_MEMORY)
 
     def run(tiles: int, works: int, recorder: Recorder) -> None:
-        told = cudnn_frontend_forward.sized(kernel.arguments, tiles, tiles * keys)
+        told = replace(kernel, arguments=cudnn_frontend.retold(kernel.arguments, numbers(tiles)))
         options = emulator.Options(observers=(recorder,), uninitialized="poison", permissive=True)
-        flash_attn_4.call(replace(kernel, arguments=told), driver, driver.symbols, operands, options)
+        flash_attn_4.call(told, driver, driver.symbols, operands, options)
 
+    rows, keys = kernel.tile
     return Subject(
         cudnn_frontend.full_name(), cubin, rows, 1, keys, 1, shape.threads,
-        occupancy(arch, cubin, shape.threads, shape.shared_memory), False, wanted.causal, run,
+        occupancy("sm80", cubin, shape.threads, shape.shared_memory), False, wanted.causal, run, backward,
     )  # fmt: skip
 
 

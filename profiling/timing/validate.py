@@ -2,9 +2,10 @@
 
     python -m profiling timing --validate [FILE] [--seconds N] [--write]
 
-Rows are those of flash-attn-4, whose kernels can be compiled here. A hash of a row's text says whether it may
-choose a number of the model (`tuned`): only the clocks were, one for each GPU, with which all its rows are
-predicted. The exit status is 0 where every GPU and pass is within its bar on the rows that chose nothing.
+Rows are those of flash-attn-4 and of cuDNN front end's open sm_80 kernels, which can be compiled here. A hash
+of a row's text says whether it may choose a number of the model (`tuned`): only the clocks were, one for each
+GPU, with which all its rows are predicted. The exit status is 0 where every GPU and pass is within its bar on
+the rows that chose nothing.
 With --write the errors are kept in results/validation.json, for README.
 """
 

@@ -51,6 +51,12 @@ def build(cases: Sequence[Case], directory: Path) -> dict[str, Backward]:
     return {case.name: Backward.load(case, directory) for case in cases}
 
 
+def retold(arguments: list[Any], numbers: dict[int, int]) -> list[Any]:
+    """A launch's arguments with other numbers, counted from the first behind its tensors."""
+    first = next(i for i, told in enumerate(arguments) if isinstance(told, int))
+    return [numbers.get(i - first, told) for i, told in enumerate(arguments)]
+
+
 def scratch_of(case: Case) -> dict[str, dict[str, Any]]:
     """Tensors of the launches that are none of the call: shape, dtype, and whether they are cleared."""
     (rows,), heads, dim = case.seqlens_q, case.heads, case.dim
