@@ -6,6 +6,10 @@
     keys, full       of a mask, two bounds each, about q_first and q_last
     score            of a score, about s, q and k
 
+what `row_range` adds,
+
+    seen            of a mask, two bounds, about q
+
 and what `reverse` adds for backward passes,
 
     queries, full_queries    of a mask, two bounds each, about k_first and k_last
@@ -186,6 +190,15 @@ class Bound(NamedTuple):
     def full(self, q_first: Any, q_last: Any, seqlen_k: Any) -> tuple[Any, Any]:
         """(low, high): every query in q_first..q_last sees every key with low <= k < high."""
         return self._bounds("full", q_first=q_first, q_last=q_last, seqlen_k=seqlen_k)
+
+    @property
+    def has_range(self) -> bool:
+        """Whether every query sees one range of keys, which `seen` tells (see `row_range`)."""
+        return "seen" in self.expression.sections
+
+    def seen(self, q: Any) -> tuple[Any, Any]:
+        """(low, high): query `q` sees the keys with low <= k < high, and no others."""
+        return self._bounds("seen", q=q)
 
     def queries(self, k_first: Any, k_last: Any) -> tuple[Any, Any]:
         """(low, high): no query outside low <= q < high sees a key in k_first..k_last."""

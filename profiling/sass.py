@@ -367,9 +367,10 @@ def transposing(sass: str) -> tuple[Loop, ...]:
 def hottest(found: list[Loop], kind: str, least: float = 1.0) -> Loop:
     """Of the innermost loops with instructions of a class, that with the most of them.
 
-    Of several equal ones the smallest, which has no masking. least: as many as this part of the most count as
-    equal; where nothing is masked, a part of the exponentials may be computed by other instructions. A loop
-    with less than half of what the one around it has besides is none to look into: it is seldom due.
+    Of several equal ones the one without masking, which takes no bits of masks apart (R2P), and is the
+    smallest. least: as many as this part of the most count as equal; where nothing is masked, a part of the
+    exponentials may be computed by other instructions. A loop with less than half of what the one around it
+    has besides is none to look into: it is seldom due.
     """
     held = {loop: loop.alone(found).counts[kind] for loop in found}
     candidates = [loop for loop in found if held[loop]]
@@ -379,4 +380,5 @@ def hottest(found: list[Loop], kind: str, least: float = 1.0) -> Loop:
     dropped = {outer if 2 * held[inner] >= held[outer] else inner for inner, outer in nested}
     chosen = [loop for loop in candidates if loop not in dropped]
     most = max(held[loop] for loop in chosen)
-    return min((loop for loop in chosen if held[loop] >= least * most), key=lambda loop: loop.size)
+    equal = (loop for loop in chosen if held[loop] >= least * most)
+    return min(equal, key=lambda loop: (any(opcode.startswith("R2P") for opcode in loop.opcodes), loop.size))

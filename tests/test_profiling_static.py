@@ -111,6 +111,8 @@ def test_the_loop_that_does_not_mask_may_have_fewer_exponentials():
     assert sass.hottest([last, masked, steady], "mufu") is masked
     assert sass.hottest([last, masked, steady], "mufu", least=0.5) is steady
     assert sass.hottest([last, masked, steady], "mufu", least=0.25) is last
+    bits = sass.Loop(frozenset(range(40, 45)), ("MUFU.EX2",) * 4 + ("R2P",))
+    assert sass.hottest([bits, steady], "mufu", least=0.5) is steady
 
 
 def test_what_is_seldom_due_is_no_hot_loop():

@@ -157,16 +157,18 @@ def test_the_argument_for_blackwell_has_the_tables_numbers():
 @pytest.mark.parametrize("case", cycles.FORWARD)
 @pytest.mark.parametrize("name", ["B200", "GB300"])
 def test_blackwell_asks_no_more_of_an_sm_than_the_peer(name, case):
-    """No more exponentials, products and shared memory; no more instructions, unless for fewer exponentials;
-    and no lower a bound."""
+    """No more products and shared memory; no more exponentials, unless products take longer, and no more
+    instructions, unless for fewer exponentials; and no lower a bound."""
     gpu = GPUS[name]
     rows = [row for row in COUNTED if (row.target, row.case) == (gpu.device.target, case)]
     (own,) = [row.cost for row in rows if row.kernel == "sm100.forward"]
     (peer,) = [row.cost for row in rows if row.kernel.startswith(flash_attn_4.NAME)]
     ours, theirs = own.cycles(gpu), peer.cycles(gpu)
-    for kind in ("matrix", "mufu", "shared"):
+    for kind in ("matrix", "shared"):
         assert ours[kind] <= theirs[kind] * 1.001, kind
-    most = 1.02 if (name, case) == ("B200", "d256") else 1.0  # of few exponentials, a look for large scores
+    assert ours["mufu"] <= max(theirs["mufu"] * 1.001, 0.9 * ours["matrix"])
+    # Of few exponentials, a look for large scores, and the end of P that is told of apart.
+    most = 1.03 if case.startswith("d256") else 1.0
     assert ours["issue"] <= most * theirs["issue"] or ours["mufu"] < theirs["mufu"]
     assert own.ceilings(gpu)[1] >= 0.999 * peer.ceilings(gpu)[1]
 

@@ -47,7 +47,7 @@ def linked(topology: Topology) -> set[tuple[tuple[str, ...], str, tuple[str, ...
     [
         ("sm90.forward", [hopper(row.config) for row in sm90.ROWS]),
         ("sm90.backward", [hopper_backward(row.config) for row in BACKWARD if row.config.ctas == 1]),
-        ("sm100.forward", [blackwell(PROBLEM, row.config) for row in sm100.ROWS]),
+        ("sm100.forward", [blackwell(PROBLEM, row.config) for row in sm100.ROWS if row.config.tail]),
         ("sm100.backward", [blackwell_backward(r.config) for r in BLACKWELL_BACKWARD if r.config.ctas == 1]),
     ],
     ids=["sm90", "sm90_backward", "sm100", "sm100_backward"],
@@ -57,6 +57,14 @@ def test_the_drawing_is_the_table(module, topologies):
     assert found
     for topology in topologies:
         assert linked(topology) == found
+
+
+def test_short_blocks_have_no_tail():
+    """Of Blackwell's forward kernels those that compute a block's P at once do not tell of its end apart."""
+    found = drawn("cute_flash.arch.sm100.forward.kernel")
+    for row in sm100.ROWS:
+        without = found - linked(blackwell(PROBLEM, row.config))
+        assert {name for _, name, _ in without} == ({"tail"} if row.config.tile_n == 32 else set())
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,15 @@ def depend_on_load(loaded: Float32, x: Int32) -> Int32:
     return Int32(llvm.inline_asm(Int32.mlir_type, operands, compare, "=r,f,r", has_side_effects=True))
 
 
+def after(computed: Float32, x: Float32) -> Float32:
+    """`x`, known only once `computed` is, which is never that signalling NaN: what follows from x alone comes
+    after what `computed` follows from.
+    """
+    compare = "{ .reg .pred p; setp.eq.b32 p, $1, 0x7f8ace55; selp.b32 $0, 0, $2, p; }"
+    operands = [computed.ir_value(), x.ir_value()]
+    return Float32(llvm.inline_asm(Float32.mlir_type, operands, compare, "=f,f,f", has_side_effects=True))
+
+
 def unknown(x: Int32) -> Int32:
     """`x`, of whose value compilers know nothing: a loop of at most one turn stays a loop.
 

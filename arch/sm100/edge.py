@@ -50,13 +50,16 @@ class Edge(NamedTuple):
         cute.arch.mbarrier_wait(self.empty, (turn & 1) ^ 1)
         after_sync()
 
-    def warp_filled(self, group: Group = ALONE) -> None:
-        """This warp has done its share of filling, of which the group's leader keeps account."""
-        warp_arrives(self.full, group)
+    def warp_filled(self, group: Group = ALONE, tensor: bool = False) -> None:
+        """This warp has done its share of filling, of which the group's leader keeps account.
 
-    def warp_emptied(self, group: Group = ALONE) -> None:
-        """This warp has done its share of emptying, of which the group's leader keeps account."""
-        warp_arrives(self.empty, group)
+        tensor: of tensor memory alone; see `Group.arrive`.
+        """
+        warp_arrives(self.full, group, tensor)
+
+    def warp_emptied(self, group: Group = ALONE, tensor: bool = False) -> None:
+        """This warp has done its share of emptying, likewise."""
+        warp_arrives(self.empty, group, tensor)
 
     def filled_by_mma(self, group: Group) -> None:
         """Full, in every CTA of the group, when every product that this warp has begun is complete."""
@@ -69,12 +72,12 @@ class Edge(NamedTuple):
             group.commit(self.empty)
 
 
-def warp_arrives(barrier: cute.Pointer, group: Group = ALONE) -> None:
+def warp_arrives(barrier: cute.Pointer, group: Group = ALONE, tensor: bool = False) -> None:
     """One arrival at the leader's barrier for the warp, when all its threads have come here."""
     before_sync()
     cute.arch.sync_warp()
     with cute.arch.elect_one():
-        group.arrive(barrier)
+        group.arrive(barrier, tensor)
 
 
 def before_sync() -> None:

@@ -70,10 +70,15 @@ class Group:
         """One arrival in each CTA when every product that this thread has begun is complete."""
         tcgen05.commit(barrier, BOTH if self.paired else None, self.kind)
 
-    def arrive(self, barrier: cute.Pointer) -> None:
-        """One arrival at the leader's barrier."""
+    def arrive(self, barrier: cute.Pointer, tensor: bool = False) -> None:
+        """One arrival at the leader's barrier.
+
+        tensor: all that is handed over lies in tensor memory, of which `edge`'s fences take care. Else what
+        this thread wrote must be seen in the other CTA, for which ptxas makes it wait (MEMBAR.ALL.GPU).
+        """
         if self.paired:
-            cute.arch.mbarrier_arrive(barrier, LEADER, scope=nvvm.MemScopeKind.CLUSTER)
+            scope = None if tensor else nvvm.MemScopeKind.CLUSTER
+            cute.arch.mbarrier_arrive(barrier, LEADER, scope=scope)
         else:
             cute.arch.mbarrier_arrive(barrier)
 

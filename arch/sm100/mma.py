@@ -115,14 +115,15 @@ def tile_of(descriptors: cute.Tensor, index: int | Int32, turn: int | Int32) -> 
 
 
 def begin(
-    mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate, steps: int = 0
+    mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate,
+    steps: range | None = None,
 ) -> None:
     """Begin acc = a b, or acc += a b; a and b are (mma, rows, k). The whole warp calls this.
 
-    steps: the first ones along k, 0: all.
+    steps: along k; None: all.
     """
-    for k in range(steps or cute.size(b, mode=[2])):
-        mma.set(tcgen05.Field.ACCUMULATE, accumulate if k == 0 else True)
+    for i, k in enumerate(steps or range(cute.size(b, mode=[2]))):
+        mma.set(tcgen05.Field.ACCUMULATE, accumulate if i == 0 else True)
         cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
 
 

@@ -19,6 +19,7 @@ from cutlass._mlir import ir
 from cutlass._mlir.dialects import arith, llvm, nvvm, vector
 from cutlass.cute.nvgpu import tcgen05
 
+from ..common.numeric import both
 from ..common.order import pin
 from ..common.regions import Region, Regions
 
@@ -105,6 +106,14 @@ def registers(count: int, dtype: type = Float32) -> cute.Tensor:
 def some_columns(row: cute.Tensor, first: int, count: int) -> cute.Tensor:
     """A part of a thread's row."""
     return cute.make_tensor(row.iterator + first, cute.make_layout((1, count), stride=(count, 1)))
+
+
+def times(row: cute.Tensor, factor: Float32, result: cute.Tensor) -> None:
+    """result = row factor, both (1, n)."""
+    for c in range(0, cute.size(row), 2):
+        result[0, c], result[0, c + 1] = cute.arch.mul_packed_f32x2(
+            (row[0, c], row[0, c + 1]), both(factor), rnd="rn", ftz=False
+        )
 
 
 def load(source: cute.Tensor, row: cute.Tensor, thread: Int32) -> None:

@@ -20,6 +20,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from ..common.blocks import Listed, Range
+from ..common.columns import Keys
 from ..common.dropout import Dropout
 from ..common.element import element_type
 from ..common.fragment import as_operand_a, rows_by_columns
@@ -121,7 +122,7 @@ class ForwardKernel:
         acc_s = self.accumulator(walk.mma, self.config.tile_n)
         product(walk.mma, acc_s, self.dim // PIECE, self.q_operand(walk, place), walk.k.at(slot))
         s, row_of, column_of = self.elements(walk, acc_s)
-        walk.rules.apply(s, row_of, lambda c: first_key + column_of(c), masked)
+        walk.rules.apply(s, row_of, Keys(first_key + column_of(0), in_pairs=True), masked)
         rescale, shifts = walk.softmax.raise_max(s), walk.softmax.shifts()
         self.settle(walk.softmax, s, walk.acc_o, rescale, shifts)
         walk.softmax.exponentials(s, rescale, shifts)

@@ -61,7 +61,8 @@ class Config:
         """
         held = LARGEST_SHARED_MEMORY // self.shared_memory(problem)
         if self.rows_of_a_warp > 16:
-            return 1 if problem.block_size and held < 3 else 0
+            tempted = problem.block_size or problem.head_dim_v < self.tile_n
+            return 1 if tempted and held < 3 else 0
         columns = problem.precision.padded(problem.head_dim_v) + self.tile_n
         registers = 168 if columns <= 192 else 256  # a thread has half as many numbers of O and S
         return min(held, SM_REGISTERS // (registers * self.threads))

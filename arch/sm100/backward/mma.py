@@ -100,7 +100,7 @@ class Mma:
         mma, plan = make.scores(make.group), make.plan
         acc = make.result(mma, memory.tensor, plan.at(name), (plan.keys, plan.rows))
         steps = precision.padded(dim) // precision.k_step
-        begin(mma, acc, tile_of(keys, 0, turn), tile_of(rows, slot, turn), False, steps)
+        begin(mma, acc, tile_of(keys, 0, turn), tile_of(rows, slot, turn), False, range(steps))
 
     def begin_grad_v(
         self, memory: Memory, edges: Edges, out: pipeline.PipelineConsumer, turn: Int32

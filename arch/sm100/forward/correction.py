@@ -9,12 +9,11 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ...common.job import visits_of
-from ...common.numeric import both
 from ...common.rules import Rules
 from ...elementwise import where
 from ...problem import Problem
 from ..group import Group
-from ..tmem import Plan, columns, load, registers, store, stored
+from ..tmem import Plan, columns, load, registers, store, stored, times
 from ..tuning import TILE_M, Config
 from .job import Work, turns_of
 from .output import CHUNK, Partial, Result
@@ -62,13 +61,10 @@ class Correction:
                 o = self.o(work, tile, c)
                 values = registers(CHUNK)
                 load(o, values, thread)
-                for i in cutlass.range_constexpr(0, CHUNK, 2):
-                    values[i], values[i + 1] = cute.arch.mul_packed_f32x2(
-                        (values[i], values[i + 1]), both(factor), rnd="rn", ftz=False
-                    )
+                times(values, factor, values)
                 store(values, o, thread)
             stored()
-        work.edges.s.of(place).warp_emptied(self.group)
+        work.edges.s.of(place).warp_emptied(self.group, tensor=True)
 
     @cute.jit
     def finish(self, work: Work, tile: cutlass.Constexpr, turns: Int32):
@@ -82,14 +78,22 @@ class Correction:
             filling = work.past.turns + turns - 1 if self.config.slots > 1 else work.past.filled
             work.edges.o.of(tile).wait_full(filling)
         target = self.output.target(work, tile, thread)
-        for c in cutlass.range_constexpr(0, self.out_columns, CHUNK):
-            values = registers(CHUNK)
-            values.fill(0.0)
-            if turns > 0:
+        if turns > 0:
+            # 0 times what P V made of hidden keys may be NaN.
+            some_empty = cute.arch.vote_any_sync(factor == 0.0)
+            for c in cutlass.range_constexpr(0, self.out_columns, CHUNK):
+                values = registers(CHUNK)
                 load(self.o(work, tile, c), values, thread)
-            for i in cutlass.range_constexpr(CHUNK):
-                values[i] = where(factor == 0.0, 0.0, values[i] * factor)
-            self.output.columns(target, c, values)
+                times(values, factor, values)
+                if some_empty:
+                    for i in cutlass.range_constexpr(CHUNK):
+                        values[i] = where(factor == 0.0, 0.0, values[i])
+                self.output.columns(target, c, values)
+        else:
+            zeros = registers(CHUNK)
+            zeros.fill(0.0)
+            for c in cutlass.range_constexpr(0, self.out_columns, CHUNK):
+                self.output.columns(target, c, zeros)
         self.output.finish(work, tile)
 
     def o(self, work: Work, tile: int, first: int) -> cute.Tensor:

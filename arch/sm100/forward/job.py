@@ -40,13 +40,16 @@ class Edges(NamedTuple):
     """One of each for every Q tile. The mma warp fills those of both CTAs of a pair, and those who empty them
     tell the leader.
 
-    s: S filled by the mma warp; emptied when P is stored and O rescaled; one for every S of a tile.
+    s: S filled by the mma warp; emptied when P is stored, all but its tail, and O rescaled; one for every S
+        of a tile.
     factors: a block's, filled by the softmax warps; one for every S of a tile, and free again when that S is
         full, which was begun after the correction had read the factor before.
     final_scale: what normalises O, filled by the softmax warps, emptied by the correction's.
     o: filled by the mma warp when a tile's last P V is complete, with two S's of a tile every P V: then an S
         does not tell that the P V before is complete. `s` tells the mma warp when to go on.
     out: filled by the correction warps with O in shared memory, emptied by the store warp.
+    tail: P's last columns, stored by the softmax warps, where they are told of apart; one for every S, and
+        free again when that S is full, which was begun after the product that reads them.
     scheduler: the CTA's next tiles, where it fetches them.
     """
 
@@ -55,7 +58,8 @@ class Edges(NamedTuple):
     final_scale: Edge
     o: Edge
     out: Edge
-    scheduler: ClcScheduler | None
+    tail: Edge | None = None
+    scheduler: ClcScheduler | None = None
 
 
 class Past(NamedTuple):

@@ -9,6 +9,7 @@
     load --q--> mma                        a stage for each Q tile
     load --k, v--> mma                     K and V apart, so that a product waits for its own tile only
     mma --s--> softmax, correction         `slots` for each Q tile; back when P is stored and O rescaled
+    softmax --tail--> mma                  P's last columns, one for each S: P V has begun without them
     softmax --factors--> correction        one for each S
     softmax --final_scale--> correction    one for each Q tile: what normalises O
     mma --o--> correction                  one for each Q tile: O after its last block, or after each

@@ -84,11 +84,20 @@ class Mma:
         work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma(make.group)
 
     def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32, last: bool) -> None:
-        """Begin O += P V of the tile's block number `turn`, when P is stored and O has been rescaled."""
-        memory, make = work.memory, self.products
+        """Begin O += P V of the tile's block number `turn`, when O has been rescaled and P is stored: all but
+        its tail, of which the product's last steps wait.
+        """
+        memory, make, slots = work.memory, self.products, self.config.slots
         adds, turn = Boolean(turn > 0), work.past.turns + turn
-        work.edges.s.of(make.plan.place(tile, turn)).wait_empty(turn // self.config.slots + 1)
+        place = make.plan.place(tile, turn)
+        work.edges.s.of(place).wait_empty(turn // slots + 1)
         p, v, o = make.p(memory.tensor, tile, turn), make.v(memory.tiles.v), make.o(memory.tensor, tile)
-        begin(make.pv(), o, p, tile_of(v, stage, turn), adds)
+        v = tile_of(v, stage, turn)
+        steps = cute.size(v, mode=[2])
+        early = steps - steps * self.config.tail // self.config.tile_n
+        begin(make.pv(), o, p, v, adds, range(early))
+        if early < steps:
+            work.edges.tail.of(place).wait_full(turn // slots)
+            begin(make.pv(), o, p, v, True, range(early, steps))
         if last or self.config.slots > 1:
             work.edges.o.of(tile).filled_by_mma(make.group)

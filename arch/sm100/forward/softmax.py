@@ -12,20 +12,21 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
+from ...common.columns import Keys
 from ...common.dropout import Dropout
-from ...common.order import depend_on_load
+from ...common.order import after, depend_on_load
 from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ...problem import Problem
+from ..edge import Edge
 from ..group import Group
 from ..tmem import Plan, columns, load, load_with_max, registers, some_columns, store, stored
-from ..tuning import TILE_M, Config
+from ..tuning import CHUNK, TILE_M, Config
 from .job import Work, row_of_thread, turns_of, visits_of
 from .output import Partial, Result
 from .rows import THRESHOLD, accumulate, add_up, exponentials, largest, raise_max, sums_of, take_in
 
-CHUNK = 32  # columns whose exponentials are computed before they are stored
 PIECE = 16  # of them fetched at a time where S is lowered: with more, kernels of heavy rules spill
 
 
@@ -87,6 +88,7 @@ class Softmax:
         place = self.plan.place(row.tile, turn)
         first = First(self.plan.s(row.tile, turn), self.plan.p(row.tile, turn))
         s, factors = work.edges.s.of(place), work.edges.factors.of(place)
+        tail = work.edges.tail.of(place) if self.config.tail else None
         scores, first_key = registers(self.config.tile_n), n * self.config.tile_n
         row = self.at_block(row, first_key)
         s.wait_full(turn // self.config.slots)
@@ -97,15 +99,27 @@ class Softmax:
         shift = row.softmax.shifts()[0]
         if cute.arch.vote_any_sync(is_large(shift)):
             self.lowered(row, first, first_key, factor, masked)
-            stored()
-            s.warp_emptied(self.group)
+            self.told(self.config.tile_n - self.config.tail, s, tail)
+            if cutlass.const_expr(self.config.tail):
+                self.told(self.config.tile_n, s, tail)
         else:
             for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
                 chunk = some_columns(scores, c, CHUNK)
+                if cutlass.const_expr(c and c == self.config.tile_n - self.config.tail):
+                    # Else exponentials of all columns are mixed, and those that are waited for come late.
+                    shift = after(scores[0, c - 1], shift)
                 self.to_p(row, chunk, shift, first.p + c // self.packed, first_key + c, masked)
-            stored()
-            s.warp_emptied(self.group)
+                self.told(c + CHUNK, s, tail)
             accumulate(row.softmax, scores, factor)
+
+    def told(self, columns: int, s: Edge, tail: Edge | None) -> None:
+        """P's first `columns` are stored: the mma role is told, if it waits for just these."""
+        if columns == self.config.tile_n - self.config.tail:
+            stored()
+            s.warp_emptied(self.group, tensor=True)
+        elif columns == self.config.tile_n:
+            stored()
+            tail.warp_filled(self.group, tensor=True)
 
     @cute.jit
     def lowered(self, row: Row, first: First, first_key: Int32, factor: Float32, masked: cutlass.Constexpr):
@@ -155,7 +169,7 @@ class Softmax:
         load(source, scores, row.thread)
         self.scale_scores(row, scores, first_key)
         number, key = (depend_on_load(scores[0], x) for x in (row.number, first_key))
-        row.rules.apply(scores, lambda r: number, lambda c: key + c, masked)
+        row.rules.apply(scores, lambda r: number, Keys(key, in_pairs=False), masked)
 
     def scale_scores(self, row: Row, scores: cute.Tensor, first_key: Int32) -> None:
         """Columns of S as products of what was given."""

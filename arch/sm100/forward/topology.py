@@ -30,6 +30,8 @@ def topology(problem: Problem, config: Config) -> Topology:
         link("o", "mma", ("correction",), tiles, emptied=False),
         link("out", "correction", ("store",), tiles, emptied=config.is_persistent),
     ]
+    if config.tail:
+        links.append(link("tail", "softmax", ("mma",), scores, emptied=False, filling=config.ctas))
     if config.dynamic:
         store = () if problem.split_kv else ("store",)
         readers = (*("softmax",) * tiles, "correction", "mma", "load", *store)

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
-from ...common.numeric import both
 from ...common.output import OutputRows
 from ...elementwise import maximum, minimum, where
 from ..forward.job import Work, row_of_thread
-from ..forward.softmax import CHUNK, Row, Softmax
-from ..tmem import registers, some_columns
+from ..forward.softmax import Row, Softmax
+from ..tmem import registers, some_columns, times
+from ..tuning import CHUNK
 
 LIFT = 4  # P is multiplied by 2**LIFT
 LAG = 4  # the maximum that exponents are taken from is up to so much below the row's own
@@ -120,11 +120,3 @@ class QuantizedSoftmax(Softmax):
             times(chunk, share, scaled)
             chunk = scaled
         return super().rounded(row, chunk, first_key)
-
-
-def times(row: cute.Tensor, factor: Float32, result: cute.Tensor) -> None:
-    """result = row factor, both (1, n)."""
-    for c in range(0, cute.size(row), 2):
-        result[0, c], result[0, c + 1] = cute.arch.mul_packed_f32x2(
-            (row[0, c], row[0, c + 1]), both(factor), rnd="rn", ftz=False
-        )

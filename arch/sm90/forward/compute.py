@@ -21,6 +21,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, pipeline
 
+from ...common.columns import Keys
 from ...common.dropout import Dropout
 from ...common.element import element_type
 from ...common.fragment import rows_by_columns, some_rows
@@ -233,7 +234,7 @@ class Compute:
         s, at = rows_by_columns(state.s), coordinates(self.qk(), self.config.tile_n)
         first_key = n * self.config.tile_n
         for share, rows, row in self.parts(job, state, s, at, warpgroup):
-            share.rules.apply(rows, row, lambda c: first_key + at[0, c][1], masked)
+            share.rules.apply(rows, row, Keys(first_key + at[0, 0][1], in_pairs=True), masked)
         change = Change(state.softmax.raise_max(s), state.softmax.shifts())
         self.lower(state.softmax, s, change.shifts)
         return change

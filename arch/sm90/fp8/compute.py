@@ -15,6 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float8E4M3FN, Float32, Int32, pipeline
 
+from ...common.columns import Keys
 from ...common.fragment import rows_by_columns
 from ...common.job import Job, Launch, visits_of
 from ...common.memory import Tiles
@@ -177,7 +178,7 @@ class QuantizedCompute(Compute):
         state.shares[0].rules.apply(
             s,
             lambda r: row_of(self.config, job, warpgroup, at[r, 0][0]),
-            lambda c: first_key + at[0, c][1],
+            Keys(first_key + at[0, 0][1], in_pairs=True),
             masked,
         )
         rescale, shifts = state.softmax.raise_max(s), state.softmax.shifts()

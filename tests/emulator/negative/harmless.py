@@ -57,6 +57,7 @@ NUMBERS_LATER = (
 )
 OUT_LATER = "the load has just waited for Q's slot, given back after dK, which comes after dV in order"
 ADDER = "the lane that has waited for its additions is the one that passes the turn on"
+TOLD_OF = "nothing was stored since the warp told of the other columns of P, just before"
 FIRST = "what is written here first: no addition has read it before"
 WAITED = "in turns additions are waited for when they are done, not only when they have been read"
 NUMBERS_BEFORE = (
@@ -115,7 +116,7 @@ HARMLESS = {
         ("no wait for an mbarrier", (0, 1)): FRESH,
         ("one arrival more expected", (1,)): ONCE,
         ("half the arrivals expected", (1,)): ONCE,
-        ("no barrier", (3, 5)): TURNS,
+        ("no barrier", (5,)): TURNS,
         ("no change of registers", (1,)): BUDGET,
         ("no fence before a product", (2, 4, 6)): FENCED,
     }),
@@ -302,21 +303,24 @@ HARMLESS = {
         ("no fence after synchronisation", (5, 7, 13, 14)): NUMBERS,
     }),
     **harmless("sm100", "causal", {
-        ("no wait for an mbarrier", (13, 14)): FRESH,
+        ("no wait for an mbarrier", (15, 16)): FRESH,
         ("one arrival more expected", (1,)): ONCE,
         ("no change of registers", (0,)): BUDGET,
         ("no permit given back", (0,)): PERMIT,
         ("no commit of a product", (7,)): LAST,
-        ("no fence before synchronisation", (0, 3, 6, 8)): NUMBERS,
-        ("no fence after synchronisation", (2, 4, 8)): NUMBERS,
+        ("no barrier of a warp", (2, 7)): TOLD_OF,
+        ("no wait for a store to tensor memory", (1, 5)): TOLD_OF,
+        ("no fence before synchronisation", (2, 7)): TOLD_OF,
+        ("no fence before synchronisation", (0, 5, 10, 12)): NUMBERS,
+        ("no fence after synchronisation", (2, 4, 10)): NUMBERS,
     }),
     **harmless("sm100", "pair", {
-        ("no wait for an mbarrier", (13, 14)): FRESH,
-        ("no wait for an mbarrier", (18, 19, 20)): TAIL,
+        ("no wait for an mbarrier", (15, 16)): FRESH,
+        ("no wait for an mbarrier", (20, 21, 22)): TAIL,
         ("one arrival more expected", (1,)): ONCE,
     }),
     **harmless("sm100", "split", {
-        ("no wait for an mbarrier", (18, 19, 20)): FRESH,
+        ("no wait for an mbarrier", (22, 23, 24)): FRESH,
         ("no commit of a product", (9,)): LAST,
     }),
     **harmless("sm100", "persistent", {
@@ -325,13 +329,14 @@ HARMLESS = {
     }),
     **harmless("sm100", "queue", {
         ("no fence", (1, 3, 4, 5, 6)): READ,
-        ("no barrier of a warp", (13,)): ASKER,
-        ("no barrier of a warp", (14,)): STORED,
+        ("no barrier of a warp", (2, 7)): TOLD_OF,
+        ("no barrier of a warp", (17,)): ASKER,
+        ("no barrier of a warp", (18,)): STORED,
     }),
     **harmless("sm100", "queue pair", {
-        ("no wait for an mbarrier", (25, 26, 27, 28)): TAIL,
+        ("no wait for an mbarrier", (27, 28, 29, 30)): TAIL,
     }),
     **harmless("sm100", "packed", {
-        ("no wait for an mbarrier", (13, 14, 15)): FRESH,
+        ("no wait for an mbarrier", (15, 16, 17)): FRESH,
     }),
 }  # fmt: skip

@@ -30,10 +30,11 @@ def matching(opcode: str) -> Callable[[list[str]], list[int]]:
 
 def mask_comparisons(lines: list[str]) -> list[int]:
     """Eight comparisons, spread evenly, of those that decide whether a score becomes -inf."""
-    hiding = r"selp\.[bf]32\s+%\w+, %\w+, (?:0fFF800000|-8388608), (%\w+);"
+    lowest = r"(?:0fFF800000|-8388608)"
+    hiding = rf"selp\.[bf]32\s+%\w+, (?:%\w+, {lowest}|{lowest}, %\w+), (%\w+);"
     deciding = set(re.findall(hiding, "\n".join(lines)))
-    found = matching(r"setp\.(lt|le|gt|ge)\.s32")(lines)
-    return spread([i for i in found if re.search(r"%p\w*", lines[i])[0] in deciding], 8)
+    found = matching(r"setp\.(eq|ne|lt|le|gt|ge)\.[bs]32")(lines)
+    return spread([i for i in found if deciding & {*re.findall(r"%p\w*", lines[i])}], 8)
 
 
 def spread(found: list[int], count: int) -> list[int]:
@@ -51,7 +52,7 @@ def one_fewer_waited_for(line: str) -> str:
 
 
 def negated(line: str) -> str:
-    opposite = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le"}
+    opposite = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "le": "gt", "gt": "le"}
     return re.sub(r"setp\.(\w\w)", lambda found: f"setp.{opposite[found[1]]}", line)
 
 
