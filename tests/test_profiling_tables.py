@@ -166,9 +166,10 @@ def test_blackwell_asks_no_more_of_an_sm_than_the_peer(name, case):
     ours, theirs = own.cycles(gpu), peer.cycles(gpu)
     for kind in ("matrix", "shared"):
         assert ours[kind] <= theirs[kind] * 1.001, kind
-    assert ours["mufu"] <= max(theirs["mufu"] * 1.001, 0.9 * ours["matrix"])
+    behind_products = 0.9 * ours["matrix"] if (name, case) == ("B200", "d128") else 0
+    assert ours["mufu"] <= max(theirs["mufu"] * 1.001, behind_products)
     # Of few exponentials, a look for large scores, and the end of P that is told of apart.
-    most = 1.03 if case.startswith("d256") else 1.0
+    most = {("B200", "d256"): 1.022}.get((name, case), 1.008 if case.startswith("d256") else 1.0)
     assert ours["issue"] <= most * theirs["issue"] or ours["mufu"] < theirs["mufu"]
     assert own.ceilings(gpu)[1] >= 0.999 * peer.ceilings(gpu)[1]
 
