@@ -37,8 +37,8 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 _SUMS = "SHA256SUMS"
 FOLDER_MODE = 0o755  # whatever the umask: what others can write is not loaded from
 _PATIENCE = 120.0  # seconds to wait for another process that compiles the same kernel
-# `from ..module import names`: the module and the names
-_RELATIVE = re.compile(r"^\s*from \.+([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
+# `from ..module import names`: the dots, the module and the names
+_RELATIVE = re.compile(r"^\s*from (\.+)([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
 
 
 class Artifact(NamedTuple):
@@ -78,36 +78,50 @@ def beginning_of(kernel: str, sources: str) -> str:
 
 
 @functools.cache
-def sources_digest(*files: Path, tree: str | None = None) -> str:
+def sources_digest(*files: Path, module: str | None = None) -> str:
     """Digest of everything that a compiled kernel comes from: `files`, and of the kernels' sources those
-    that a kernel of `tree` can import, or all.
+    that `module`, seen from their root, can import, or all.
     """
     root = Path(arch.__file__).parent
-    named = [(str(path.relative_to(root)), path) for path in sources(root, tree)]
+    named = [(str(path.relative_to(root)), path) for path in sources(root, module)]
     digest = hashlib.sha256()
     for name, path in (*named, *((path.name, path) for path in files)):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def sources(root: Path, tree: str | None = None) -> list[Path]:
-    """The files below `root` that a kernel of `tree` can import: what all trees share, its own, and those of
-    the trees that its own import from. "common" has the kernels that are in no tree; None stands for all.
+def sources(root: Path, module: str | None = None) -> list[Path]:
+    """The files below `root` that a kernel of `module` ("sm90.forward.kernel") can import, or all.
 
-    A tree's `__init__` also lists kernels of other trees, each of which is compiled under its own name.
+    Problems are made of what lies in `root` itself, which therefore is in every kernel. A package's
+    `__init__` is where a name is imported from it: others run, too, but say nothing that a kernel sees.
     """
-    if tree is None:
+    if module is None:
         return sorted(root.rglob("*.py"))
-    found = {*root.glob("*.py"), *(root / "common").rglob("*.py")}
-    trees = [tree]
-    for name in trees:  # which grows
-        files = set((root / name).rglob("*.py"))
-        for path in files - {root / name / "__init__.py"}:
-            modules = _RELATIVE.findall(path.read_text())
-            named = {word for match in modules for word in re.findall(r"\w+", " ".join(match))}
-            trees += [other for other in sorted(named) if other not in trees and (root / other).is_dir()]
-        found |= files
+    found = sorted({*root.glob("*.py"), root.joinpath(*module.split(".")).with_suffix(".py")})
+    for path in found:  # which grows
+        found += [other for other in imported(path) if other.is_relative_to(root) and other not in found]
     return sorted(found)
+
+
+@functools.cache
+def imported(path: Path) -> set[Path]:
+    """The files that a file names in its relative imports, wherever in it they stand.
+
+    Looked up once a process, which has its kernels' modules in memory from then on, too.
+    """
+    found = set()
+    for dots, module, names in _RELATIVE.findall(path.read_text()):
+        package = path.parents[len(dots) - 1].joinpath(*module.split("."))
+        files = {_module_file(package / name) for name in re.findall(r"\w+", names)}
+        found |= {_module_file(package) if file is None else file for file in files}
+    return found - {None}
+
+
+def _module_file(module: Path) -> Path | None:
+    """Where a module or a package lies; None for what is neither."""
+    places = (module.with_suffix(".py"), module / "__init__.py")
+    return next((place for place in places if place.is_file()), None)
 
 
 def get(key: str, build: Callable[[], Artifact]) -> Artifact:

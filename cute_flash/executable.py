@@ -67,7 +67,7 @@ def sources_of(kernel: Kernel) -> str:
         own = Path(find_spec(module).origin)
         beside = (path for path in own.parent.glob("*.py") if own.stem.startswith(path.stem))
         return cache.sources_digest(Path(__file__), *sorted(beside))
-    return cache.sources_digest(Path(__file__), tree=module.split(".")[1])
+    return cache.sources_digest(Path(__file__), module=module[1:])
 
 
 def build(kernel: Kernel, problem: Any, config: Any, device: Device) -> Artifact:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import os
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cute_flash import arch, cache, dispatch, executable
+from cute_flash.arch.kernel import Kernel
 from cute_flash.arch.problem import Problem
 from cute_flash.cache import Artifact, CorruptArtifact
 from tests.tiny import TINY
@@ -135,67 +138,110 @@ def test_the_key_holds_every_source(tmp_path):
     cache.sources_digest.cache_clear()
 
 
-SHARED, LOWER, UPPER = "__init__.py", "lower/__init__.py", "upper/__init__.py"
+SHARED, LOWER, OUTER = "problem.py", "lower/__init__.py", "outer/__init__.py"
+KERNELS = ("lower.forward", "upper.forward.kernel", "upper.backward", "outer.kernel")
 
 
 @pytest.mark.parametrize(
     "changed, stale",
     {
-        SHARED: {"lower", "upper", "outer", "common"},
-        "common/mask.py": {"lower", "upper", "outer", "common"},
-        "lower/forward/mma.py": {"lower", "outer"},  # outer/mma.py imports from it
-        LOWER: {"lower", "outer"},
-        "upper/kernel.py": {"upper"},
-        UPPER: {"upper"},
-        "outer/mma.py": {"outer"},
+        SHARED: set(KERNELS),
+        "common/mask.py": {"lower.forward", "upper.forward.kernel", "outer.kernel"},
+        "common/keys.py": {"upper.backward"},
+        "common/rows.py": set(KERNELS),  # as problem.py imports it
+        "common/unused.py": set(),
+        "lower/mma.py": {"lower.forward", "outer.kernel"},
+        "lower/tuning.py": {"lower.forward", "outer.kernel"},
+        LOWER: {"outer.kernel"},  # which imports the package itself
+        "upper/tuning.py": {"upper.forward.kernel", "upper.backward"},
+        "upper/forward/kernel.py": {"upper.forward.kernel"},
+        "upper/forward/__init__.py": {"outer.kernel"},
+        "upper/backward.py": {"upper.backward"},
+        OUTER: set(),
     }.items(),
 )
 def test_a_change_concerns_the_kernels_that_can_import_it(tmp_path, monkeypatch, changed, stale):
-    """Kernels that others list as a fallback are not theirs."""
+    """And no others: where a package says which kernels it has, that is no part of them."""
     sources = {
-        SHARED: "",
-        "common/mask.py": "from ..rule import Rule",
-        LOWER: "from . import tuning",
-        "lower/forward/mma.py": "from ...common.mask import Mask",
-        UPPER: "from ..lower import Forward as LowerForward",
-        "upper/kernel.py": "from ..common import mask",
-        "outer/__init__.py": "",
-        "outer/mma.py": "from .. import (\n    common,\n    lower,\n)",
+        "__init__.py": "from .problem import Problem",
+        SHARED: "def f():\n    from .common.rows import Rows",
+        "common/mask.py": "",
+        "common/keys.py": "",
+        "common/rows.py": "from ..problem import Problem",
+        "common/unused.py": "from .mask import Mask",
+        LOWER: "from . import forward, tuning",
+        "lower/forward.py": "from ..common.mask import Mask\nfrom .mma import product\nfrom . import tuning",
+        "lower/mma.py": "",
+        "lower/tuning.py": "",
+        "upper/__init__.py": "from ..lower import Forward as LowerForward",
+        "upper/tuning.py": "",
+        "upper/forward/__init__.py": "OPERATION = 0",
+        "upper/forward/kernel.py": "from ...common import (\n    mask,\n)\nfrom ..tuning import Config",
+        "upper/backward.py": "from .tuning import Config as Forward, Row\nfrom ..common.keys import Keys",
+        OUTER: "",
+        "outer/kernel.py": "from .. import lower\nfrom ..lower import mma\nfrom ..common.mask import Mask\n"
+        "from ..upper.forward import OPERATION",
     }
     for name, text in sources.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(cache.arch, "__file__", str(tmp_path / SHARED))
+    monkeypatch.setattr(cache.arch, "__file__", str(tmp_path / "__init__.py"))
 
     def digests():
         cache.sources_digest.cache_clear()
-        return {tree: cache.sources_digest(tree=tree) for tree in ("lower", "upper", "outer", "common", None)}
+        return {module: cache.sources_digest(module=module) for module in (*KERNELS, None)}
 
     before = digests()
     (tmp_path / changed).write_text(sources[changed] + "\n")
     after = digests()
     cache.sources_digest.cache_clear()
-    assert {tree for tree in before if before[tree] != after[tree]} == stale | {None}
+    assert {module for module in before if before[module] != after[module]} == stale | {None}
 
 
-@pytest.mark.parametrize("tree", ["sm80", "sm90", "sm100"])
-def test_what_a_kernel_is_compiled_from_is_in_its_key(tree):
-    """Where it is launched from, and every file of its tree; none of the others."""
-    device = dispatch.EMULATED[tree]
-    kernel = arch.load(device)[0]
-    problem = Problem("bfloat16", 64, 64)
-    launcher = type(kernel.launcher(problem, kernel.config(problem, device)))
+def shipped() -> dict[str, Kernel]:
+    """Every kernel, by name."""
+    trees = (importlib.import_module(f"{arch.__name__}.{tree}") for tree in ("sm80", "sm90", "sm100"))
+    found = [value for tree in trees for value in vars(tree).values() if isinstance(value, Kernel)]
+    return {kernel.name: kernel for kernel in found}
+
+
+def test_imports_are_found_wherever_they_stand():
+    """As Python's own parser finds them, within classes and functions too; none is absolute."""
     root = Path(arch.__file__).parent
-    found = set(cache.sources(root, tree))
-    assert Path(inspect.getfile(launcher)) in found and set((root / tree).rglob("*.py")) <= found
-    others = {"sm80", "sm90", "sm100"} - {tree}
-    assert not found & {path for other in others for path in (root / other).rglob("*.py")}
-    digest = executable.sources_of(kernel)
-    assert digest == cache.sources_digest(Path(executable.__file__), tree=tree)
-    (combine,) = arch.load(device, "combine")
-    assert executable.sources_of(combine) == cache.sources_digest(
-        Path(executable.__file__), tree="common"
+    for path in root.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        absolute = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        absolute += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+        assert not [name for name in absolute if name.split(".")[0] == "cute_flash"], path
+        relative = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+        names = sum(len(node.names) for node in relative)
+        found = cache.imported(path)
+        assert bool(found) == bool(names), path
+        for node in relative:
+            package = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            places = [package.with_suffix(".py"), package / "__init__.py"]
+            places += [package / f"{alias.name}.py" for alias in node.names]
+            places += [package / alias.name / "__init__.py" for alias in node.names]
+            assert found & set(places), (path, node.module)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_what_a_kernel_is_compiled_from_is_in_its_key(name):
+    """The files of whatever its modules have in hand, classes, functions and modules; and of its config."""
+    kernel = shipped()[name]
+    root = Path(arch.__file__).parent
+    module = kernel.launches.partition(":")[0]
+    assert executable.sources_of(kernel) == cache.sources_digest(
+        Path(executable.__file__), module=module[1:]
     )
+    found = set(cache.sources(root, module[1:]))
+    for path in found - {root / "__init__.py"}:
+        dotted = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for value in vars(importlib.import_module(f"{arch.__name__}.{dotted}")).values():
+            if inspect.ismodule(value) or inspect.isclass(value) or inspect.isfunction(value):
+                owner = sys.modules[getattr(value, "__module__", value.__name__)]
+                file = Path(getattr(owner, "__file__", None) or os.devnull)
+                assert file in found or not file.is_relative_to(root), (path, value)
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
