@@ -24,9 +24,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-from .combine import COMBINE
 from .kernel import Kernel, Step, Steps, Tuning
-from .problem import BesideAttention, Device, Problem, Spec
+from .problem import BesideAttention, Device, Problem, Spec, Support
 
 # Features of calls that have no gradients.
 FORWARD_ONLY = frozenset(("split_kv", "kv_cache", "paged_kv", "schedule"))
@@ -308,7 +307,12 @@ class PostprocessOperands(NamedTuple):
 PREPROCESS = Kernel(
     name="common.preprocess",
     operation="preprocess",
-    support=COMBINE.support,
+    support=Support(
+        capabilities=((8, 0), (12, 1)),
+        dtypes=("float16", "bfloat16"),
+        head_dims=range(8, 257, 8),
+        features=frozenset(),
+    ),
     tuning=Tuning(
         config=lambda problem, device, sizes: PreprocessConfig(),
         blocks=lambda config, sizes, _: -(-sizes.seqlen_q // SCRATCH_TILE) * sizes.heads_q * sizes.batch,

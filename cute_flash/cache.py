@@ -93,12 +93,12 @@ def sources_digest(*files: Path, module: str | None = None) -> str:
 def sources(root: Path, module: str | None = None) -> list[Path]:
     """The files below `root` that a kernel of `module` ("sm90.forward.kernel") can import, or all.
 
-    Problems are made of what lies in `root` itself, which therefore is in every kernel. A package's
-    `__init__` is where a name is imported from it: others run, too, but say nothing that a kernel sees.
+    A package's `__init__` is one where a name is imported from it: others run, too, but say nothing that a
+    kernel sees.
     """
     if module is None:
         return sorted(root.rglob("*.py"))
-    found = sorted({*root.glob("*.py"), root.joinpath(*module.split(".")).with_suffix(".py")})
+    found = [root.joinpath(*module.split(".")).with_suffix(".py")]
     for path in found:  # which grows
         found += [other for other in imported(path) if other.is_relative_to(root) and other not in found]
     return sorted(found)
