@@ -157,7 +157,7 @@ APPEND = Kernel(
     support=Support(
         capabilities=((8, 0), (12, 1)),
         dtypes=("float16", "bfloat16"),
-        head_dims=range(8, 257, 8),
+        head_dims=range(8, 577, 8),
         features=frozenset(),
     ),
     tuning=Tuning(config=lambda problem, device, sizes: AppendConfig.of(problem), blocks=_blocks),

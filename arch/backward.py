@@ -28,7 +28,7 @@ from .kernel import Kernel, Step, Steps, Tuning
 from .problem import BesideAttention, Device, Problem, Spec, Support
 
 # Features of calls that have no gradients.
-FORWARD_ONLY = frozenset(("split_kv", "kv_cache", "paged_kv", "schedule"))
+FORWARD_ONLY = frozenset(("split_kv", "kv_cache", "paged_kv", "latent_kv", "schedule"))
 SCRATCH_TILE = 128  # rows; a multiple of every kernel's query tile
 
 

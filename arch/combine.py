@@ -116,7 +116,7 @@ COMBINE = Kernel(
     support=Support(
         capabilities=((8, 0), (12, 1)),
         dtypes=("float16", "bfloat16", "float32"),
-        head_dims=range(8, 257, 8),
+        head_dims=range(8, 577, 8),
         features=frozenset(),
     ),
     tuning=Tuning(

@@ -4,7 +4,7 @@
     Problem   what a call of attention asks that changes compiled code   (frozen, hashable, printable)
     Device    what the answer depends on besides                    (frozen)
     Sizes     how large a call is: for tuning only, never in compiled code
-    Config    how a kernel chose to do it: each tree's tuning.py    (frozen, defined there)
+    Config    how a kernel does it: each tree's config.py, chosen by its tuning.py    (frozen)
     Operands  the tensors and run-time numbers of one call
     Spec      what one operand is: dtype, dimensions, meaning
     Support   what a kernel declares; `reasons` compares it with a Problem
@@ -35,6 +35,7 @@ FEATURES = {
     "split_kv": "split-KV (`num_splits`)",
     "kv_cache": "KV cache (`cache_seqlens`, `cache_batch_idx`, `cache_leftpad`)",
     "paged_kv": "paged KV (`block_table`)",
+    "latent_kv": "V as K's first columns (MLA)",
     "schedule": "splits and order decided on the device (`scheduler_metadata`)",
     "scale_blocks": "FP8 with scales of blocks of 128 rows",
     "scale_blocks_64": "FP8 with scales of blocks of 64 rows",
@@ -143,12 +144,14 @@ class KvCache:
     page_size: keys in a page, (num_pages, page_size, heads, dim) with a page table; None: rows, (cache_rows,
     seqlen_k, heads, dim). batch_idx: which row of the cache a sequence has is given; else its own number.
     leftpad: the first key in use of every sequence is given; else it is the first of all.
+    latent: v is the first head_dim_v columns of k, which are read once.
     A used length (`seqused_k`) counts from the cache's first key on, and what comes before the first in use.
     """
 
     page_size: int | None = None
     batch_idx: bool = False
     leftpad: bool = False
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,16 @@ class Problem:
         """Whether sequences of keys end inside k and v."""
         return self.seqused_k or self.packed_k
 
+    @property
+    def sees_evenly(self) -> bool:
+        """Whether all rows see the same keys: more of them may then visit the same blocks at no cost."""
+        return not (self.mask or self.block_size or self.varlen or self.seqused_k or self.cache)
+
+    @property
+    def equal_tiles(self) -> bool:
+        """Whether all tiles of a call have as many blocks of keys, which CTAs that persist rely on."""
+        return self.sees_evenly and not (self.seqused_q or self.split_kv)
+
     def features(self) -> tuple[str, ...]:
         """The features that this problem needs, keys of FEATURES."""
         needed = {
@@ -232,6 +245,7 @@ class Problem:
             "split_kv": self.split_kv,
             "kv_cache": self.cache is not None and self.page_size is None,
             "paged_kv": self.page_size is not None,
+            "latent_kv": self.cache is not None and self.cache.latent,
         }
         return tuple(name for name, needs in needed.items() if needs)
 

@@ -70,7 +70,7 @@ class Table:
         pressure = self.register_pressure(problem, device)
         for row in self.rows:
             reaches = problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
-            if reaches and pressure <= row.pressure and (not row.even or sees_evenly(problem)):
+            if reaches and pressure <= row.pressure and (not row.even or problem.sees_evenly):
                 config = self.fitted(row.config, problem, device)
                 if config is not None:
                     yield row, config
@@ -173,13 +173,3 @@ def splits(table: Table, problem: Problem, device: Device, sizes: Sizes) -> int:
         return 1
     tiles = count_tiles(config.tile_m, config.heads, sizes)
     return fastest_splits(tiles, -(-sizes.seqlen_k // config.tile_n), table.at_once(config, problem, device))
-
-
-def sees_evenly(problem: Problem) -> bool:
-    """Whether all rows see the same keys: then it costs nothing that more of them visit the same blocks."""
-    return not (problem.mask or problem.block_size or problem.varlen or problem.seqused_k or problem.cache)
-
-
-def equal_tiles(problem: Problem) -> bool:
-    """Whether all tiles of a call have as many blocks of keys, which CTAs that persist rely on."""
-    return sees_evenly(problem) and not (problem.seqused_q or problem.split_kv)

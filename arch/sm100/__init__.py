@@ -7,7 +7,7 @@ from dataclasses import replace
 from .. import sm80
 from ..backward import FORWARD_ONLY, PostprocessProblem, steps_around
 from ..kernel import Kernel
-from ..sm80.backward.tuning import PostprocessConfig
+from ..sm80.backward.config import PostprocessConfig
 from .backward import tuning as backward
 from .forward import FORWARD
 from .fp8 import QUANTIZED

@@ -15,9 +15,9 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32
 
 from ..elementwise import where
+from .config import ANSWERS
 from .edge import Edge
 from .group import Group
-from .tuning import ANSWERS
 
 NBYTES = 16  # of an answer
 NOTHING = -1

@@ -23,11 +23,11 @@ FORWARD = Kernel(
     support=Support(
         capabilities=((8, 0), (12, 1)),
         dtypes=("float16", "bfloat16"),
-        head_dims=range(8, 257, 8),
+        head_dims=range(8, 577, 8),
         features=frozenset(
             (
                 "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "dropout",
-                "sink", "lse", "split_kv", "kv_cache", "paged_kv", "schedule",
+                "sink", "lse", "split_kv", "kv_cache", "paged_kv", "latent_kv", "schedule",
             )
         ),
     ),
@@ -46,7 +46,11 @@ POSTPROCESS = Kernel(
 BACKWARD = Kernel(
     name="sm80.backward",
     operation="backward",
-    support=replace(FORWARD.support, features=FORWARD.support.features - FORWARD_ONLY),
+    support=replace(
+        FORWARD.support,
+        head_dims=PREPROCESS.support.head_dims,
+        features=FORWARD.support.features - FORWARD_ONLY,
+    ),
     tuning=backward.TABLE.tuning,
     launches=".sm80.backward.main:BackwardKernel",
     around=lambda own, device: steps_around(own, device, POSTPROCESS, backward.PostprocessConfig.of),

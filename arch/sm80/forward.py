@@ -8,7 +8,8 @@ they may see, or one split of them (Dao et al. 2023, "Flash-Decoding"):
 
 A wait shows one tile to all warps and frees the slot of the other kind that the block before used.
 Each warp works on its own rows from beginning to end: two row blocks of 16 where registers allow, so
-that every piece of K and V that it reads from shared memory is multiplied twice.
+that every piece of K and V that it reads from shared memory is multiplied twice. Where O is too wide for a
+warp's registers, warps abreast share out its columns.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from ..common.sequence import cached_sequence_of, extent
 from ..common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ..problem import Operands, Problem
 from ..scheduled import Schedule, without_schedule
+from .config import Config
 from .copy import TileCopy, tile_layout
 from .job import RowBlock, Tiles, Walk, rows_of_tile_in
-from .kv import KvLoader, KvStream, Source
+from .kv import KvLoader, KvStream, LatentLoader, Source
 from .mma import PIECE, Pieces, product, rounded, tiled_mma
 from .rows import keys_of
 from .store import Partial, Result
-from .tuning import Config
 
 ROW_LANES = (1, 2)  # mma.sync spreads a row of the accumulator over 4 neighbouring lanes
 
@@ -52,14 +53,15 @@ class ForwardKernel:
         self.problem, self.config = problem, config
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         self.dtype, self.out_dtype = element_type(precision), element_type(problem.out_precision)
-        self.dim, self.dim_v = precision.padded(dim), precision.padded(dim_v)
+        self.dim, self.dim_v = precision.padded(dim), config.columns(problem)
+        self.latent = problem.cache is not None and problem.cache.latent
         self.copy_q = TileCopy(self.dtype, config.tile_m, dim, self.dim, config.threads, config.heads)
         copy_k = TileCopy(self.dtype, config.tile_n, dim, self.dim, config.threads)
         copy_v = TileCopy(self.dtype, config.tile_n, dim_v, self.dim_v, config.threads)
         copy_out = TileCopy(self.out_dtype, config.tile_m, dim_v, self.dim_v, config.threads, config.heads)
         self.store = Partial(problem, config) if problem.split_kv else Result(problem, config, copy_out)
         self.row_blocks = config.tile_m // (PIECE * config.warps)
-        self.kv = KvLoader(copy_k, copy_v, config.tile_n, config.stages)
+        self.kv = (LatentLoader if self.latent else KvLoader)(copy_k, copy_v, config.tile_n, config.stages)
 
     @cute.jit
     def __call__(self, *operands_and_stream):
@@ -111,17 +113,17 @@ class ForwardKernel:
         for p in cutlass.range_constexpr(len(phases)):
             for i in cutlass.range(phases[p].visits, unroll=1):
                 self.visit(walk, visits.nth(phases[p], i), phases[p].masked)
-        o, row_of, column_of = self.elements(walk, walk.acc_o)
+        o, row_of, column_of = self.elements(walk.mma_o, block, block.thread, walk.acc_o)
         self.store.tile(walk, tiles, o, row_of, column_of)
 
     def visit(self, walk: Walk, place: Int32, masked: bool) -> None:
         """The KV block at a place: S = Q K^T, P = exp(rules(S) - max), O = rescale O + P V."""
         slot, first_key = self.kv.slot(place), walk.stream.visits.block(place) * self.config.tile_n
-        self.kv.wait()
+        self.kv.wait_k()
         self.kv.begin_v(walk.stream, place)
         acc_s = self.accumulator(walk.mma, self.config.tile_n)
         product(walk.mma, acc_s, self.dim // PIECE, self.q_operand(walk, place), walk.k.at(slot))
-        s, row_of, column_of = self.elements(walk, acc_s)
+        s, row_of, column_of = self.elements(walk.mma, walk.block, walk.row_thread, acc_s)
         walk.rules.apply(s, row_of, Keys(first_key + column_of(0), in_pairs=True), masked)
         rescale, shifts = walk.softmax.raise_max(s), walk.softmax.shifts()
         self.settle(walk.softmax, s, walk.acc_o, rescale, shifts)
@@ -129,10 +131,10 @@ class ForwardKernel:
         if walk.dropout is not None:
             walk.dropout.apply(s, row_of, first_key, walk.block.thread)
         p = as_operand_a(rounded(acc_s, self.dtype))
-        self.kv.wait()
+        self.kv.wait_v()
         self.kv.begin_k(walk.stream, place)
         steps = self.config.tile_n // PIECE
-        product(walk.mma, walk.acc_o, steps, lambda k: p[None, None, k], walk.v.at(slot))
+        product(walk.mma_o, walk.acc_o, steps, lambda k: p[None, None, k], walk.v.at(slot))
 
     @cute.jit
     def settle(
@@ -164,12 +166,16 @@ class ForwardKernel:
         acc.fill(0.0)
         return acc
 
-    def elements(self, walk: Walk, acc: cute.Tensor) -> tuple[cute.Tensor, Callable, Callable]:
-        """An accumulator as rows × columns; each row's index in the sequence, each column's in the tile."""
-        columns = 8 * cute.size(acc, mode=[2])
+    def elements(
+        self, mma: cute.TiledMma, block: RowBlock, thread: Int32, acc: cute.Tensor
+    ) -> tuple[cute.Tensor, Callable, Callable]:
+        """What `thread` of `mma` has of an accumulator, as rows × columns; each row's index in the sequence,
+        each column's in the tile.
+        """
+        columns = 8 * cute.size(acc, mode=[2]) * (mma.size // self.config.row_threads)
         tile = cute.make_identity_tensor((self.config.tile_m, columns))
-        at = rows_by_columns(walk.mma.get_slice(walk.block.thread).partition_C(tile))
-        return rows_by_columns(acc), lambda r: self.row_of(walk.block, at[r, 0][0]), lambda c: at[0, c][1]
+        at = rows_by_columns(mma.get_slice(thread).partition_C(tile))
+        return rows_by_columns(acc), lambda r: self.row_of(block, at[r, 0][0]), lambda c: at[0, c][1]
 
     def row_of(self, block: RowBlock, row: Int32) -> Int32:
         """In the sequence: a row of the tile."""
@@ -201,22 +207,24 @@ class ForwardKernel:
         config, smem = self.config, SmemAllocator()
         wider = tile_layout(config.tile_m, max(self.dim, self.dim_v), 1)
         q_or_out = smem.allocate_tensor(self.dtype, wider, byte_alignment=128).iterator
-        k = tile_layout(config.tile_n, self.dim, config.stages)
-        v = tile_layout(config.tile_n, self.dim_v, config.stages)
+        k_layout = tile_layout(config.tile_n, self.dim, config.stages)
+        v_layout = tile_layout(config.tile_n, self.dim_v, config.stages)
         out = cute.recast_ptr(q_or_out, dtype=self.out_dtype)
+        k = smem.allocate_tensor(self.dtype, k_layout, byte_alignment=128)
         return Tiles(
             q=cute.make_tensor(q_or_out, tile_layout(config.tile_m, self.dim, 1)),
-            k=smem.allocate_tensor(self.dtype, k, byte_alignment=128),
-            v=smem.allocate_tensor(self.dtype, v, byte_alignment=128),
+            k=k,
+            v=k if self.latent else smem.allocate_tensor(self.dtype, v_layout, byte_alignment=128),
             out=cute.make_tensor(out, tile_layout(config.tile_m, self.dim_v, 1)),
         )
 
     def stream(self, block: RowBlock, tiles: Tiles, visits: Range | Listed) -> KvStream:
         call, sequence = block.call, block.sequence
         k_rows, v_rows = (keys_of(self.problem, call, sequence, t, block.heads.kv) for t in (call.k, call.v))
+        k = Source(k_rows, self.kv.copy_k.partition(tiles.k, block.thread))
         return KvStream(
-            k=Source(k_rows, self.kv.copy_k.partition(tiles.k, block.thread)),
-            v=Source(v_rows, self.kv.copy_v.partition(tiles.v, block.thread)),
+            k=k,
+            v=None if self.latent else Source(v_rows, self.kv.copy_v.partition(tiles.v, block.thread)),
             visits=visits,
             seqlen_k=sequence.seqlen_k,
             thread=block.thread,
@@ -234,21 +242,26 @@ class ForwardKernel:
     def walk(self, block: RowBlock, tiles: Tiles, stream: KvStream, rules: Rules) -> Walk:
         call, thread = block.call, block.thread
         head = block.heads.known(self.config.heads, block.head)
-        mma = tiled_mma(self.dtype, self.config.warps)
-        acc_o = self.accumulator(mma, self.dim_v)
+        abreast, row_thread, column = self.config.abreast, thread, 0
+        if abreast > 1:
+            row_thread, column = thread % self.config.row_threads, thread // self.config.row_threads
+        mma_o = tiled_mma(self.dtype, self.config.warps, abreast)
+        acc_o = self.accumulator(mma_o, self.dim_v)
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
         scale = 1.0 if self.problem.score else call.softmax_scale
         rows = cute.size(rows_by_columns(acc_o), mode=[0])
         return Walk(
-            mma=mma,
+            mma=tiled_mma(self.dtype, self.config.warps),
+            mma_o=mma_o,
+            row_thread=row_thread,
             block=block,
             stream=stream,
             rules=rules,
             dropout=Dropout.of(self.problem, call, block.sequence, head),
-            q=Pieces.a(tiles.q, thread),
+            q=Pieces.a(tiles.q, row_thread),
             q_registers=self.q_registers(),
             k=Pieces.b(tiles.k, thread),
-            v=Pieces.b_transposed(tiles.v, thread),
+            v=Pieces.b_transposed(tiles.v, thread, column, abreast),
             acc_o=acc_o,
             softmax=OnlineSoftmax.create(rows, Float32(scale * LOG2_E), ROW_LANES),
         )

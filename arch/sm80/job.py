@@ -13,10 +13,10 @@ from ..common.rules import Rules
 from ..common.sequence import Sequence
 from ..common.softmax import OnlineSoftmax
 from ..problem import Operands
+from .config import Config
 from .kv import KvStream
 from .mma import Pieces
 from .rows import Rows, Shared
-from .tuning import Config
 
 
 class RowBlock(NamedTuple):
@@ -36,7 +36,7 @@ class RowBlock(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Shared memory. The output takes Q's place in the end."""
+    """Shared memory. The output takes Q's place in the end; V's tiles may be K's."""
 
     q: cute.Tensor  # (tile_m, dim, 1)
     k: cute.Tensor  # (tile_n, dim, stages)
@@ -45,9 +45,15 @@ class Tiles(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What a thread needs at every KV block."""
+    """What a thread needs at every KV block.
+
+    mma: of S, whose threads are those with rows of their own; row_thread: which of them this one is or, of
+    warps abreast, stands beside. mma_o: of O.
+    """
 
     mma: cute.TiledMma
+    mma_o: cute.TiledMma
+    row_thread: Int32
     block: RowBlock
     stream: KvStream
     rules: Rules

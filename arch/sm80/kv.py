@@ -25,10 +25,10 @@ class Source(NamedTuple):
 
 
 class KvStream(NamedTuple):
-    """The blocks to visit; nothing from row seqlen_k on is touched."""
+    """The blocks to visit; nothing from row seqlen_k on is touched. v: None where V is part of K."""
 
     k: Source
-    v: Source
+    v: Source | None
     visits: Range | Listed
     seqlen_k: Int32
     thread: Int32
@@ -76,10 +76,14 @@ class KvLoader:
             due = due & stream.visits.is_later(place)
         self._begin(stream, stream.v, self.copy_v, place, due, False)
 
-    def wait(self) -> None:
-        """The next tile is complete and visible to all warps; they are done with the one before it."""
+    def wait_k(self) -> None:
+        """The next tile of K is complete and visible to all warps; they are done with the V before it."""
         cute.arch.cp_async_wait_group(2 * (self.stages - 1))
         cute.arch.barrier()
+
+    def wait_v(self) -> None:
+        """The next tile of V is complete and visible to all warps; they are done with the K before it."""
+        self.wait_k()
 
     @cute.jit
     def _begin(self, stream: Constexpr, source, copy, place: Int32, due: Boolean, bounded: Constexpr):
@@ -92,3 +96,42 @@ class KvLoader:
 
     def _first_row(self, stream: KvStream, place: Int32) -> Int32:
         return stream.visits.block(place) * self.tile_n
+
+
+class LatentLoader(KvLoader):
+    """As `KvLoader`, where V is K's first columns: a block is one tile, `stages` of them, at least two.
+
+    A group for each visit. A tile is read until its P V is done, so its slot is filled again from the next
+    visit's wait on.
+    """
+
+    @property
+    def groups_begun(self) -> int:
+        """Groups that `begin` commits."""
+        return self.stages - 1
+
+    def begin(self, stream: KvStream) -> None:
+        """Begin the tiles of the first `stages` - 1 visits."""
+        self.copy_k.clear_padding(stream.k.chunks, stream.thread)
+        visits = stream.visits
+        for stage in range(self.stages - 1):
+            place = visits.after(visits.start, stage)
+            self._begin(stream, stream.k, self.copy_k, place, visits.inside(place), stage == 0)
+
+    def begin_v(self, stream: KvStream, place: Int32) -> None:
+        """Begin copying the tile of the visit `stages` - 1 after a place, if there is one, to the slot that
+        the visit before was done with.
+        """
+        place = stream.visits.after(place, self.stages - 1)
+        self._begin(stream, stream.k, self.copy_k, place, stream.visits.inside(place), False)
+
+    def begin_k(self, stream: KvStream, place: Int32) -> None:
+        """It came with the V before it."""
+
+    def wait_k(self) -> None:
+        """The next tile is complete and visible to all warps; they are done with the one before it."""
+        cute.arch.cp_async_wait_group(self.stages - 2)
+        cute.arch.barrier()
+
+    def wait_v(self) -> None:
+        """It is there, as K."""

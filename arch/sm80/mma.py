@@ -20,10 +20,13 @@ from .copy import CHUNK, tile_width
 PIECE = 16  # rows and columns that one ldmatrix.x4 brings; also mma's k
 
 
-def tiled_mma(dtype: type, warps: int) -> cute.TiledMma:
-    """m16n8k16, the warps side by side along the rows."""
+def tiled_mma(dtype: type, warps: int, abreast: int = 1) -> cute.TiledMma:
+    """m16n8k16, the warps below each other along the rows; of `abreast` times as many, those with the same
+    rows have pieces of 16 columns in turn.
+    """
     op = warp.MmaF16BF16Op(dtype, Float32, (16, 8, PIECE))
-    return cute.make_tiled_mma(op, (warps, 1, 1), permutation_mnk=(16 * warps, 16, PIECE))
+    columns = 16 if abreast == 1 else cute.make_layout((8, abreast, 2), stride=(1, 16, 8))
+    return cute.make_tiled_mma(op, (warps, abreast, 1), permutation_mnk=(16 * warps, columns, PIECE))
 
 
 class Pieces(NamedTuple):
@@ -52,9 +55,12 @@ class Pieces(NamedTuple):
         return Pieces.of(tile, thread // 16 % 2 * 8 + thread % 8, thread // 8 % 2, False)
 
     @staticmethod
-    def b_transposed(tile: cute.Tensor, thread: Int32) -> Pieces:
-        """The B operand as it is: k along the rows."""
-        return Pieces.of(tile, thread % 16, thread // 16 % 2, True)
+    def b_transposed(tile: cute.Tensor, thread: Int32, first: Int32 | int = 0, apart: int = 1) -> Pieces:
+        """The B operand as it is: k along the rows. The thread's pieces: from the first on, `apart`, a power
+        of two that is more than `first`.
+        """
+        chunk = thread // 16 % 2 if isinstance(first, int) and not first else first * 2 + thread // 16 % 2
+        return Pieces.of(tile, thread % 16, chunk, True, apart)
 
     @staticmethod
     def of(tile: cute.Tensor, row: Int32, chunk: Int32, transposed: bool, apart: int = 1) -> Pieces:

@@ -15,10 +15,10 @@ from cutlass.cute.nvgpu import CopyUniversalOp
 from ..common.fragment import some_rows
 from ..common.output import OutputRows, of_split, write_pairs
 from ..problem import Problem
+from .config import Config
 from .copy import TileCopy
 from .job import Tiles, Walk, rows_of_tile_in
 from .mma import rounded
-from .tuning import Config
 
 
 class _Store:
@@ -30,6 +30,8 @@ class _Store:
         block, heads = walk.block, self.config.heads
         output = OutputRows.of(self.problem, block, block.heads.known(heads, block.head), lse)
         writes_lse = block.thread % 4 == 0
+        if self.config.abreast > 1:
+            writes_lse = writes_lse & (block.thread < self.config.row_threads)
         if heads > 1:
             writes_lse = writes_lse & (block.head < block.heads.end)
         output.finish(o, walk.softmax, row_of, writes_lse)
@@ -47,7 +49,7 @@ class Result(_Store):
         block, thread = walk.block, walk.block.thread
         self.finish(walk, block.call.lse, o, row_of)
         pairs = cute.make_copy_atom(CopyUniversalOp(), self.copy.dtype, num_bits_per_copy=32)
-        to_shared = cute.make_tiled_copy_C(pairs, walk.mma).get_slice(thread)
+        to_shared = cute.make_tiled_copy_C(pairs, walk.mma_o).get_slice(thread)
         out = to_shared.retile(rounded(walk.acc_o, self.copy.dtype))
         cute.copy(to_shared, out, to_shared.partition_D(tiles.out[None, None, 0]))
         cute.arch.barrier()

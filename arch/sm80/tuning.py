@@ -7,66 +7,11 @@ timed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..problem import Device, Problem
 from ..tuning import Row, Table
-
-SM_REGISTERS = 65536
-RESERVED_SHARED_MEMORY = 1024  # bytes that a resident CTA costs besides its own
-LARGEST_SHARED_MEMORY = 166912  # bytes that CTAs share on the largest multiprocessor of these, A100's
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """How the forward kernel works on a problem.
-
-    tile_m, tile_n: rows of Q, and of K and V, at a time. warps: each takes tile_m / warps rows.
-    stages: K and V tiles in shared memory. q_in_registers: Q is read from shared memory once.
-    heads: query heads of one KV head that share a tile's rows, a power of two; at most 8, as many as a warp's
-    threads have rows side by side, so that those of a thread are of one head.
-    """
-
-    tile_m: int
-    tile_n: int
-    warps: int
-    stages: int = 1
-    q_in_registers: bool = False
-    heads: int = 1
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps
-
-    @property
-    def rows_of_a_warp(self) -> int:
-        return self.tile_m // self.warps
-
-    def shared_memory(self, problem: Problem) -> int:
-        """Bytes of dynamic shared memory."""
-        dim, dim_v = map(problem.precision.padded, (problem.head_dim, problem.head_dim_v))
-        q_or_out = self.tile_m * max(dim, dim_v)
-        return problem.precision.nbytes(q_or_out + self.stages * self.tile_n * (dim + dim_v))
-
-    def resident(self, problem: Problem, device: Device) -> int:
-        """CTAs that an SM holds at once, at 255 registers a thread; 0 where not even one fits."""
-        by_registers = SM_REGISTERS // (256 * self.threads)
-        per_sm = device.shared_memory + RESERVED_SHARED_MEMORY
-        return min(by_registers, per_sm // (self.shared_memory(problem) + RESERVED_SHARED_MEMORY))
-
-    def kept_resident(self, problem: Problem) -> int:
-        """CTAs of an SM that the compiler is to leave registers for, and no more; 0: it decides.
-
-        Left to itself it may spill to make room for more of them than shared memory holds on any GPU.
-        """
-        held = LARGEST_SHARED_MEMORY // self.shared_memory(problem)
-        if self.rows_of_a_warp > 16:
-            tempted = problem.block_size or problem.head_dim_v < self.tile_n
-            return 1 if tempted and held < 3 else 0
-        columns = problem.precision.padded(problem.head_dim_v) + self.tile_n
-        registers = 168 if columns <= 192 else 256  # a thread has half as many numbers of O and S
-        return min(held, SM_REGISTERS // (registers * self.threads))
-
+from .config import Config
 
 LIGHT, HEAVY = range(2)
 
@@ -78,12 +23,18 @@ def register_pressure(problem: Problem, device: Device) -> int:
 
 
 def fitted(config: Config, problem: Problem, device: Device) -> Config | None:
-    """With two stages where they cost no resident CTA; None where not even one CTA fits.
+    """With two stages where they cost no resident CTA, or where they are needed; None where not even one CTA
+    fits.
 
-    None, too, for 32 rows a warp of so wide a V that code for sm_120 spills where that for sm_80 just fits.
+    None, too, for 32 rows a warp of so wide a V that code for sm_120 spills where that for sm_80 just fits,
+    and for 256 columns of O a warp on 10.x, for the same reason.
     """
-    resident, deeper = config.resident(problem, device), replace(config, stages=2)
+    deeper = replace(config, stages=2)
+    if problem.cache and problem.cache.latent:  # the next tile cannot come where V is still being read
+        config = deeper
+    resident = config.resident(problem, device)
     too_wide = config.rows_of_a_warp > 16 and problem.head_dim_v > 96 and device.capability >= (12, 0)
+    too_wide |= config.abreast == 2 and device.capability[0] == 10
     if not resident or too_wide:
         return None
     return deeper if deeper.resident(problem, device) == resident else config
@@ -106,7 +57,9 @@ def for_few_rows(config: Config, problem: Problem, device: Device) -> Config:
     """
     if config.heads == 1 and problem.cache is None:
         return config
-    few = replace(config, tile_m=FEW_ROWS, warps=4, stages=1)
+    few = replace(config, stages=1 if config.abreast == 1 else config.stages)
+    if config.tile_m > FEW_ROWS:
+        few = replace(few, tile_m=FEW_ROWS, warps=4)
     deep = (replace(few, stages=stages) for stages in range(STAGES_FOR_FEW_ROWS, 1, -1))
     resident = min(few.resident(problem, device), 2)
     return next((c for c in deep if c.resident(problem, device) >= resident), few)
@@ -144,6 +97,16 @@ ROWS = (
         head_dim=256, head_dim_v=256, pressure=HEAVY,
         config=Config(tile_m=64, tile_n=64, warps=4),
         why="16 rows a warp, the most that 256 columns of O allow; fits 100 KB",
+    ),
+    Row(
+        head_dim=576, head_dim_v=576, pressure=HEAVY,
+        config=Config(tile_m=64, tile_n=32, warps=4, abreast=2),
+        why="two warps to 16 rows, for 256 columns of O each are what registers hold",
+    ),
+    Row(
+        head_dim=576, head_dim_v=576, pressure=HEAVY,
+        config=Config(tile_m=32, tile_n=16, warps=2, abreast=4),
+        why="fits 100 KB",
     ),
 )  # fmt: skip
 FORWARD = Table(

@@ -7,13 +7,14 @@ from dataclasses import replace
 from .. import sm80
 from ..backward import FORWARD_ONLY, steps_around
 from ..kernel import Kernel
-from ..sm80.backward.tuning import PostprocessConfig
+from ..sm80.backward.config import PostprocessConfig
 from .backward import tuning as backward
+from .backward.config import ROWS
 from .forward import FORWARD
 from .fp8 import QUANTIZED
 
 # Sums lie as the accumulators of one warpgroup, whose four warps have 64 rows below each other.
-SUMS = PostprocessConfig(rows=backward.ROWS, grid=(4, 1))
+SUMS = PostprocessConfig(rows=ROWS, grid=(4, 1))
 # After FlashAttention-3's backward pass (Shah et al. 2024, section 3).
 BACKWARD = Kernel(
     name="sm90.backward",

@@ -27,11 +27,11 @@ from ...elementwise import where
 from ...problem import Problem
 from ..group import Group
 from ..tmem import registers, some_columns, stored
+from .config import CHUNK, THREADS, Config
 from .job import Edges, Memory, key_block
 from .plan import Plan
 from .store import Result, to_row
 from .threads import threads_of
-from .tuning import CHUNK, THREADS, Config
 
 PIECE = 8  # rows that are worked on at a time
 

@@ -14,8 +14,8 @@ from ...common.order import unknown
 from ...common.sequence import sequence_of
 from ...problem import Problem
 from ..edge import Edge
+from .config import NUMBERS, OF_PAIRS, WARPGROUPS, Config, columns_of
 from .plan import plan_of
-from .tuning import NUMBERS, OF_PAIRS, WARPGROUPS, Config, columns_of
 
 
 class GradientOperands(NamedTuple):

@@ -38,6 +38,7 @@ from ...reverse import differentiated, seen_from_keys
 from ..edge import Edge
 from ..group import Group
 from .compute import Compute
+from .config import WARPGROUPS, Config, SerialConfig, WideConfig
 from .job import Edges, GradientOperands, LoadEnds, Memory, MmaEnds, Tiles, key_block
 from .load import Load
 from .mma import Mma
@@ -47,7 +48,6 @@ from .products import Products
 from .serial import SerialCompute, SerialLoad, SerialMma, SerialStore
 from .store import Result, Store
 from .topology import WARPGROUP, topology
-from .tuning import WARPGROUPS, Config, SerialConfig, WideConfig
 from .turns import AsTheyCome, InTurns
 from .wide import WideCompute, WideLoad, WideMma
 

@@ -15,8 +15,8 @@ from ...common.key_block import KeyBlock, Launch
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
+from .config import Config
 from .job import GradientOperands, LoadEnds, Memory, key_block
-from .tuning import Config
 
 
 class Load:

@@ -19,9 +19,9 @@ from ...common.key_block import Launch
 from ...common.rules import Rules
 from ...problem import Problem
 from ..mma import begin, tile_of
+from .config import Config
 from .job import Edges, Memory, MmaEnds, key_block
 from .products import Products
-from .tuning import Config
 
 
 class Mma:

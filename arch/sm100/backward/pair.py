@@ -27,10 +27,10 @@ from ...common.rules import Rules
 from ...elementwise import where
 from ..mma import begin, tile_of
 from .compute import Compute, Key
+from .config import KEYS, OF_PAIRS, ROWS, THREADS
 from .job import Edges, LoadEnds, Memory, MmaEnds, key_block
 from .load import Load
 from .mma import Mma
-from .tuning import KEYS, OF_PAIRS, ROWS, THREADS
 
 SEND = 4  # named barrier: of the warpgroup whose dS is sent
 SENT = 2 * ROWS  # first row of what is sent

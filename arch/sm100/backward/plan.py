@@ -42,7 +42,7 @@ from cutlass import Int32
 from ...common.regions import Region, Regions
 from ...problem import Problem
 from ..tmem import COLUMNS, HALF_LANES, LANE
-from .tuning import ROWS, WARPGROUPS, Config, SerialConfig, WideConfig, columns_of
+from .config import ROWS, WARPGROUPS, Config, SerialConfig, WideConfig, columns_of
 
 STEPS = ("s", "dp", "p", "dv", "ds", "dk", "dq", "store", "end")
 

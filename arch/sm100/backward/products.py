@@ -20,8 +20,8 @@ import cutlass.cute as cute
 from ...common.operand import transposed
 from ..group import ALONE, Group
 from ..mma import MN, SMEM, TMEM, K, tiled_mma
+from .config import WARPGROUPS
 from .plan import Plan
-from .tuning import WARPGROUPS
 
 
 @dataclass(frozen=True)

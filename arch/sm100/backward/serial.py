@@ -12,10 +12,10 @@ from cutlass import Int32
 
 from ..edge import after_sync, before_sync
 from ..tmem import columns, load, registers, some_columns
+from .config import THREADS, WARPGROUPS
 from .job import Edges, Memory, MmaEnds
 from .pair import DK, DP, DQ, DV, PairCompute, PairLoad, PairMma, Product, S
 from .store import Store, Visit
-from .tuning import THREADS, WARPGROUPS
 
 READ = 5  # named barrier: of the compute warpgroups, when both have read S
 

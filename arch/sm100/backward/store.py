@@ -21,10 +21,10 @@ from ...common.rules import Rules
 from ...problem import Problem
 from ..group import Group
 from ..tmem import columns, load, registers, some_columns
+from .config import CHUNK, THREADS, Config
 from .job import Edges, GradientOperands, Memory, key_block
 from .plan import Plan
 from .threads import threads_of
-from .tuning import CHUNK, THREADS, Config
 from .turns import AsTheyCome, InTurns
 
 STORE, RESULT = 1, 2  # named barriers: of the store role, and the first of the compute warpgroups'

@@ -13,7 +13,7 @@ from cutlass import Int32
 from .. import tmem
 from ..group import Group
 from ..tmem import HALF_LANES
-from .tuning import ROWS
+from .config import ROWS
 
 WARP = 32
 

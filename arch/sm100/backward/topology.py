@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...common.topology import Link, Topology
-from .tuning import NUMBERS, OF_PAIRS, WARPGROUPS, Config
+from .config import NUMBERS, OF_PAIRS, WARPGROUPS, Config
 
 WARPGROUP = 4  # warps
 

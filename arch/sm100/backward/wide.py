@@ -20,11 +20,11 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from .compute import Key
+from .config import THREADS
 from .job import Edges, Memory
 from .pair import DK, DP, DQ, DV, SEND, PairCompute, PairLoad, PairMma, Product, S
 from .products import as_a
 from .store import to_row
-from .tuning import THREADS
 
 P, DS = 0, 1  # of the weights
 HALF = THREADS // 2  # threads that have the rows of Q whose dQ one of the CTAs sums

@@ -12,9 +12,9 @@ from ...common.job import visits_of
 from ...common.rules import Rules
 from ...elementwise import where
 from ...problem import Problem
+from ..config import TILE_M, Config
 from ..group import Group
 from ..tmem import Plan, columns, load, registers, store, stored, times
-from ..tuning import TILE_M, Config
 from .job import Work, turns_of
 from .output import CHUNK, Partial, Result
 

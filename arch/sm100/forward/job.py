@@ -13,10 +13,10 @@ from ...common.job import Job
 from ...common.job import visits_of as visits_of
 from ...common.memory import Tiles
 from ...elementwise import maximum
+from ..config import TILE_M, Config
 from ..edge import Edge
 from ..group import Group
 from ..scheduler import ClcScheduler
-from ..tuning import TILE_M, Config
 
 
 class Memory(NamedTuple):

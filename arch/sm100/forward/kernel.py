@@ -47,13 +47,12 @@ from ...common.topology import Barriers
 from ...elementwise import minimum
 from ...problem import Operands, Problem
 from ...scheduled import Schedule, without_schedule
-from ...tuning import equal_tiles
+from ..config import ANSWERS, TILE_M, Config
 from ..edge import Edge
 from ..group import Group
 from ..mma import Products
 from ..scheduler import ClcScheduler
 from ..tmem import Plan
-from ..tuning import ANSWERS, TILE_M, Config
 from .correction import Correction
 from .job import Edges, LoadEnds, Memory, MmaEnds, Past, Work
 from .load import Load
@@ -72,7 +71,7 @@ class ForwardKernel:
     softmax_role: type[Softmax] = Softmax
 
     def __init__(self, problem: Problem, config: Config):
-        if config.persistent and not equal_tiles(problem):
+        if config.persistent and not problem.equal_tiles:
             raise ValueError(f"CTAs persist where all tiles have as many blocks: no {config} for {problem}")
         self.problem, self.config, self.topology = problem, config, topology(problem, config)
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v

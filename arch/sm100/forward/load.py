@@ -15,8 +15,8 @@ from ...common.job import Job, sources, visits_of
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
+from ..config import Config
 from ..group import Group
-from ..tuning import Config
 from .job import LoadEnds, Work, first_row_of, turns_of
 
 

@@ -17,8 +17,8 @@ from ...common.blocks import Listed, Range
 from ...common.job import visits_of
 from ...common.rules import Rules
 from ...problem import Problem
+from ..config import Config
 from ..mma import Products, begin, tile_of
-from ..tuning import Config
 from .job import MmaEnds, Work, turns_of
 
 

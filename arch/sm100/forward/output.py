@@ -17,8 +17,8 @@ from cutlass import Boolean, Int32
 from ...common.job import Job
 from ...common.output import of_split
 from ...problem import Problem
+from ..config import Config
 from ..tmem import registers
-from ..tuning import Config
 from .job import Work, row_of_thread
 
 CHUNK = 16  # columns of O in registers at a time

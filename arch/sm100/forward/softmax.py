@@ -19,10 +19,10 @@ from ...common.output import OutputRows
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ...problem import Problem
+from ..config import CHUNK, TILE_M, Config
 from ..edge import Edge
 from ..group import Group
 from ..tmem import Plan, columns, load, load_with_max, registers, some_columns, store, stored
-from ..tuning import CHUNK, TILE_M, Config
 from .job import Work, row_of_thread, turns_of, visits_of
 from .output import Partial, Result
 from .rows import THRESHOLD, accumulate, add_up, exponentials, largest, raise_max, sums_of, take_in

@@ -10,7 +10,7 @@ from cutlass import Int32
 
 from ...common.job import begin_store
 from ...common.operand import Operand
-from ..tuning import Config
+from ..config import Config
 from .job import Work, first_row_of
 
 

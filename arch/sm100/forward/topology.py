@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...common.topology import Link, Topology
 from ...problem import Problem
-from ..tuning import ANSWERS, Config
+from ..config import ANSWERS, Config
 
 WARPGROUP = 4  # warps
 

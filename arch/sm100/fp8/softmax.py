@@ -19,10 +19,10 @@ from cutlass import Boolean, Float32, Int32
 
 from ...common.output import OutputRows
 from ...elementwise import maximum, minimum, where
+from ..config import CHUNK
 from ..forward.job import Work, row_of_thread
 from ..forward.softmax import Row, Softmax
 from ..tmem import registers, some_columns, times
-from ..tuning import CHUNK
 
 LIFT = 4  # P is multiplied by 2**LIFT
 LAG = 4  # the maximum that exponents are taken from is up to so much below the row's own

@@ -8,7 +8,7 @@ flash-attn-4's authors found best with 8 bits: P's conversions take issue slots,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ...problem import Device
@@ -16,16 +16,7 @@ from ...quantized import QuantizedProblem
 from ...tuning import Row, Table
 from .. import tuning
 from ..tuning import EVEN, HEAVY, LIGHT, ONE_TILE, TWO_TILES, WIDE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(tuning.Config):
-    """As for 16 bits."""
-
-    @property
-    def apart(self) -> bool:
-        """O is larger than Q."""
-        return True
+from .config import Config
 
 
 def fitted(config: Config, problem: QuantizedProblem, device: Device) -> Any:

@@ -37,9 +37,9 @@ from ...elementwise import where
 from ...reverse import differentiated, seen_from_keys
 from ..copy import TileCopy, tile_layout
 from ..mma import PIECE, Pieces, product, rounded, tiled_mma
+from .config import Config
 from .grid import Grid, HeldPieces
 from .job import KeyBlock, ProductOperands, QueryStream, Tiles, Walk
-from .tuning import Config
 from .turns import AsTheyCome, InTurns
 
 LARGE_SUM = 64  # numbers of dQ that a thread holds

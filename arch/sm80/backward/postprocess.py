@@ -15,8 +15,8 @@ from ...common.sequence import extent
 from ...common.sums import SummedTile
 from ..copy import TileCopy, tile_layout
 from ..mma import rounded
+from .config import PostprocessConfig
 from .grid import Grid
-from .tuning import PostprocessConfig
 
 
 class PostprocessKernel:

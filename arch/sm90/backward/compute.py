@@ -28,10 +28,10 @@ from ...common.rules import Rules
 from ...problem import Problem
 from ..edge import Edge
 from ..mma import accumulator, begin, begin_sum, operand_a, tiled_mma, to_shared, visible, wait
+from .config import ROWS, THREADS, Tiling
 from .elements import Transposed, Visit, Weighing
 from .job import Edges, GradientOperands, Sums, Tiles, key_block
 from .store import Result
-from .tuning import ROWS, THREADS, Tiling
 from .turns import AsTheyCome, InTurns
 
 DS = 1  # the named barrier of all compute warpgroups

@@ -13,7 +13,7 @@ from ...common.operand import Operand
 from ...common.sequence import sequence_of
 from ...problem import Problem
 from ..edge import Edge
-from .tuning import ROWS, Tiling
+from .config import ROWS, Tiling
 
 
 class Edges(NamedTuple):

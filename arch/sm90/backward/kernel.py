@@ -31,13 +31,13 @@ from ...common.roles import Role, specialize_warps
 from ...reverse import differentiated, seen_from_keys
 from ..edge import Edge
 from .compute import Compute, ComputeEnds
+from .config import Config, PairConfig, Tiling, WideConfig
 from .exchange import pair_meets
 from .job import Edges, GradientOperands, Tiles
 from .load import Load, LoadEnds, brought
 from .pair import PairCompute
 from .store import Store
 from .topology import WARPGROUP, topology
-from .tuning import Config, PairConfig, Tiling, WideConfig
 from .turns import AsTheyCome, InTurns
 from .wide import WideCompute
 

@@ -21,8 +21,8 @@ from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
 from ..forward.load import EVICT_FIRST, EVICT_LAST
+from .config import ROWS, Tiling
 from .job import GradientOperands, Tiles, key_block
-from .tuning import ROWS, Tiling
 
 
 class LoadEnds(NamedTuple):

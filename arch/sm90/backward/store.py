@@ -22,8 +22,8 @@ from ...elementwise import maximum, minimum
 from ...problem import Problem
 from ..edge import Edge
 from ..mma import tiled_mma, to_shared, visible
+from .config import ROWS, THREADS, Tiling
 from .job import GradientOperands, Sums, Tiles, key_block
-from .tuning import ROWS, THREADS, Tiling
 from .turns import AsTheyCome, InTurns
 
 RESULT = 2  # first of the named barriers, one per warpgroup

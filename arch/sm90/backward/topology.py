@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...common.topology import Link, Topology
-from .tuning import Tiling
+from .config import Tiling
 
 WARPGROUP = 4  # warps
 

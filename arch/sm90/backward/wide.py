@@ -22,10 +22,10 @@ from ...common.key_block import KeyBlock
 from ...common.operand import transposed
 from ..mma import accumulator, begin_sum, coordinates, tiled_mma, to_shared, visible, wait
 from .compute import Compute, Scores, as_a, as_b
+from .config import ROWS, THREADS
 from .elements import Straight, Visit
 from .job import Edges, Sums, Tiles
 from .store import Result
-from .tuning import ROWS, THREADS
 
 OWN = 4  # first of the named barriers of one compute warpgroup each
 

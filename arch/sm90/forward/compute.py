@@ -33,8 +33,8 @@ from ...common.rules import Rules
 from ...common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ...elementwise import where
 from ...problem import Problem
+from ..config import Config
 from ..mma import accumulator, begin, coordinates, operand_a, tiled_mma, wait
-from ..tuning import Config
 from .job import job_of
 from .rows import ROW_LANES, heads_of_thread, row_of
 from .store import Partial, Result

@@ -8,7 +8,7 @@ from ...common.heads import TileHeads
 from ...common.job import Job, Launch, rows_of_tile
 from ...common.sequence import cached_sequence_of
 from ...problem import Problem
-from ..tuning import Config
+from ..config import Config
 
 
 def job_of(problem: Problem, config: Config, launch: Launch, index: Int32) -> Job:

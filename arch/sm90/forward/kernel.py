@@ -32,8 +32,8 @@ from ...common.sequence import extent
 from ...elementwise import maximum, minimum
 from ...problem import Operands, Problem
 from ...scheduled import Schedule, without_schedule
+from ..config import L2_FOR_SECTION, Config
 from ..mma import ROWS
-from ..tuning import L2_FOR_SECTION, Config
 from .compute import Compute, ComputeEnds
 from .load import Load, LoadEnds
 from .topology import topology

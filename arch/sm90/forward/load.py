@@ -19,7 +19,7 @@ from ...common.memory import Tiles
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
-from ..tuning import Config
+from ..config import Config
 from .job import job_of
 
 # Cache policies, as createpolicy.fractional would make them for all of the bytes.

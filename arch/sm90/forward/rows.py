@@ -7,8 +7,8 @@ from cutlass import Int32
 
 from ...common import heads
 from ...common.job import Job
+from ..config import Config
 from ..mma import ROWS
-from ..tuning import Config
 
 ROW_LANES = (1, 2)  # wgmma gives a row of the accumulator to 4 neighbouring lanes
 ROW_STEP = 8  # between a thread's two rows

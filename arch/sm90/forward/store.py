@@ -18,8 +18,8 @@ from ...common.memory import Tiles
 from ...common.operand import Operand
 from ...common.output import OutputRows, of_split, write_pairs
 from ...problem import Problem
+from ..config import Config
 from ..mma import coordinates
-from ..tuning import Config
 from .rows import row_of
 
 STORE = 4  # first of the named barriers, one per warpgroup

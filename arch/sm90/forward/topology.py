@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...common.topology import Link, Topology
-from ..tuning import Config
+from ..config import Config
 
 
 def topology(config: Config) -> Topology:

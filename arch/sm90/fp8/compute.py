@@ -28,8 +28,8 @@ from ..forward.compute import Compute, Share
 from ..forward.job import job_of
 from ..forward.rows import ROW_LANES, heads_of_thread, row_of
 from ..mma import ROWS, accumulator, begin, coordinates, wait
+from .config import TRANSPOSED
 from .mma import operand_a, rounded, tiled_mma, to_p
-from .tuning import TRANSPOSED
 
 LIFT = 8  # P is multiplied by 2**LIFT
 

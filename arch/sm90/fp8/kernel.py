@@ -32,9 +32,9 @@ from ..edge import Edge
 from ..forward.load import Load, LoadEnds
 from ..mma import ROWS
 from .compute import AllTiles, Ends, QuantizedCompute
+from .config import TRANSPOSED, Config
 from .topology import topology
 from .transpose import Transpose, TransposeEnds
-from .tuning import TRANSPOSED, Config
 
 
 class QuantizedKernel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...common.topology import Link, Topology
-from .tuning import TRANSPOSED, Config
+from .config import TRANSPOSED, Config
 
 TRANSPOSERS = 3  # warps
 

@@ -26,9 +26,9 @@ from ...quantized import QuantizedProblem
 from ..edge import Edge
 from ..forward.job import job_of
 from .compute import AllTiles
+from .config import TRANSPOSED, Config
 from .mma import KEYS
 from .topology import TRANSPOSERS
-from .tuning import TRANSPOSED, Config
 
 COLUMNS = 16  # that a warp takes at a time
 EVEN, ODD = 0x6420, 0x7531  # bytes 0, 2 and 1, 3 of two words
