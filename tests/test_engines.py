@@ -31,7 +31,7 @@ UNSERVED = {
     "use_per_head_quant_scales": (True, "scales per head"),
     "kv_cache_dtype": ("fp8", "kv_cache_dtype fp8 is not served"),
     "attn_type": ("encoder", "attention type encoder"),
-    "head_size": (260, "head_dim 260 is not in 8…256"),
+    "head_size": (260, "head_dim 260 is not in 8…"),
     "dtype": (torch.float32, "dtype float32 is not one of"),
     "device_capability": ((7, 5), "kernels for compute capabilities"),
 }
@@ -78,6 +78,27 @@ def test_vllm_calls_from_a_block_table(batch):
     with cute_flash.emulated("sm80"):
         assert vllm.attend(padded, batch.k, batch.v, output, common, scale=64**-0.5) is output
     assert torch.equal(output[:tokens], batch.expected) and (output[tokens:] == 7).all()
+
+
+def test_vllm_shares_out_a_step_on_the_device(batch):
+    """Metadata once, for several layers; that of another step is refused."""
+    tokens, packing = len(batch.q), batch.packing
+    common = SimpleNamespace(
+        num_actual_tokens=tokens, query_start_loc=packing.cu_seqlens_q, max_query_len=packing.max_seqlen_q,
+        seq_lens=packing.seqused_k, max_seq_len=packing.max_seqlen_k, block_table_tensor=packing.block_table,
+        causal=True,
+    )  # fmt: skip
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "block_size": 24, "dtype": batch.q.dtype}
+    with cute_flash.emulated("sm80"):
+        made = vllm.schedule(common, **sizes, num_splits=3)
+        for _ in range(2):
+            given = batch.q, batch.k, batch.v, torch.empty_like(batch.q), common
+            output = vllm.attend(*given, scale=64**-0.5, scheduler_metadata=made)
+        assert made.splits.tolist() != [1] * len(made.splits) and sorted(made.order) == list(range(5))
+        common.max_query_len += 64
+        with pytest.raises(ValueError, match="scheduler_metadata is for"):
+            vllm.attend(*given, scale=64**-0.5, scheduler_metadata=made)
+    assert torch.allclose(output, batch.expected, atol=2e-2)
 
 
 def test_sglang_calls_from_a_page_table(batch):

@@ -2,7 +2,8 @@
 
 Neither half imports vLLM. `reasons` has the arguments of `AttentionBackend.validate_configuration`, and
 answers as that does: a list of reasons, empty where all is well. `attend` is what `AttentionImpl.forward`
-computes once new keys and values lie in their pages, from the fields of `CommonAttentionMetadata`.
+computes once new keys and values lie in their pages, from the fields of `CommonAttentionMetadata`;
+`schedule` what a metadata builder does before, for all layers.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 
 from .. import dispatch, problems
-from ..api import flash_attn_varlen_func
+from ..api import flash_attn_varlen_func, flash_attn_with_kvcache
 from ..arch.problem import Device, KvCache
+from ..scheduling import SchedulerMetadata, get_scheduler_metadata
 
 ELEMENTS = (None, "auto", "float16", "bfloat16")  # of a cache: what q has
 ATTENTION = "decoder"  # keys in pages; an encoder's are packed, for `flash_attn_varlen_func` as it is
@@ -70,6 +72,33 @@ def _device(major: int, minor: int) -> Device:
     return replace(alike[0], capability=(major, minor))
 
 
+def schedule(
+    common: Any,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    sliding_window: tuple[int, int] = (-1, -1),
+    logits_soft_cap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    out: SchedulerMetadata | None = None,
+) -> SchedulerMetadata:
+    """How a step's sequences share the GPU, decided on the device: for `attend` in all layers of one kind.
+
+    common: as in `attend`. num_splits, out: as in `get_scheduler_metadata`; a CUDA graph that has captured
+    `attend` reads what is written into its `out`. Errors: as there.
+    """
+    return get_scheduler_metadata(
+        common.query_start_loc.shape[0] - 1, common.max_query_len, common.max_seq_len, num_heads,
+        num_kv_heads, head_size, common.seq_lens, dtype, cu_seqlens_q=common.query_start_loc,
+        page_size=block_size, causal=common.causal, window_size=sliding_window,
+        has_softcap=bool(logits_soft_cap), num_splits=num_splits, alibi_slopes=alibi_slopes, out=out,
+    )  # fmt: skip
+
+
 def attend(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -83,6 +112,7 @@ def attend(
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    scheduler_metadata: SchedulerMetadata | None = None,
 ) -> torch.Tensor:
     """Attention of a batch's queries to their keys in pages, written into `output`, which is returned.
 
@@ -91,9 +121,20 @@ def attend(
     common: has num_actual_tokens, query_start_loc, max_query_len, seq_lens, max_seq_len, block_table_tensor
         and causal, as `CommonAttentionMetadata` has them.
     batch_invariant: keys are taken whole, so that a sequence's bits do not depend on the others.
+    scheduler_metadata: from `schedule` with the same numbers; not with batch_invariant. None: all sequences
+    have their keys in as many parts.
     All others: as `flash_attn_varlen_func` has them.
     """
     tokens = common.num_actual_tokens
+    if scheduler_metadata is not None:
+        flash_attn_with_kvcache(
+            query[:tokens], key_cache, value_cache, cache_seqlens=common.seq_lens, causal=common.causal,
+            block_table=common.block_table_tensor, softmax_scale=scale, window_size=sliding_window,
+            softcap=logits_soft_cap or 0.0, alibi_slopes=alibi_slopes, cu_seqlens_q=common.query_start_loc,
+            max_seqlen_q=common.max_query_len, learnable_sink=sinks, out=output[:tokens],
+            batch_invariant=batch_invariant, scheduler_metadata=scheduler_metadata,
+        )  # fmt: skip
+        return output
     flash_attn_varlen_func(
         query[:tokens], key_cache, value_cache, common.query_start_loc, None, common.max_query_len,
         common.max_seq_len, softmax_scale=scale, causal=common.causal, window_size=sliding_window,
