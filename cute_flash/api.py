@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from . import decoding, ops, quantized, repeat, request
+from . import decoding, latent, ops, quantized, repeat, request
 from .block_mask import BlockMask
 from .kv_cache import Cache
 from .quantized import Descale
@@ -65,7 +65,8 @@ def flash_attn_func(
 
     q: (batch, seqlen_q, heads, head_dim). k: (batch, seqlen_k, heads_kv, head_dim).
     v: (batch, seqlen_k, heads_kv, head_dim_v). heads is a multiple of heads_kv: query head i uses
-        head i // (heads // heads_kv) of k and v (Ainslie et al. 2023). Head dims: 8 to 256 by 8.
+        head i // (heads // heads_kv) of k and v (Ainslie et al. 2023). Head dims: 8 to 576 by 8, with
+        a gradient to 256.
     dropout_p: probability that a softmax weight is set to 0, the others being scaled up. The mask is
         Philox's (Salmon et al. 2011) from a seed that torch's default generator of q's device draws:
         after the same `torch.manual_seed`, the same mask on every architecture.
@@ -397,7 +398,10 @@ def flash_attn_with_kvcache(
         cache_seqlens. Query i stands at that position + i where causal, a window or a mask is given, and
         all queries at that position elsewhere.
     num_splits: as in `flash_attn_func`; few queries of many keys are split to fill the GPU where it is 0.
-    qv: NotImplementedError unless None.
+    qv: (batch, seqlen_q, heads, head_dim_v), or packed as q: scores are q k + qv v, and softmax_scale is by
+        default (head_dim + head_dim_v)^-0.5: latent attention, absorbed (MLA, DeepSeek-V2 2024, section 2.1).
+        v_cache and k_cache are then row[..., :head_dim_v] and row[..., head_dim_v:] of one tensor. The same
+        as [qv, q] beside the whole row as k_cache; rows of more than 256 numbers are read once. Not with k.
     batch_invariant: a sequence's bits depend on its own keys and queries, not on the others nor on how many
         there are: num_splits, where it is left open, comes from the cache's room alone (a row's keys, or the
         table's pages), a part for each 1024 keys of it, and is 1 with a window or a mask. Of packed queries
@@ -412,7 +416,9 @@ def flash_attn_with_kvcache(
     cache_batch_idx or block_table, are a ValueError where numbers are looked at.
     """
     if qv is not None:
-        raise NotImplementedError("qv is given; allowed: None, no kernel adds up scores of two parts yet")
+        if k is not None:
+            raise NotImplementedError("k is given beside qv; allowed: None, others write a row's parts")
+        q, k_cache, v_cache = latent.joined(q, qv, k_cache, v_cache)
     if page_table is not None:
         if block_table is not None:
             raise ValueError("block_table and page_table are given, two names of one argument; allowed: one")

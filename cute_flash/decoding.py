@@ -16,6 +16,7 @@ from . import (
     contents,
     kv_cache,
     kv_contents,
+    latent,
     launch,
     problems,
     repeat,
@@ -60,6 +61,8 @@ def forward(
 ) -> Result:
     """Attention with a cache, from the user's arguments; raises what is wrong with them."""
     q, cache = _as_cached(q, k_cache, cache)
+    if _heads_are_rows(q, k_cache, v_cache, cache, options):
+        return _of_one_head(q, k_cache, v_cache, cache, options)
     if repeat.watched():
         return _by_operators(q, k_cache, v_cache, cache, options)
     try:
@@ -77,6 +80,26 @@ def forward(
     if call.append is not None:
         appending.again(call.append, call.found, decided.bound, decided.reached)
     return decided.attention.again(call.q, k_cache, v_cache, call.packing, call.options, seen)
+
+
+def _heads_are_rows(q: Any, k_cache: Any, v_cache: Any, cache: Cache, options: Options) -> bool:
+    """Whether to take the heads of single queries as queries of one head: see latent.py."""
+    if not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (q, k_cache, v_cache)):
+        return False
+    if not latent.is_latent(k_cache, v_cache) or cache.k is not None or cache.cu_seqlens_q is not None:
+        return False
+    rules = options.window_size, options.mask, options.score, options.alibi_slopes, options.learnable_sink
+    return latent.heads_are_rows(q.shape[1], q.shape[2], k_cache.shape[2], *rules)
+
+
+def _of_one_head(q, k_cache, v_cache, cache: Cache, options: Options) -> Result:
+    """The call with rows and heads of q and of the result exchanged. A single query sees all keys."""
+    out = options.out
+    turned = out.transpose(1, 2) if isinstance(out, torch.Tensor) and out.ndim == 4 else out
+    options = options._replace(causal=False, out=turned)
+    found = forward(q.transpose(1, 2), k_cache, v_cache, cache, options)
+    lse = found.lse.transpose(1, 2) if options.lse else found.lse
+    return found._replace(out=found.out.transpose(1, 2) if out is None else out, lse=lse)
 
 
 def _key(call: _Call, q: torch.Tensor, cache: Cache, attention: Hashable) -> Hashable:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -305,15 +306,15 @@ def features() -> str:
     forward = [_serving(device, "forward") for device in EMULATED.values()]
     quantized = [_serving(device, "quantized") for device in EMULATED.values()]
 
-    def merged(served: list, values: Any) -> str:
-        return ", ".join(dict.fromkeys(text for kernel in served for text in values(kernel.support))) or "–"
+    def dtypes(served: list[Kernel]) -> str:
+        return ", ".join(dict.fromkeys(dtype for kernel in served for dtype in kernel.support.dtypes)) or "–"
 
     def marked(found: Iterable[Any]) -> list[str]:
         return ["✓" if one else "–" for one in found]
 
     rows = [["", *EMULATED], ["---", *([":-:"] * len(EMULATED))]]
-    rows.append(["dtypes", *(merged(served, lambda s: s.dtypes) for served in forward)])
-    rows.append(["head dims", *(merged(served, _head_dims) for served in forward)])
+    rows.append(["dtypes", *map(dtypes, forward)])
+    rows.append(["head dims", *map(_head_dims, forward)])
     for feature, words in FEATURES.items():
         serving = quantized if feature.startswith("scale_blocks") else forward
         has = (any(feature in kernel.support.features for kernel in served) for served in serving)
@@ -330,11 +331,13 @@ def _serving(device: Device, operation: str) -> list[Kernel]:
     return [kernel for kernel in arch.load(device, operation) if kernel.support.serves(device)]
 
 
-def _head_dims(support: Any) -> tuple[str, ...]:
-    dims = support.head_dims
-    if isinstance(dims, range):
-        return (f"{dims[0]}…{dims[-1]} by {dims.step}",)
-    return tuple(map(str, dims))
+def _head_dims(served: list[Kernel]) -> str:
+    """Those that any of the kernels serves, in words."""
+    dims = sorted({dim for kernel in served for dim in kernel.support.head_dims})
+    steps = {after - before for before, after in itertools.pairwise(dims)}
+    if len(dims) > 2 and len(steps) == 1:
+        return f"{dims[0]}…{dims[-1]} by {steps.pop()}"
+    return ", ".join(map(str, dims)) or "–"
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def flash_attn_combine(
 
     out_partial: (parts, batch, seqlen, heads, head_dim), or packed (parts, total, heads, head_dim), float32,
         float16 or bfloat16; the last dimension contiguous, all other strides multiples of 16 bytes. Head
-        dims: 8 to 256 by 8.
+        dims: 8 to 576 by 8.
     lse_partial: float32 (parts, batch, seqlen, heads), or (parts, total, heads): natural log-sum-exps, -inf
         of a part that saw no key, whose out_partial is not read. Any strides; those of stacked log-sum-exps
         of `flash_attn_func`, transposed, are read in place.

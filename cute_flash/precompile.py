@@ -57,7 +57,10 @@ _BLOCKS = {"block_mask": (128, 128)}  # a block mask's default block size
 _DETERMINISTIC = "deterministic"
 _GRADIENTS = ("backward", "backward_lse", _DETERMINISTIC)
 # Keys in a cache: its rows, and what finds a sequence's; or pages, of which the word tells the size.
-_CACHES = {"kv_cache": {}, "cache_batch_idx": {"batch_idx": True}, "cache_leftpad": {"leftpad": True}}
+_CACHES = {
+    "kv_cache": {}, "cache_batch_idx": {"batch_idx": True}, "cache_leftpad": {"leftpad": True},
+    "latent_kv": {"latent": True},
+}  # fmt: skip
 _PAGES = "page_size="
 # What is done to a cache before attention; of a rotation the word tells how many numbers of a row it turns.
 _TURNED = {"rotary_interleaved": "interleaved", "rotary_seqlens": "rotary_seqlens"}  # to fields

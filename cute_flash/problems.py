@@ -11,6 +11,7 @@ from . import rules
 from .arch.problem import KvCache, Problem, Sizes
 from .arch.quantized import DTYPES, QuantizedProblem
 from .arch.scheduled import ScheduledProblem
+from .latent import is_latent
 from .request import Call
 
 
@@ -55,6 +56,7 @@ def problem_of(call: Call, **quantized: Any) -> Problem:
             page_size=None if call.block_table is None else int(call.k.shape[1]),
             batch_idx=call.cache_batch_idx is not None,
             leftpad=call.cache_leftpad is not None,
+            latent=is_latent(call.k, call.v),
         )
     return problem(
         dtype=call.q.dtype,

@@ -19,6 +19,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import backward, cached, contents, dispatch, launch, ops, overlap, request, rules
+from .latent import is_latent
 from .request import Call, Options, Packing
 
 MOST = 1024  # decisions that are remembered; the oldest is forgotten first
@@ -205,7 +206,7 @@ def key_of(q, k, v, packing: Packing | None, options: Options, seen: rules.Seen 
             key += (
                 None if batch_idx is None else outside(batch_idx),
                 None if leftpad is None else outside(leftpad),
-                None if table is None else outside(table), in_cache,
+                None if table is None else outside(table), in_cache, is_latent(k, v),
                 None if parts is None else outside(parts), None if order is None else outside(order),
                 scheduled_for,
             )

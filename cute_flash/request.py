@@ -362,7 +362,7 @@ def check_qkv(
     (*_, heads, head_dim), (*rows, heads_kv, head_dim_k), (*rows_v, heads_v, _) = q.shape, k.shape, v.shape
     for name, dim in (("q", head_dim), ("v", v.shape[-1])):
         if dim == 0:
-            raise ValueError(f"{name} has head_dim 0; allowed: 8 to 256 by 8")
+            raise ValueError(f"{name} has head_dim 0; allowed: 8 to 576 by 8")
     if head_dim_k != head_dim:
         raise ValueError(f"k has head_dim {head_dim_k}, q has {head_dim}: they must be equal")
     if rows_v != rows or heads_v != heads_kv:

@@ -15,6 +15,7 @@ from .arch.kernel import Steps
 from .arch.packing import count_tiles
 from .arch.problem import Device, KvCache, Sizes
 from .dispatch import dispatch, place_of, plan
+from .latent import heads_are_rows
 from .problems import problem, sizes_of
 from .request import Call
 
@@ -60,6 +61,7 @@ def get_scheduler_metadata(
     alibi_slopes: torch.Tensor | None = None,
     mask: Any = None,
     score: Any = None,
+    latent: bool = False,
     out: SchedulerMetadata | None = None,
 ) -> SchedulerMetadata:
     """Share out the keys of `flash_attn_with_kvcache` among CTAs, by lengths that stay on the device.
@@ -76,6 +78,7 @@ def get_scheduler_metadata(
     cache_seqlens: int32 (batch,), keys in the cache before `max_seqlen_k_new` new ones are appended.
     cu_seqlens_q: int32 (batch + 1,), of packed q. cache_leftpad: int32 (batch,). page_size: keys of a page.
     causal, window_size, alibi_slopes, mask, score: as the call has them. has_softcap: whether it has one.
+    latent: v_cache is the beginning of k_cache's rows, of more than 256 numbers; headdim is theirs.
     num_splits: an upper bound for the parts of one sequence's keys, 1 to 128; 0 or None: as many as a single
         sequence of max_seqlen_k keys is split in to fill the GPU. Workspace grows with it:
         num_splits * batch * seqlen_q * heads * (head_dim_v + 1) numbers in float32.
@@ -106,6 +109,10 @@ def get_scheduler_metadata(
         scalars.window(window_size, sizes.seqlen_q, sizes.seqlen_k),
         mask,
     )
+    if latent and cu_seqlens_q is None and heads_are_rows(
+        sizes.seqlen_q, sizes.heads_q, sizes.heads_kv, window_size, mask, score, alibi_slopes
+    ):
+        sizes = sizes._replace(seqlen_q=sizes.heads_q, heads_q=1)
     scores = rules.score_of(1.0 if has_softcap else 0.0, alibi_slopes, score)
     asked = problem(
         dtype=qkv_dtype,
@@ -115,7 +122,7 @@ def get_scheduler_metadata(
         varlen=cu_seqlens_q is not None,
         seqused_k=True,
         gqa=sizes.heads_q != sizes.heads_kv,
-        cache=KvCache(page_size=page_size, leftpad=cache_leftpad is not None),
+        cache=KvCache(page_size=page_size, leftpad=cache_leftpad is not None, latent=bool(latent)),
         scheduled=True,
     )
     device, bound = place_of(cache_seqlens.device).device, scalars.num_splits(num_splits, False)

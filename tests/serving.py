@@ -24,7 +24,8 @@ WILD = 1 << 30  # where no page is
 class Cached(Case):
     """seqlens: (queries, keys in use) of each sequence; queries all equal unless varlen.
 
-    cache: where keys lie. room: keys for which there is room beyond the longest sequence.
+    cache: where keys lie; latent: v is k's first columns. room: keys for which there is room beyond the
+    longest sequence.
     """
 
     cache: KvCache = KvCache()
@@ -56,6 +57,8 @@ class CachedCall(harness.Call):
         for name, side, head, dim in (("q", "q", 0, 0), ("k", "k", 1, 0), ("v", "k", 1, 1)):
             shape = (*rows[side], case.heads[head], case.dims[dim])
             tensors[name] = torch.randn(shape, generator=generator).to(getattr(torch, case.dtype))
+        if case.cache.latent:
+            tensors["v"] = tensors["k"][..., : case.dims[1]]
         call = cls(case, tensors, arguments)
         for name in "kv":
             for keys, length in zip(call.sequences(name), lengths["k"], strict=True):
@@ -72,6 +75,9 @@ class CachedCall(harness.Call):
         blank = torch.full((*q.shape[:-1], case.dims[1]), math.nan, dtype=q.dtype)
         k, v, packing = self.cache()
         placed = self._placed({"q": q, "k": k, "v": v, "out": blank}, device)
+        views = {name: placed[name].view for name in "qkv"}
+        if case.cache.latent:
+            views["v"] = views["k"][..., : case.dims[1]]
         packing = packing._replace(**{n: moved(x, device) for n, x in packing._asdict().items()})
         told = {name: moved(value, device) for name, value in self.arguments.items()}
         told = {name: x for name, x in told.items() if not name.startswith(("cu_seqlens", "seqused"))}
@@ -84,7 +90,7 @@ class CachedCall(harness.Call):
         )  # fmt: skip
         assert not told, told
         with harness.unchanged({name: placed[name] for name in "qkv"}), where(device, **emulator_options):
-            out, lse = repeat.forward(*(placed[name].view for name in "qkv"), packing, options)
+            out, lse = repeat.forward(*views.values(), packing, options)
         placed["out"].assert_surroundings_untouched()
         return out.cpu(), lse.cpu()
 

@@ -171,12 +171,12 @@ DENSE = {
     "head_dim_step": (
         {"q": tensor(2, 8, 4, 60), "k": tensor(2, 16, 2, 60), "v": tensor(2, 16, 2, 60)},
         NotImplementedError,
-        r"sm80.forward: head_dim 60 is not in 8…256 in steps of 8",
+        r"sm80.forward: head_dim 60 is not in 8…576 in steps of 8",
     ),
     "head_dim_large": (
-        {"v": tensor(2, 16, 2, 264)},
+        {"v": tensor(2, 16, 2, 584)},
         NotImplementedError,
-        "head_dim_v 264 is not in 8…256",
+        "head_dim_v 584 is not in 8…576",
     ),
     "q_last_dim_strided": (
         {"q": tensor(2, 8, 64, 4).transpose(2, 3)},

@@ -126,7 +126,7 @@ WRONG = {
     "itself": ({"out": OUT[:1].expand(2, 5, 3, 64)}, ValueError, "several elements in one place"),
     "strides": ({"out_partial": PARTS.mT.contiguous().mT}, ValueError, "out_partial has strides"),
     "head_dim": (
-        {"out_partial": PARTS[..., :4].contiguous()}, NotImplementedError, "head_dim_v 4 is not in 8…256",
+        {"out_partial": PARTS[..., :4].contiguous()}, NotImplementedError, "head_dim_v 4 is not in 8…576",
     ),
     "gradient": ({"out_partial": PARTS.clone().requires_grad_()}, NotImplementedError, "merging has not"),
 }  # fmt: skip

@@ -53,6 +53,7 @@ SHIPPED = (
     *(("sm80", "blocks_light", dims) for dims in DIMS),
     *(("sm86", "blocks_light", dims) for dims in DIMS[:2]),
     *((device, "blocks_heavy", dims) for device in ("sm86", "sm90") for dims in DIMS[2:]),
+    *((device, "heavy", (576, 576)) for device in ("sm80", "sm86")),
 )
 # What has few rows: it takes another kernel, or one whose tiles hold several heads.
 FEW = (

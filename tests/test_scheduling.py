@@ -198,7 +198,7 @@ WRONG = {
     "page": ({"page_size": 0}, ValueError, "page_size is 0; allowed: 1 or more"),
     "splits": ({"num_splits": 129}, ValueError, "num_splits is 129; allowed: 1 to 128"),
     "window": ({"window_size": 3}, TypeError, "window_size is 3; allowed: "),
-    "head_dim": ({"headdim": 260}, NotImplementedError, "head_dim 260 is not in 8…256"),
+    "head_dim": ({"headdim": 260}, NotImplementedError, "head_dim 260 is not in 8…576"),
     "out": ({"out": ints(1, 2)}, TypeError, "out is Tensor; allowed: SchedulerMetadata"),
 }  # fmt: skip
 

@@ -51,6 +51,8 @@ class Result(_Store):
         pairs = cute.make_copy_atom(CopyUniversalOp(), self.copy.dtype, num_bits_per_copy=32)
         to_shared = cute.make_tiled_copy_C(pairs, walk.mma_o).get_slice(thread)
         out = to_shared.retile(rounded(walk.acc_o, self.copy.dtype))
+        if self.config.abreast > 1:  # other warps read the rows of Q that O takes the place of
+            cute.arch.barrier()
         cute.copy(to_shared, out, to_shared.partition_D(tiles.out[None, None, 0]))
         cute.arch.barrier()
         rows = rows_of_tile_in(self.config, block, block.call.out, block.sequence.q_rows)

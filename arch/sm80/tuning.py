@@ -14,6 +14,7 @@ from ..tuning import Row, Table
 from .config import Config
 
 LIGHT, HEAVY = range(2)
+WIDE = 256  # columns of O, of which a warp has registers for so many
 
 
 def register_pressure(problem: Problem, device: Device) -> int:
@@ -27,8 +28,11 @@ def fitted(config: Config, problem: Problem, device: Device) -> Config | None:
     fits.
 
     None, too, for 32 rows a warp of so wide a V that code for sm_120 spills where that for sm_80 just fits,
-    and for 256 columns of O a warp on 10.x, for the same reason.
+    and for 256 columns of O a warp on 10.x, for the same reason. Warps abreast serve what is too wide for
+    one.
     """
+    if config.abreast > 1 and max(problem.head_dim, problem.head_dim_v) <= WIDE:
+        return None
     deeper = replace(config, stages=2)
     if problem.cache and problem.cache.latent:  # the next tile cannot come where V is still being read
         config = deeper

@@ -112,6 +112,9 @@ HARMLESS = {
     **harmless("sm80", "split", {
         ("no commit", (0,)): "Q joins K's group; the wait for K is the first for either",
     }),
+    **harmless("sm80", "latent", {
+        ("no commit", (0,)): "Q joins the first tile's group; the wait for that is the first for either",
+    }),
     **harmless("sm90", "window", {
         ("no wait for an mbarrier", (0, 1)): FRESH,
         ("one arrival more expected", (1,)): ONCE,

@@ -10,6 +10,7 @@ from unittest import mock
 from cute_flash import dispatch
 from cute_flash.arch.backward import PREPROCESS
 from cute_flash.arch.combine import COMBINE
+from cute_flash.arch.problem import KvCache
 from cute_flash.arch.sm80 import BACKWARD, POSTPROCESS
 from cute_flash.arch.sm80 import tuning as sm80
 from cute_flash.arch.sm90 import BACKWARD as HOPPER_BACKWARD
@@ -19,7 +20,7 @@ from cute_flash.arch.sm100 import BACKWARD as BLACKWELL_BACKWARD
 from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.backward import tuning as blackwell
 from tests.cases import Case
-from tests.serving import paged
+from tests.serving import cached, paged
 
 from .mutations import (
     ADDED,
@@ -188,6 +189,14 @@ SUBJECTS = {
         paged("", 7, seqlens=((20, 300),), heads=(2, 1)),
         sm80.Config(tile_m=64, tile_n=64, warps=4, stages=2, heads=2),
         {name: change for name, change in COPIES.items() if name != "no commit"},
+    ),
+    # One tile for K and V, and two warps to the same rows.
+    ("sm80", "latent"): Subject(
+        cached(
+            "", dims=(264, 64), seqlens=((20, 230),), heads=(1, 1), cache=KvCache(latent=True), splits=1
+        ),
+        sm80.Config(tile_m=32, tile_n=32, warps=2, stages=3, abreast=2),
+        COPIES,
     ),
     ("sm80", "gradients"): Subject(GRADIENTS, None, COPIES, kernel=BACKWARD),
     ("sm86", "gradients in one stage"): Subject(
