@@ -13,6 +13,7 @@ WHAT = {
     "one": "a single call, for tools that watch a process",
     "static": "registers, spills, occupancy and hot loop of every kernel, from its machine code",
     "cycles": "what each unit of a GPU allows per KV tile, from the emulator's counts",
+    "decode": "what a key costs every unit when decoding, beside the time that memory takes",
     "accuracy": "what formats of 8 and 4 bits cost, from a model of the kernels' arithmetic",
     "timing": "what kernels take, by a model of SMs that is held to published speeds",
     "tune": "configs of a forward kernel by that model, the best beside the table's row",

@@ -94,9 +94,14 @@ class Case:
             return flash_attn_4_fp8
         return flash_attn_4_backward if self.backward else flash_attn_4
 
+    @property
+    def of_peers(self) -> bool:
+        """Whether the peer is asked for it."""
+        return self.rules != "everything" and max(self.dims) <= 256
+
     def peer(self) -> flash_attn_4.Case | flash_attn_4_backward.Case | flash_attn_4_fp8.Case:
         """The same problem in the peer's words. Raises Missing where it is not asked for it."""
-        if self.rules == "everything":
+        if not self.of_peers:
             raise flash_attn_4.Missing("not asked for this problem")
         if self.block is not None:
             raise flash_attn_4.Missing("it has no scales of blocks")
@@ -143,7 +148,7 @@ def _cases() -> Iterator[Case]:
     Of gradients those that change the row.
     """
     squares = (32, 64, 96, 128, 160, 192, 224, 256)
-    for dims in (*((dim, dim) for dim in squares), (192, 128)):
+    for dims in (*((dim, dim) for dim in squares), (192, 128), (576, 512)):
         for rules in RULES:
             if rules != "window" or dims in COMMON:
                 yield Case(_name_of(dims, rules), dims, rules)
@@ -254,7 +259,7 @@ def in_words(config: Any) -> str:
 def unreached(arch: str) -> list[str]:
     """Configs that some head dim gets on an architecture and none of CASES: a case is missing."""
     told: dict[str, str] = {}
-    for dim in range(256, 0, -8):
+    for dim in range(576, 0, -8):
         for rules, backward in product(RULES, (False, True)):
             case = Case(f"head dim {dim} {rules}{' backward' * backward}", (dim, dim), rules, backward)
             if case.is_on(arch):

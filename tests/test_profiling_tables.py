@@ -53,7 +53,7 @@ def test_the_static_table_is_of_todays_kernels(emulated):
         hint = f"python -m profiling static --arch {emulated} --write"
         assert found == ours(case.answers(EMULATED[emulated])), f"{case.name}: {hint}"
         peers = [row for row in rows if row.kernel.startswith(flash_attn_4.NAME)]
-        assert len(peers) == (case.rules != "everything"), f"{case.name}: {hint}"
+        assert len(peers) == case.of_peers, f"{case.name}: {hint}"
 
 
 def test_nothing_spills_and_what_is_absent_says_why():
