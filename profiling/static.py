@@ -257,9 +257,9 @@ def in_words(config: Any) -> str:
 
 
 def unreached(arch: str) -> list[str]:
-    """Configs that some head dim gets on an architecture and none of CASES: a case is missing."""
+    """Configs that some head dim to 256 gets on an architecture and none of CASES: a case is missing."""
     told: dict[str, str] = {}
-    for dim in range(576, 0, -8):
+    for dim in range(256, 0, -8):
         for rules, backward in product(RULES, (False, True)):
             case = Case(f"head dim {dim} {rules}{' backward' * backward}", (dim, dim), rules, backward)
             if case.is_on(arch):

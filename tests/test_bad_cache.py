@@ -84,7 +84,7 @@ WRONG = {
     "packed": ({"q": halves(4, 4, 64), "cu_seqlens_q": ints(0, 1, 5), "max_seqlen_q": 4}, ValueError,
                "cu_seqlens_q ends with 5, the tensor has 4 rows"),
     "no_longest": ({"q": halves(4, 4, 64), "cu_seqlens_q": ints(0, 1, 4)}, TypeError, "max_seqlen_q is None"),
-    "qv": ({"qv": halves(2, 2, 4, 64)}, NotImplementedError, "qv is given; allowed: None"),
+    "qv": ({"qv": halves(2, 2, 4, 64)}, NotImplementedError, "k is given beside qv; allowed: None"),
     "heads": ({"q": halves(2, 2, 3, 64)}, ValueError, "q has 3 heads, k has 2: q's must be a multiple"),
     "head_dim": ({"q": halves(2, 2, 4, 72)}, ValueError, "k has head_dim 64, q has 72"),
     "window": ({"window_size": 5}, TypeError, "window_size is 5; allowed: "),
