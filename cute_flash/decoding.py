@@ -84,9 +84,11 @@ def forward(
 
 def _heads_are_rows(q: Any, k_cache: Any, v_cache: Any, cache: Cache, options: Options) -> bool:
     """Whether to take the heads of single queries as queries of one head: see latent.py."""
+    if cache.k is not None or cache.cu_seqlens_q is not None:
+        return False
     if not all(isinstance(x, torch.Tensor) and x.ndim == 4 for x in (q, k_cache, v_cache)):
         return False
-    if not latent.is_latent(k_cache, v_cache) or cache.k is not None or cache.cu_seqlens_q is not None:
+    if not latent.is_latent(k_cache, v_cache):
         return False
     rules = options.window_size, options.mask, options.score, options.alibi_slopes, options.learnable_sink
     return latent.heads_are_rows(q.shape[1], q.shape[2], k_cache.shape[2], *rules)

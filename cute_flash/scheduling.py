@@ -15,7 +15,7 @@ from .arch.kernel import Steps
 from .arch.packing import count_tiles
 from .arch.problem import Device, KvCache, Sizes
 from .dispatch import dispatch, place_of, plan
-from .latent import heads_are_rows
+from .latent import STEP, WIDER_THAN, heads_are_rows, serves
 from .problems import problem, sizes_of
 from .request import Call
 
@@ -78,7 +78,8 @@ def get_scheduler_metadata(
     cache_seqlens: int32 (batch,), keys in the cache before `max_seqlen_k_new` new ones are appended.
     cu_seqlens_q: int32 (batch + 1,), of packed q. cache_leftpad: int32 (batch,). page_size: keys of a page.
     causal, window_size, alibi_slopes, mask, score: as the call has them. has_softcap: whether it has one.
-    latent: v_cache is the beginning of k_cache's rows, of more than 256 numbers; headdim is theirs.
+    latent: v_cache is the beginning of k_cache's rows, of more than 256 numbers, headdim; headdim_v is a
+        multiple of 64. Of single queries the calls then have no sinks.
     num_splits: an upper bound for the parts of one sequence's keys, 1 to 128; 0 or None: as many as a single
         sequence of max_seqlen_k keys is split in to fill the GPU. Workspace grows with it:
         num_splits * batch * seqlen_q * heads * (head_dim_v + 1) numbers in float32.
@@ -109,6 +110,11 @@ def get_scheduler_metadata(
         scalars.window(window_size, sizes.seqlen_q, sizes.seqlen_k),
         mask,
     )
+    if latent and not serves(headdim, headdim if headdim_v is None else headdim_v):
+        raise ValueError(
+            f"latent is {latent} with headdim {headdim} and headdim_v {headdim_v}; allowed: headdim above "
+            f"{WIDER_THAN}, and headdim_v, a multiple of {STEP}, up to it"
+        )
     if latent and cu_seqlens_q is None and heads_are_rows(
         sizes.seqlen_q, sizes.heads_q, sizes.heads_kv, window_size, mask, score, alibi_slopes
     ):

@@ -186,8 +186,41 @@ BAD = {
     "dtype": ({"qv": QV.float()}, ValueError, "qv is torch.float32 on cpu, q torch.float16 on cpu"),
     "type": ({"qv": 3}, TypeError, "qv is int; allowed: torch.Tensor"),
     "apart": ({"k_cache": ROWS[..., :64]}, ValueError, "k_cache does not lie behind v_cache in"),
+    "rows": (
+        {"k_cache": ROWS[:1, :, :, 256:]}, ValueError,
+        r"v_cache has shape \(2, 9, 1, 256\), k_cache has \(1, 9, 1, 64\): they must be equal but",
+    ),
     "new": ({"k": Q[:, :, :1], "v": QV[:, :, :1]}, NotImplementedError, "k is given beside qv; allowed: "),
 }
+
+
+def test_metadata_of_rows_that_no_kernel_reads_once():
+    for head_dims in ((128, 64), (576, 500), (320, 384)):
+        told = {"headdim": head_dims[0], "headdim_v": head_dims[1], "latent": True}
+        refused = pytest.raises(ValueError, match=f"latent is True with headdim {head_dims[0]} and headdim_v")
+        with cute_flash.emulated("sm80"), refused:
+            cute_flash.get_scheduler_metadata(
+                1, 1, 64, 4, 1, cache_seqlens=torch.ones(1, dtype=torch.int32), **told
+            )
+
+
+def test_within_torch_compile():
+    """A traced call is as one that is not, without heads as rows; qv is refused there."""
+    rows, lengths = rows_of(1, 30, (320, 64)), torch.tensor([30], dtype=torch.int32)
+    q = torch.randn(1, 1, 2, 320, generator=torch.Generator().manual_seed(4)).bfloat16()
+
+    def attend(q, rows):
+        return cute_flash.flash_attn_with_kvcache(q, rows, rows[..., :64], cache_seqlens=lengths)
+
+    def by_parts(q, rows):
+        parts = {"k_cache": rows[..., 64:], "v_cache": rows[..., :64], "qv": q[..., :64]}
+        return cute_flash.flash_attn_with_kvcache(q[..., 64:], **parts, cache_seqlens=lengths)
+
+    with cute_flash.emulated("sm80"):
+        traced = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, rows)
+        assert torch.allclose(traced, attend(q, rows), atol=2e-2)
+        with pytest.raises(Exception, match="qv is given while torch.compile traces"):
+            torch.compile(by_parts, backend="aot_eager", fullgraph=True)(q, rows)
 
 
 @pytest.mark.parametrize("name", BAD)
