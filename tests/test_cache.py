@@ -10,13 +10,17 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterator
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
+import cute_flash
 from cute_flash import arch, cache, dispatch, executable
+from cute_flash.arch.backward import BackwardProblem
 from cute_flash.arch.kernel import Kernel
-from cute_flash.arch.problem import Problem
+from cute_flash.arch.problem import KvCache, Problem
 from cute_flash.cache import Artifact, CorruptArtifact
 from tests.tiny import TINY
 
@@ -230,7 +234,7 @@ def test_imports_are_found_wherever_they_stand():
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_what_a_kernel_is_compiled_from_is_in_its_key(name):
-    """The files of whatever its modules have in hand, classes, functions and modules; and of its config."""
+    """The files of whatever its modules have in hand: classes, functions and modules."""
     kernel = shipped()[name]
     root = Path(arch.__file__).parent
     module = kernel.launches.partition(":")[0]
@@ -245,6 +249,32 @@ def test_what_a_kernel_is_compiled_from_is_in_its_key(name):
                 owner = sys.modules[getattr(value, "__module__", value.__name__)]
                 file = Path(getattr(owner, "__file__", None) or os.devnull)
                 assert file in found or not file.is_relative_to(root), (path, value)
+
+
+def parts_of(value: object) -> Iterator[object]:
+    """A problem or a config, and all that it is made of."""
+    yield value
+    inside = vars(value).values() if is_dataclass(value) else value if isinstance(value, tuple) else ()
+    for part in inside:
+        yield from parts_of(part)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("tree", ["sm80", "sm90", "sm100"])
+def test_what_a_problem_and_a_config_are_made_of_is_in_the_key(tree, backward):
+    """Their classes, whose methods a kernel calls without importing them."""
+    device, root = dispatch.EMULATED[tree], Path(arch.__file__).parent
+    rules = {"mask": cute_flash.Causal(), "score": cute_flash.Softcap(30.0)}
+    problem = cute_flash.supports("bfloat16", 64, device=tree, **rules).problem
+    problem = BackwardProblem(problem) if backward else replace(problem, cache=KvCache(16), seqused_k=True)
+    classes = set()
+    for step in dispatch.steps(problem, device):
+        found = set(cache.sources(root, step.kernel.launches.partition(":")[0][1:]))
+        for part in (*parts_of(step.problem), *parts_of(step.config)):
+            file = Path(getattr(sys.modules[type(part).__module__], "__file__", None) or os.devnull)
+            assert file in found or not file.is_relative_to(root), (step.kernel.name, type(part))
+            classes.add(type(part).__name__)
+    assert {"Problem", "Expression", "Config"} <= classes
 
 
 def test_what_is_read_is_what_was_written(tmp_path):

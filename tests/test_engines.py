@@ -31,7 +31,7 @@ UNSERVED = {
     "use_per_head_quant_scales": (True, "scales per head"),
     "kv_cache_dtype": ("fp8", "kv_cache_dtype fp8 is not served"),
     "attn_type": ("encoder", "attention type encoder"),
-    "head_size": (260, "head_dim 260 is not in 8…"),
+    "head_size": (260, "head_dim 260 is not in 8…256"),
     "dtype": (torch.float32, "dtype float32 is not one of"),
     "device_capability": ((7, 5), "kernels for compute capabilities"),
 }

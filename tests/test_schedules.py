@@ -27,6 +27,7 @@ BLACKWELL = replace(CAUSAL, seqlens=((150, 300),), heads=(1, 1))
 FAMILIES = {
     "sm80": ("sm80", CAUSAL),
     "sm80_split": ("sm80", SPLIT),
+    "sm80_latent": ("sm80", SUBJECTS["sm80", "latent"].case),
     "sm90": ("sm90", CAUSAL),
     "sm90_persistent": ("sm90", WHOLE),
     "sm90_split": ("sm90", SPLIT),
