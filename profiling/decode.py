@@ -26,9 +26,10 @@ from cute_flash import executable
 from cute_flash.arch.packing import count_tiles
 from cute_flash.arch.problem import KvCache, Operands, Problem, Sizes
 from cute_flash.dispatch import Answer, dispatch
+from cute_flash.latent import serves
 
 from . import cycles, rates
-from .static import Case, figures, in_words
+from .static import Case, figures
 from .timing import constants
 from .watch import Watch
 
@@ -39,24 +40,23 @@ DIMS = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
 QUERIES = (1, 8, 16)
 GROUP, KEYS, BATCH = 8, 8192, 32  # query heads of a KV head; keys of a sequence; sequences
 LATENT_HEADS = 128
-TILES = 4  # that the emulator runs, and twice as many
 
 
 @dataclass(frozen=True)
 class Row:
     """One decoding call on one GPU.
 
-    tiles: CTAs that read a KV head's keys. clocks: of each unit for one tile of keys, in all these CTAs.
-    memory: clocks of an SM in which its share of the memory's rate brings the tile. under_way: bytes that an
-    SM has asked for and not read: all stages but the K that is being read. needed: bytes that arrive in an
-    SM while one is waited for.
+    keys: of a tile. tiles: CTAs that read a KV head's keys. clocks: of each unit for one tile of keys, in all
+    these CTAs. memory: clocks of an SM in which its share of the memory's rate brings the tile. under_way:
+    bytes that an SM has asked for and not read: all stages but the K that is being read. needed: bytes that
+    arrive in an SM while one is waited for.
     """
 
     gpu: str
     dims: tuple[int, int]
     queries: int
     kernel: str
-    config: str
+    keys: int
     tiles: int
     clocks: dict[str, float]
     memory: float
@@ -77,7 +77,7 @@ class Row:
 
 def answer_for(dims: tuple[int, int], gpu: str, queries: int) -> tuple[Answer, Sizes]:
     """The kernel and config of a call, and its sizes. The heads of a single latent query are rows."""
-    latent, device = dims[0] > 256, rates.GPUS[gpu].device
+    latent, device = serves(*dims), rates.GPUS[gpu].device
     rows = LATENT_HEADS if latent else queries
     heads = 1 if latent else GROUP
     asked = Problem("bfloat16", *dims, seqused_k=True, gqa=heads > 1, cache=KvCache(latent=latent))
@@ -87,30 +87,29 @@ def answer_for(dims: tuple[int, int], gpu: str, queries: int) -> tuple[Answer, S
 
 
 @functools.cache
-def tile_of(dims: tuple[int, int], gpu: str, queries: int) -> cycles.Tile:
+def tile_of(answer: Answer, gpu: str) -> cycles.Tile:
     """What a tile of keys costs one CTA, from the emulator and the machine code."""
-    answer, _ = answer_for(dims, gpu, queries)
-    config, (dim, dim_v) = answer.config, dims
-    run = executable.executable(answer.kernel, answer.problem, config, answer.device, "emulator")
-    heads = config.heads if answer.problem.gqa else 1
+    problem, config = answer.problem, answer.config
+    dim, dim_v = problem.head_dim, problem.head_dim_v
+    run = executable.executable(answer.kernel, problem, config, answer.device, "emulator")
+    heads = config.heads if problem.gqa else 1
 
-    def watched(keys: int) -> Watch:
+    def watched(rows: int, keys: int) -> Watch:
         generator, watch = torch.Generator().manual_seed(0), Watch()
-        rows = config.tile_m // heads
-        shapes = ((rows, heads, dim), (keys, 1, dim), (keys, 1, dim_v), (rows, heads, dim_v))
-        q, k, v, out = (torch.randn(1, *shape, generator=generator).bfloat16() for shape in shapes)
-        given = {"q": q, "k": k, "v": k[..., :dim_v] if dim > 256 else v, "out": out}
-        given |= {"lse": torch.empty(1, heads, rows), "seqused_k": torch.tensor([keys], dtype=torch.int32)}
+        shape = (rows // heads, heads)
+        shapes = ((*shape, dim), (keys, 1, dim), (keys, 1, dim_v), (*shape, dim_v))
+        q, k, v, out = (torch.randn(1, *each, generator=generator).bfloat16() for each in shapes)
+        given = {"q": q, "k": k, "v": k[..., :dim_v] if problem.cache.latent else v, "out": out}
+        given |= {"lse": torch.empty(1, *shape[::-1]), "seqused_k": torch.tensor([keys], dtype=torch.int32)}
         given |= {"softmax_scale": dim**-0.5, "multiprocessors": answer.device.multiprocessors}
         with cute_flash.emulated(rates.GPUS[gpu].arch, observers=(watch,)):
             run(*Operands(**dict.fromkeys(Operands._fields) | given))
         return watch
 
-    few, many = (watched(n * config.tile_n) for n in (TILES, 2 * TILES))
-    steady = many.totals().per_tile(few.totals(), TILES)
-    cubin = executable.artifact(answer.kernel, answer.problem, config, answer.device).cubin
-    shape = (config.tile_m // few.ctas, config.tile_n)
-    return cycles.tile(answer.kernel.name, shape, Case("decode", dims), steady, cycles.loops_of(cubin))
+    case = Case("decode", (dim, dim_v))
+    shape, steady = cycles.steady_of(case, (config.tile_m, config.tile_n), watched)
+    cubin = executable.artifact(answer.kernel, problem, config, answer.device).cubin
+    return cycles.tile(answer.kernel.name, shape, case, steady, cycles.loops_of(cubin))
 
 
 def row(dims: tuple[int, int], gpu: str, queries: int) -> Row:
@@ -118,7 +117,7 @@ def row(dims: tuple[int, int], gpu: str, queries: int) -> Row:
     answer, sizes = answer_for(dims, gpu, queries)
     chip, known, config = rates.GPUS[gpu], constants.of(gpu), answer.config
     tiles = count_tiles(config.tile_m, config.heads, sizes._replace(batch=1))
-    cost = tile_of(dims, gpu, queries).cost.cycles(chip)
+    cost = tile_of(answer, gpu).cost.cycles(chip)
     # Bytes of memory in a clock of one SM.
     rate = known.hbm_rate * 1e9 / (chip.sms * chip.clock)
     columns = dims[0] if answer.problem.cache.latent else sum(dims)
@@ -131,7 +130,7 @@ def row(dims: tuple[int, int], gpu: str, queries: int) -> Row:
         dims=dims,
         queries=queries,
         kernel=answer.kernel.name,
-        config=in_words(config),
+        keys=config.tile_n,
         tiles=tiles,
         clocks={unit: tiles * clocks for unit, clocks in cost.items()},
         memory=of_a_tile / rate,
@@ -144,7 +143,7 @@ def rows() -> Iterator[Row]:
     """Every row, in the table's order."""
     for gpu in GPUS:
         for dims in DIMS:
-            for queries in QUERIES if dims[0] <= 256 else (1,):
+            for queries in (1,) if serves(*dims) else QUERIES:
                 yield row(dims, gpu, queries)
 
 
@@ -158,9 +157,8 @@ HEAD = (
 def line(found: Row) -> str:
     """A row of the table in Markdown."""
     every = found.clocks | {"memory": found.memory}
-    keys = dict(part.split("=") for part in found.config.split())["tile_n"]
     dims = "/".join(map(str, dict.fromkeys(found.dims)))
-    cells = [found.gpu, dims, found.queries, found.kernel, found.tiles, keys]
+    cells = [found.gpu, dims, found.queries, found.kernel, found.tiles, found.keys]
     cells += [*(round(every[unit]) for unit in UNITS), found.binds, f"{100 * found.share:.0f} %"]
     cells += [round(found.under_way / 1024), round(found.needed / 1024)]
     return f"| {' | '.join(map(str, cells))} |"

@@ -126,20 +126,20 @@ def attend(
     All others: as `flash_attn_varlen_func` has them.
     """
     tokens = common.num_actual_tokens
+    given = {
+        "softmax_scale": scale, "causal": common.causal, "window_size": sliding_window,
+        "softcap": logits_soft_cap or 0.0, "alibi_slopes": alibi_slopes, "learnable_sink": sinks,
+        "block_table": common.block_table_tensor, "out": output[:tokens],
+    }  # fmt: skip
     if scheduler_metadata is not None:
         flash_attn_with_kvcache(
-            query[:tokens], key_cache, value_cache, cache_seqlens=common.seq_lens, causal=common.causal,
-            block_table=common.block_table_tensor, softmax_scale=scale, window_size=sliding_window,
-            softcap=logits_soft_cap or 0.0, alibi_slopes=alibi_slopes, cu_seqlens_q=common.query_start_loc,
-            max_seqlen_q=common.max_query_len, learnable_sink=sinks, out=output[:tokens],
-            batch_invariant=batch_invariant, scheduler_metadata=scheduler_metadata,
+            query[:tokens], key_cache, value_cache, cache_seqlens=common.seq_lens,
+            cu_seqlens_q=common.query_start_loc, max_seqlen_q=common.max_query_len,
+            batch_invariant=batch_invariant, scheduler_metadata=scheduler_metadata, **given,
         )  # fmt: skip
         return output
     flash_attn_varlen_func(
         query[:tokens], key_cache, value_cache, common.query_start_loc, None, common.max_query_len,
-        common.max_seq_len, softmax_scale=scale, causal=common.causal, window_size=sliding_window,
-        softcap=logits_soft_cap or 0.0, alibi_slopes=alibi_slopes, block_table=common.block_table_tensor,
-        seqused_k=common.seq_lens, learnable_sink=sinks, out=output[:tokens],
-        num_splits=1 if batch_invariant else None,
+        common.max_seq_len, seqused_k=common.seq_lens, num_splits=1 if batch_invariant else None, **given,
     )  # fmt: skip
     return output
