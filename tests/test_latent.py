@@ -10,7 +10,9 @@ import torch
 
 import cute_flash
 from cute_flash import dispatch, latent
+from cute_flash.arch.kernel import Step
 from cute_flash.arch.problem import KvCache, Sizes
+from cute_flash.arch.sm90 import LATENT as HOPPERS
 from tests.accuracy import assert_accurate
 from tests.cases import Case
 from tests.harness import answer_for, call_of, where
@@ -38,6 +40,11 @@ SHARED = {
     for case in (
         cached("rows", cache=LATENT, dims=MLA, seqlens=((1, 150), (1, 7), (1, 0)), heads=(6, 1)),
         cached("causal", cache=LATENT, dims=(320, 256), seqlens=((20, 150), (20, 77)), mask="causal"),
+        cached("long", cache=LATENT, dims=MLA, seqlens=((70, 600), (70, 330)), mask="window"),
+        cached(
+            "heads", cache=KvCache(8, latent=True), dims=(512, 512), heads=(40, 2), mask="causal",
+            seqlens=((3, 150), (3, 70)), score="softcap", sink=True, dtype="float16",
+        ),
         cached(
             "moved", dims=(288, 64), seqlens=((3, 100), (40, 33), (0, 7)), varlen=True, mask="window",
             score="softcap", cache=KvCache(batch_idx=True, leftpad=True, latent=True), heads=(2, 1),
@@ -102,6 +109,26 @@ def test_heads_of_one_query_fill_a_tile(options, machine):
         keys[length:] = math.nan
     assert out.shape == (2, 1, 20, MLA[1]) and lse.shape == (2, 20, 1)
     assert_accurate(out, lse, (q, k, k[..., : MLA[1]]), seqused_k=lengths)
+
+
+@pytest.mark.parametrize(
+    "dims, page_size, kernel",
+    [
+        (MLA, None, "sm90.latent"), (MLA, 8, "sm90.latent"), ((320, 128), 64, "sm90.latent"),
+        (MLA, 7, "sm80.forward"), ((264, 128), None, "sm80.forward"), ((320, 64), None, "sm80.forward"),
+    ],
+)  # fmt: skip
+def test_hoppers_kernel_serves_what_wgmma_and_tma_take(dims, page_size, kernel):
+    case = cached("", cache=KvCache(page_size, latent=True), dims=dims, seqlens=((1, 90),), heads=(4, 1))
+    assert answer_for(case, "sm90").kernel.name == kernel
+
+
+def test_hoppers_kernel_says_what_it_is_not_for():
+    problem = replace(answer_for(SHARED["rows"], "sm90").problem, head_dim=264, head_dim_v=64, cache=None)
+    assert set(HOPPERS.reasons(problem, dispatch.EMULATED["sm90"])) == {
+        "head_dim 264 is not in 128…576 in steps of 64", "head_dim_v 64 is not in 128…576 in steps of 64",
+        "serves only V that is K's first columns", "head_dim_v 64 is not a multiple of 128",
+    }  # fmt: skip
 
 
 def test_out_is_written_where_it_is_asked_for(machine):
@@ -248,6 +275,23 @@ def test_nothing_spills(dims, extreme, device, tmp_path, proven):
     problems = (replace(answer.problem, cache=cache) for cache in kinds)
     sizes = Sizes(2, 16, 1, 300, 300)
     steps = [step for each in problems for step in dispatch.plan(each, answer.device, sizes, 1).steps]
+
+    def look() -> None:
+        for step in steps:
+            assert_in_registers(step, answer.device, tmp_path / "kernel.cubin")
+
+    prove(proven, look, *((*step.compiled, answer.device) for step in steps))
+
+
+@pytest.mark.parametrize("cache", [KvCache(16, latent=True), KvCache(None, True, True, True)], ids=str)
+@pytest.mark.parametrize("heads", [1, 64])
+def test_nothing_spills_in_hoppers_kernel(heads, cache, tmp_path, proven):
+    """With everything that a call of it may ask for at once, whole or in parts of keys."""
+    answer = answer_for(replace(EXTREMES["heavy"], dims=MLA), "sm90")
+    plain, sizes = replace(answer.problem, dropout=False, cache=cache), Sizes(2, heads, 1, 300 // heads, 300)
+    problems = (replace(plain, split_kv=split) for split in (False, True))
+    steps = [Step(HOPPERS, each, HOPPERS.config(each, answer.device, sizes)) for each in problems]
+    assert all(step.config.heads == (1 if heads == 1 else 16) for step in steps)
 
     def look() -> None:
         for step in steps:

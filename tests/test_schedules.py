@@ -31,6 +31,7 @@ FAMILIES = {
     "sm90": ("sm90", CAUSAL),
     "sm90_persistent": ("sm90", WHOLE),
     "sm90_split": ("sm90", SPLIT),
+    "sm90_latent": ("sm90", SUBJECTS["sm90", "latent"].case),
     "sm100": ("sm100", BLACKWELL),
     "sm100_lowered": ("sm100", lowered(BLACKWELL)),
     "sm100_persistent": ("sm100", WHOLE),

@@ -13,13 +13,15 @@ from cute_flash.arch.sm90 import tuning as sm90
 from cute_flash.arch.sm90.backward.topology import topology as hopper_backward
 from cute_flash.arch.sm90.backward.tuning import BACKWARD
 from cute_flash.arch.sm90.forward.topology import topology as hopper
+from cute_flash.arch.sm90.latent import tuning as latent
+from cute_flash.arch.sm90.latent.topology import topology as hopper_latent
 from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.backward.topology import topology as blackwell_backward
 from cute_flash.arch.sm100.backward.tuning import BACKWARD as BLACKWELL_BACKWARD
 from cute_flash.arch.sm100.backward.tuning import SerialConfig
 from cute_flash.arch.sm100.forward.topology import topology as blackwell
 
-PROBLEM = Problem("bfloat16", 128, 128)
+PROBLEM, MLA = Problem("bfloat16", 128, 128), Problem("bfloat16", 576, 512)
 FULL = Link(name="full", producers=("a",), consumers=("b", "c"), slots=3)
 KEPT = Link(name="kept", producers=("a", "b"), consumers=("c",), slots=2, emptied=False)
 PAIR = Link(name="pair", producers=("b",), consumers=("b", "b"), slots=1, ctas=2)
@@ -46,11 +48,12 @@ def linked(topology: Topology) -> set[tuple[tuple[str, ...], str, tuple[str, ...
     "module, topologies",
     [
         ("sm90.forward", [hopper(row.config) for row in sm90.ROWS]),
+        ("sm90.latent", [hopper_latent(MLA, row.config) for row in latent.FORWARD.rows]),
         ("sm90.backward", [hopper_backward(row.config) for row in BACKWARD if row.config.ctas == 1]),
         ("sm100.forward", [blackwell(PROBLEM, row.config) for row in sm100.ROWS if row.config.tail]),
         ("sm100.backward", [blackwell_backward(r.config) for r in BLACKWELL_BACKWARD if r.config.ctas == 1]),
     ],
-    ids=["sm90", "sm90_backward", "sm100", "sm100_backward"],
+    ids=["sm90", "sm90_latent", "sm90_backward", "sm100", "sm100_backward"],
 )
 def test_the_drawing_is_the_table(module, topologies):
     found = drawn(f"cute_flash.arch.{module}.kernel")

@@ -12,6 +12,7 @@ from .backward import tuning as backward
 from .backward.config import ROWS
 from .forward import FORWARD
 from .fp8 import QUANTIZED
+from .latent import LATENT
 
 # Sums lie as the accumulators of one warpgroup, whose four warps have 64 rows below each other.
 SUMS = PostprocessConfig(rows=ROWS, grid=(4, 1))
@@ -25,4 +26,4 @@ BACKWARD = Kernel(
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, lambda problem, config: SUMS),
 )
 
-KERNELS = (FORWARD, QUANTIZED, BACKWARD, *sm80.KERNELS)
+KERNELS = (FORWARD, LATENT, QUANTIZED, BACKWARD, *sm80.KERNELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..problem import Problem
 
@@ -21,8 +22,10 @@ class Config:
     heads: query heads of one KV head that share a tile's rows, a power of two.
     persistent: there is a CTA for each multiprocessor at most, which takes every so many-th tile.
     longest_first: heads whose K and V L2 holds together are taken together, their longest tiles first.
+    abreast: warpgroups that have the same rows and share out the columns of O.
     """
 
+    abreast: ClassVar[int] = 1
     consumers: int
     tile_n: int
     stages: int
@@ -36,7 +39,7 @@ class Config:
 
     @property
     def tile_m(self) -> int:
-        return 64 * self.consumers
+        return 64 * self.consumers // self.abreast
 
     @property
     def threads(self) -> int:

@@ -36,7 +36,7 @@ from ...problem import Problem
 from ..config import Config
 from ..mma import accumulator, begin, coordinates, operand_a, tiled_mma, wait
 from .job import job_of
-from .rows import ROW_LANES, heads_of_thread, row_of
+from .rows import ROW_LANES, heads_of_thread, row_of, rows_of
 from .store import Partial, Result
 
 TURN = 1  # first of the named barriers, one per warpgroup
@@ -87,7 +87,7 @@ class Compute:
     def __init__(self, problem: Problem, config: Config, out: Operand):
         self.problem, self.config = problem, config
         self.dtype = element_type(problem.precision)
-        self.dim_v = problem.precision.padded(problem.head_dim_v)
+        self.dim_v = problem.precision.padded(problem.head_dim_v) // config.abreast
         chosen = (problem, config, self.pv)
         self.store = Partial(*chosen) if problem.split_kv else Result(*chosen, out)
 
@@ -201,15 +201,19 @@ class Compute:
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
         scale = 1.0 if self.problem.score else call.softmax_scale
         return State(
-            q=self.qk().make_fragment_A(qk.partition_A(tiles.q[None, None, warpgroup])),
+            q=self.qk().make_fragment_A(qk.partition_A(tiles.q[None, None, rows_of(self.config, warpgroup)])),
             k=self.qk().make_fragment_B(qk.partition_B(tiles.k)),
-            v=self.pv().make_fragment_B(pv.partition_B(transposed(tiles.v))),
+            v=self.pv().make_fragment_B(pv.partition_B(transposed(self.v(tiles, warpgroup)))),
             s=s,
             p=p,
             o=o,
             softmax=OnlineSoftmax.create(rows, Float32(scale * LOG2_E), ROW_LANES),
             shares=tuple(self.share(job, head) for head in heads_of_thread(self.config, job, warpgroup)),
         )
+
+    def v(self, tiles: Tiles, warpgroup: Int32) -> cute.Tensor:
+        """(rows, columns, stages) of V that a warpgroup multiplies with."""
+        return tiles.v
 
     def share(self, job: Job, head: Int32) -> Share:
         of = self.problem, job.call, job.sequence, job.heads.known(self.config.heads, head)

@@ -61,13 +61,7 @@ class ForwardKernel:
         call = without_schedule(operands)
         multiprocessors, call = call.multiprocessors, call._replace(multiprocessors=None)
         group = call.q.shape[-2] // call.k.shape[-2]
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        maps = Maps(
-            q=self.q.map(load, call.q, group),
-            k=self.k.map(load, call.k),
-            v=self.v.map(load, call.v),
-            out=None if self.problem.split_kv else self.out.map(store, call.out, group),
-        )
+        maps = self.maps(call, group)
         schedule = in_order(self.schedule(call, group), Schedule.of(self.problem, operands))
         grid = schedule.count
         if cutlass.const_expr(self.config.persistent):
@@ -93,6 +87,16 @@ class ForwardKernel:
         splits = Int32(call.out.shape[0]) if self.problem.split_kv else 1
         blocks = cute.ceil_div(rows, rows_of_tile(self.config))
         return WithoutDivisions.of(InSections(*map(Int32, (blocks, heads, batches)), splits, together))
+
+    def maps(self, call: Operands, group: Int32) -> Maps:
+        """The tensors as TMA sees them."""
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        return Maps(
+            q=self.q.map(load, call.q, group),
+            k=self.k.map(load, call.k),
+            v=self.v.map(load, call.v),
+            out=None if self.problem.split_kv else self.out.map(store, call.out, group),
+        )
 
     @cute.kernel
     def kernel(self, launch: Launch):

@@ -11,6 +11,11 @@ BUDGET = "how many registers there are is ptxas's business: results do not depen
 # sm90
 TURNS = "turns decide when products begin, not what they compute"
 FENCED = "the product before has a fence, and nothing touches the registers in between"
+OWN_ROWS = (
+    "products are over for the four warps of a warpgroup at once, and each warp's read rows of P that are "
+    "its own; PTX promises neither"
+)
+BY_PRODUCTS = "the warp has read K by products alone, for which it waits as one"
 COVERED = "the next block's wait covers it before O or V's slot is touched"
 IN_ORDER = "readers empty V's slot before that of the next K, for which the load has just waited"
 THREE_BLOCKS = (
@@ -114,6 +119,11 @@ HARMLESS = {
     }),
     **harmless("sm80", "latent", {
         ("no commit", (0,)): "Q joins the first tile's group; the wait for that is the first for either",
+    }),
+    **harmless("sm90", "latent", {
+        ("no barrier", (2,)): OWN_ROWS,
+        ("no barrier of a warp", tuple(range(5))): BY_PRODUCTS,
+        ("no change of registers", (1,)): BUDGET,
     }),
     **harmless("sm90", "window", {
         ("no wait for an mbarrier", (0, 1)): FRESH,

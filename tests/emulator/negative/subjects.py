@@ -16,6 +16,7 @@ from cute_flash.arch.sm80 import tuning as sm80
 from cute_flash.arch.sm90 import BACKWARD as HOPPER_BACKWARD
 from cute_flash.arch.sm90 import tuning as sm90
 from cute_flash.arch.sm90.backward import tuning as hopper
+from cute_flash.arch.sm90.latent.config import Config as LatentConfig
 from cute_flash.arch.sm100 import BACKWARD as BLACKWELL_BACKWARD
 from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.backward import tuning as blackwell
@@ -233,6 +234,14 @@ SUBJECTS = {
         paged("", 16, seqlens=((20, 300),), heads=(2, 1)),
         sm90.Config(**HOPPER | {"consumers": 1}, tile_n=64, ping_pong=False, heads=2),
         {name: TMA[name] for name in ("half the bytes expected", "no bytes expected")},
+    ),
+    # Two warpgroups that hand P to each other; every stage is filled again, by tiles of either's.
+    ("sm90", "latent"): Subject(
+        cached(
+            "", dims=(320, 128), seqlens=((20, 470),), heads=(1, 1), cache=KvCache(latent=True), splits=1
+        ),
+        LatentConfig(**HOPPER, tile_n=64, ping_pong=False),
+        TMA | WGMMA,
     ),
     ("sm90", "split"): Subject(SPLIT, sm90.Config(**HOPPER, tile_n=64), LEAVING),
     ("sm90", "combine"): Subject(MANY_SPLITS, sm90.Config(**HOPPER, tile_n=64), LANES, kernel=COMBINE),
