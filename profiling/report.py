@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cute_flash import arch as trees
-from cute_flash.arch.problem import Device
+from cute_flash.arch.problem import Device, Problem
 from cute_flash.dispatch import EMULATED
 
 from . import plots, stages, tables
@@ -134,14 +134,9 @@ def gpu() -> tuple[str, Device] | None:
 
 
 def kernels_of(device: Device) -> tuple[str, ...]:
-    """Names of the kernels that may serve a device, first choice first."""
-    serving = (kernel for kernel in trees.load(device) if _in_range(kernel, device))
-    return tuple(kernel.name for kernel in serving)
-
-
-def _in_range(kernel: Any, device: Device) -> bool:
-    low, high = kernel.support.capabilities
-    return low <= device.capability <= high
+    """Names of the kernels that serve plain calls on a device, first choice first."""
+    plain = Problem("bfloat16", 128, 128)
+    return tuple(kernel.name for kernel in trees.load(device) if not kernel.reasons(plain, device))
 
 
 def _run_stage(record: Record, worker: Worker, stage: str, seconds: float) -> None:
