@@ -4,9 +4,10 @@
     python -m profiling decode --write    keep the table in results/decode.md
 
 As `cycles` counts them: bounds, no timings. A KV head's tiles of keys are read from memory once, whatever
-the queries; where several CTAs have rows of it, each reads them from L2. Two conditions make memory bind: no
-unit of the CTAs takes longer for a tile of keys than memory does, and as many bytes are under way as arrive
-while one is waited for (Little's law). cuDNN's rows are its published times beside those that memory takes.
+the queries; where several CTAs have rows of it, each reads them from L2, and a pair of CTAs latent rows once
+more as V. Two conditions make memory bind: no unit of the CTAs takes longer for a tile of keys than memory
+does, and as many bytes are under way as arrive while one is waited for (Little's law). cuDNN's rows are its
+published times beside those that memory takes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import cute_flash
 from cute_flash import executable
 from cute_flash.arch.packing import count_tiles
 from cute_flash.arch.problem import KvCache, Operands, Problem, Sizes
+from cute_flash.arch.sm100.latent.config import Config as BlackwellLatent
+from cute_flash.arch.sm100.latent.config import k_parts
 from cute_flash.dispatch import Answer, dispatch
 from cute_flash.latent import serves
 
@@ -48,8 +51,8 @@ class Row:
 
     keys: of a tile. tiles: CTAs that read a KV head's keys. clocks: of each unit for one tile of keys, in all
     these CTAs. memory: clocks of an SM in which its share of the memory's rate brings the tile. under_way:
-    bytes that an SM has asked for and not read: all stages but the K that is being read. needed: bytes that
-    arrive in an SM while one is waited for.
+    bytes that an SM has asked for and not read: all stages but the K, or the part of it, that is being read.
+    needed: bytes that arrive in an SM while one is waited for.
     """
 
     gpu: str
@@ -116,13 +119,15 @@ def row(dims: tuple[int, int], gpu: str, queries: int) -> Row:
     """One row of the table."""
     answer, sizes = answer_for(dims, gpu, queries)
     chip, known, config = rates.GPUS[gpu], constants.of(gpu), answer.config
-    tiles = count_tiles(config.tile_m, config.heads, sizes._replace(batch=1))
+    pair = getattr(config, "ctas", 1)
+    tiles = pair * count_tiles(config.tile_m, config.heads, sizes._replace(batch=1))
     cost = tile_of(answer, gpu).cost.cycles(chip)
     # Bytes of memory in a clock of one SM.
     rate = known.hbm_rate * 1e9 / (chip.sms * chip.clock)
     columns = dims[0] if answer.problem.cache.latent else sum(dims)
     names = ("stages", "k_stages", "v_stages")
     stages = min(getattr(config, name) for name in names if hasattr(config, name))
+    read = 1 / parts_of(answer) if answer.problem.cache.latent else 0.5
     of_a_tile = 2 * config.tile_n * columns
     ctas = figures(Case("decode", dims), answer, chip.arch).ctas
     return Row(
@@ -134,9 +139,14 @@ def row(dims: tuple[int, int], gpu: str, queries: int) -> Row:
         tiles=tiles,
         clocks={unit: tiles * clocks for unit, clocks in cost.items()},
         memory=of_a_tile / rate,
-        under_way=int(ctas * (stages - (1.0 if answer.problem.cache.latent else 0.5)) * of_a_tile),
+        under_way=int(ctas * (stages - read) * of_a_tile / pair),
         needed=rate * known.dram_latency,
     )
+
+
+def parts_of(answer: Answer) -> int:
+    """Of a tile of K, whose places are filled anew one by one."""
+    return k_parts(answer.problem) if isinstance(answer.config, BlackwellLatent) else 1
 
 
 def rows() -> Iterator[Row]:

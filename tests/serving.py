@@ -53,6 +53,8 @@ class CachedCall(harness.Call):
             arguments["seqused_k"] = torch.tensor(lengths["k"], dtype=torch.int32)
         if case.sink:
             arguments["learnable_sink"] = torch.randn(case.heads[0], generator=generator)
+        if case.softmax_scale is not None:
+            arguments["softmax_scale"] = case.softmax_scale
         tensors = {}
         for name, side, head, dim in (("q", "q", 0, 0), ("k", "k", 1, 0), ("v", "k", 1, 1)):
             shape = (*rows[side], case.heads[head], case.dims[dim])
@@ -82,7 +84,8 @@ class CachedCall(harness.Call):
         told = {name: moved(value, device) for name, value in self.arguments.items()}
         told = {name: x for name, x in told.items() if not name.startswith(("cu_seqlens", "seqused"))}
         options = Options(
-            dropout_p=case.dropout, softmax_scale=case.softmax_scale, causal=told.pop("causal", False),
+            dropout_p=case.dropout, softmax_scale=told.pop("softmax_scale", None),
+            causal=told.pop("causal", False),
             window_size=told.pop("window_size", (-1, -1)), softcap=told.pop("softcap", 0.0),
             alibi_slopes=told.pop("alibi_slopes", None), mask=told.pop("mask", None),
             score=told.pop("score", None), learnable_sink=told.pop("learnable_sink", None), lse=True,

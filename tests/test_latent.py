@@ -13,6 +13,7 @@ from cute_flash import dispatch, latent
 from cute_flash.arch.kernel import Step
 from cute_flash.arch.problem import KvCache, Sizes
 from cute_flash.arch.sm90 import LATENT as HOPPERS
+from cute_flash.arch.sm100 import LATENT as BLACKWELLS
 from tests.accuracy import assert_accurate
 from tests.cases import Case
 from tests.harness import answer_for, call_of, where
@@ -35,12 +36,15 @@ WIDE = {
     )
 }
 LATENT = KvCache(latent=True)
+OWN = {"sm90": HOPPERS, "sm100": BLACKWELLS}  # kernels for latent attention alone
 SHARED = {
     case.name: case
     for case in (
         cached("rows", cache=LATENT, dims=MLA, seqlens=((1, 150), (1, 7), (1, 0)), heads=(6, 1)),
         cached("causal", cache=LATENT, dims=(320, 256), seqlens=((20, 150), (20, 77)), mask="causal"),
         cached("long", cache=LATENT, dims=MLA, seqlens=((70, 600), (70, 330)), mask="window"),
+        cached("large", cache=LATENT, dims=(320, 128), seqlens=((40, 300),), softmax_scale=2048.0),
+        cached("many_heads", cache=LATENT, dims=(320, 256), seqlens=((2, 150), (2, 30)), heads=(100, 1)),
         cached(
             "heads", cache=KvCache(8, latent=True), dims=(512, 512), heads=(40, 2), mask="causal",
             seqlens=((3, 150), (3, 70)), score="softcap", sink=True, dtype="float16",
@@ -111,21 +115,23 @@ def test_heads_of_one_query_fill_a_tile(options, machine):
     assert_accurate(out, lse, (q, k, k[..., : MLA[1]]), seqused_k=lengths)
 
 
+@pytest.mark.parametrize("arch", OWN)
 @pytest.mark.parametrize(
-    "dims, page_size, kernel",
+    "dims, page_size, own",
     [
-        (MLA, None, "sm90.latent"), (MLA, 8, "sm90.latent"), ((320, 128), 64, "sm90.latent"),
-        (MLA, 7, "sm80.forward"), ((264, 128), None, "sm80.forward"), ((320, 64), None, "sm80.forward"),
+        (MLA, None, True), (MLA, 8, True), ((320, 128), 64, True), (MLA, 7, False), ((264, 128), None, False),
+        ((320, 64), None, False),
     ],
 )  # fmt: skip
-def test_hoppers_kernel_serves_what_wgmma_and_tma_take(dims, page_size, kernel):
+def test_a_kernel_of_its_own_serves_what_tensor_cores_and_tma_take(dims, page_size, own, arch):
     case = cached("", cache=KvCache(page_size, latent=True), dims=dims, seqlens=((1, 90),), heads=(4, 1))
-    assert answer_for(case, "sm90").kernel.name == kernel
+    assert answer_for(case, arch).kernel.name == (OWN[arch].name if own else "sm80.forward")
 
 
-def test_hoppers_kernel_says_what_it_is_not_for():
-    problem = replace(answer_for(SHARED["rows"], "sm90").problem, head_dim=264, head_dim_v=64, cache=None)
-    assert set(HOPPERS.reasons(problem, dispatch.EMULATED["sm90"])) == {
+@pytest.mark.parametrize("arch", OWN)
+def test_a_kernel_of_its_own_says_what_it_is_not_for(arch):
+    problem = replace(answer_for(SHARED["rows"], arch).problem, head_dim=264, head_dim_v=64, cache=None)
+    assert set(OWN[arch].reasons(problem, dispatch.EMULATED[arch])) == {
         "head_dim 264 is not in 128…576 in steps of 64", "head_dim_v 64 is not in 128…576 in steps of 64",
         "serves only V that is K's first columns", "head_dim_v 64 is not a multiple of 128",
     }  # fmt: skip
@@ -141,15 +147,14 @@ def test_out_is_written_where_it_is_asked_for(machine):
 
 
 def test_every_row_is_asked_for_once(machine):
-    """K and V of 64 heads: as many bytes as the rows in use have."""
+    """K and V of 64 heads: as many bytes as the rows in use have. A pair on sm100 asks L2 for V once more."""
     if machine == "cuda":
         pytest.skip("counted by the emulator")
     keys, rows = 96, rows_of(1, 96)
-    heads = 64 if machine != "sm100" else 32  # a tile's rows
-    q, watch = torch.randn(1, 1, heads, MLA[0]).bfloat16(), Asked(rows)
+    q, watch = torch.randn(1, 1, 64, MLA[0]).bfloat16(), Asked(rows)
     with where(machine, observers=(watch,)):
         decode(q, rows, MLA[1], torch.tensor([keys], dtype=torch.int32), num_splits=3)
-    assert watch.bytes == keys * MLA[0] * 2
+    assert watch.bytes == keys * (sum(MLA) if machine == "sm100" else MLA[0]) * 2
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -283,15 +288,16 @@ def test_nothing_spills(dims, extreme, device, tmp_path, proven):
     prove(proven, look, *((*step.compiled, answer.device) for step in steps))
 
 
+@pytest.mark.parametrize("arch", OWN)
 @pytest.mark.parametrize("cache", [KvCache(16, latent=True), KvCache(None, True, True, True)], ids=str)
 @pytest.mark.parametrize("heads", [1, 64])
-def test_nothing_spills_in_hoppers_kernel(heads, cache, tmp_path, proven):
+def test_nothing_spills_in_a_kernel_of_its_own(heads, cache, arch, tmp_path, proven):
     """With everything that a call of it may ask for at once, whole or in parts of keys."""
-    answer = answer_for(replace(EXTREMES["heavy"], dims=MLA), "sm90")
+    own, answer = OWN[arch], answer_for(replace(EXTREMES["heavy"], dims=MLA), arch)
     plain, sizes = replace(answer.problem, dropout=False, cache=cache), Sizes(2, heads, 1, 300 // heads, 300)
     problems = (replace(plain, split_kv=split) for split in (False, True))
-    steps = [Step(HOPPERS, each, HOPPERS.config(each, answer.device, sizes)) for each in problems]
-    assert all(step.config.heads == (1 if heads == 1 else 16) for step in steps)
+    steps = [Step(own, each, own.config(each, answer.device, sizes)) for each in problems]
+    assert all((step.config.heads == 1) == (heads == 1) for step in steps)
 
     def look() -> None:
         for step in steps:

@@ -37,6 +37,7 @@ FAMILIES = {
     "sm100_persistent": ("sm100", WHOLE),
     "sm100_packed": ("sm100", replace(CAUSAL, seqlens=((30, 200),), heads=(4, 1))),
     "sm100_split": ("sm100", SPLIT),
+    "sm100_latent": ("sm100", SUBJECTS["sm100", "latent"].case),
 }
 # Of gradients, on the device named: two or three query tiles to a key tile, the last of either not whole. In
 # turns several key tiles, or heads, add to one sum. Kernels are those of other tests.

@@ -11,6 +11,7 @@ from ..sm80.backward.config import PostprocessConfig
 from .backward import tuning as backward
 from .forward import FORWARD
 from .fp8 import QUANTIZED
+from .latent import LATENT
 
 
 def sums_of(problem: PostprocessProblem, main: backward.Config) -> PostprocessConfig:
@@ -29,4 +30,4 @@ BACKWARD = Kernel(
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, sums_of),
 )
 
-KERNELS = (FORWARD, QUANTIZED, BACKWARD, *sm80.KERNELS)
+KERNELS = (FORWARD, LATENT, QUANTIZED, BACKWARD, *sm80.KERNELS)

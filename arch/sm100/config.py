@@ -67,9 +67,14 @@ class Config:
         return CHUNK if self.tile_n > CHUNK else 0
 
     @property
+    def cta_rows(self) -> int:
+        """Rows of a Q tile that one CTA has."""
+        return TILE_M
+
+    @property
     def tile_m(self) -> int:
         """Rows of Q that visit the same blocks: a CTA's, or a pair's."""
-        return TILE_M * self.tiles * self.ctas
+        return self.cta_rows * self.tiles * self.ctas
 
     @property
     def threads(self) -> int:

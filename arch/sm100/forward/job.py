@@ -13,7 +13,7 @@ from ...common.job import Job
 from ...common.job import visits_of as visits_of
 from ...common.memory import Tiles
 from ...elementwise import maximum
-from ..config import TILE_M, Config
+from ..config import Config
 from ..edge import Edge
 from ..group import Group
 from ..scheduler import ClcScheduler
@@ -104,13 +104,13 @@ def first_row_of(config: Config, job: Job, tile: int | Int32) -> Int32:
 
 def row_of_thread(config: Config, job: Job, tile: int | Int32) -> tuple[Int32, Int32]:
     """(row in the sequence, head) of a thread of a warpgroup that works on a Q tile."""
-    row = _place(config, tile) + cute.arch.thread_idx()[0] % TILE_M
+    row = _place(config, tile) + cute.arch.thread_idx()[0] % config.cta_rows
     return row_of(config.heads, job.first_row, row), job.heads.of_row(config.heads, row)
 
 
 def _place(config: Config, tile: int | Int32) -> Int32:
-    """First row of a Q tile: a pair's has 256 neighbouring rows, half for each CTA."""
-    return (tile * config.ctas + Group(config.ctas).rank()) * TILE_M
+    """First row of a Q tile: a pair's has neighbouring rows, half for each CTA."""
+    return (tile * config.ctas + Group(config.ctas).rank()) * config.cta_rows
 
 
 def turns_of(visits: blocks.Range | blocks.Listed) -> Int32:

@@ -34,7 +34,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
 
-from ...common.channel import mma_channel
+from ...common.channel import Channel, mma_channel
 from ...common.element import element_type
 from ...common.heads import TileHeads, parts_of
 from ...common.job import Job, Launch, rows_of_tile
@@ -99,13 +99,7 @@ class ForwardKernel:
         multiprocessors, call = call.multiprocessors, call._replace(multiprocessors=None)
         group = call.q.shape[-2] // call.k.shape[-2]
         rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
-        load, store = self.group.loads(), cpasync.CopyBulkTensorTileS2GOp()
-        maps = Maps(
-            q=self.q.map(load, call.q, group),
-            k=self.k.map(load, call.k),
-            v=self.v.map(load, call.v),
-            out=None if self.problem.split_kv else self.out.map(store, call.out, group),
-        )
+        maps = self.maps(call, group)
         splits = call.out.shape[0] if cutlass.const_expr(self.problem.split_kv) else None
         heads = call.q.shape[-2]
         if cutlass.const_expr(self.config.heads > 1):
@@ -118,6 +112,16 @@ class ForwardKernel:
         grid, threads = (groups * self.config.ctas, 1, 1), (self.config.threads, 1, 1)
         self.kernel(Launch(call, maps, schedule, group)).launch(
             grid=grid, block=threads, cluster=self.group.cluster, stream=stream, min_blocks_per_mp=1
+        )
+
+    def maps(self, call: Operands, group: Int32) -> Maps:
+        """The tensors as TMA sees them."""
+        load, store = self.group.loads(), cpasync.CopyBulkTensorTileS2GOp()
+        return Maps(
+            q=self.q.map(load, call.q, group),
+            k=self.k.map(load, call.k),
+            v=self.v.map(load, call.v),
+            out=None if self.problem.split_kv else self.out.map(store, call.out, group),
         )
 
     @cute.kernel
@@ -176,19 +180,27 @@ class ForwardKernel:
 
     @cute.jit
     def work(self, launch: Launch):
-        problem, config, plan, group = self.problem, self.config, self.plan, self.group
+        plan, group, links = self.plan, self.group, self.topology
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        tiles, factors, barriers, address, answers = self.shared_memory()
-        links = self.topology
-        q, k, v = (
-            mma_channel(barriers, links[name], operand.bytes, config.ctas)
+        memory, barriers, answers = self.shared_memory()
+        channels = [
+            mma_channel(barriers, links[name], operand.bytes, self.config.ctas)
             for name, operand in (("q", self.q), ("k", self.k), ("v", self.v))
-        )
+        ]
         edges = self.edges(barriers, answers, warp)
         if warp == 0:
-            group.allocate(plan.allocated, address)
+            group.allocate(plan.allocated, memory.address)
         group.ready()
-        memory = Memory(tiles, factors, address)
+        specialize_warps(self.roles(launch, memory, edges, *channels), self.config.launch_registers, warp)
+        group.sync()
+        if warp == 0:
+            group.free(memory.looked_up().tensor, plan.allocated)
+
+    def roles(
+        self, launch: Launch, memory: Memory, edges: Edges, q: Channel, k: Channel, v: Channel
+    ) -> tuple[Role, ...]:
+        """What the warps of a CTA do, in their order."""
+        problem, config, plan, group = self.problem, self.config, self.plan, self.group
         load = Load(problem, config, self.q, self.k, self.v)
         dtype, p_dtype = map(element_type, (problem.precision, problem.p_precision))
         mma = Mma(problem, config, Products(dtype, p_dtype, plan, group))
@@ -204,13 +216,10 @@ class ForwardKernel:
             Role(partial(self.run, mma, *shared, consumers), 1, small_role_registers),
             Role(partial(self.run, load, *shared, producers), 1, small_role_registers),
         )
-        if cutlass.const_expr(not problem.split_kv):
+        if not problem.split_kv:
             store = Store(config, self.out)
             roles += (Role(partial(self.run, store, *shared, ()), 1, small_role_registers),)
-        specialize_warps(roles, config.launch_registers, warp)
-        group.sync()
-        if warp == 0:
-            group.free(memory.looked_up().tensor, plan.allocated)
+        return roles
 
     @cute.jit
     def edges(self, barriers: cute.Pointer, answers: cute.Pointer, warp: Int32):
@@ -227,8 +236,8 @@ class ForwardKernel:
         """Of the links without channels."""
         return {link.name: placed for link, placed in self.topology.placed() if link.name not in CHANNELS}
 
-    def shared_memory(self) -> tuple[Tiles, cute.Tensor, cute.Pointer, cute.Pointer, cute.Pointer]:
-        """The tiles, the rows' factors, the barriers, a word for tensor memory's address, and answers."""
+    def shared_memory(self) -> tuple[Memory, cute.Pointer, cute.Pointer]:
+        """What the roles share, the barriers, and answers."""
         config = self.config
         smem = SmemAllocator()
         answers = smem.allocate_array(cutlass.Int128, ANSWERS)
@@ -237,4 +246,4 @@ class ForwardKernel:
         shape = (TILE_M, config.slots + 1, config.tiles)
         factors = smem.allocate_tensor(Float32, cute.make_layout(shape), byte_alignment=16)
         tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=config.apart)
-        return tiles, factors, barriers, address, answers
+        return Memory(tiles, factors, address), barriers, answers

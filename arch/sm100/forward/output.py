@@ -25,11 +25,15 @@ CHUNK = 16  # columns of O in registers at a time
 
 
 class Target(NamedTuple):
-    """Where a thread's row of O goes: row `row` of `rows` (rows, dim), where it `exists`; None: it does."""
+    """Where a thread's row of O goes: row `row` of `rows` (rows, dim), where it `exists`; None: it does.
+
+    first: the column of it with which the thread's begin.
+    """
 
     rows: cute.Tensor
     row: Int32
     exists: Boolean | None
+    first: Int32 | int = 0
 
 
 class Result:
@@ -49,13 +53,14 @@ class Result:
         return Target(work.memory.tiles.out[None, None, tile], thread, None)
 
     def columns(self, target: Target, first: int, o: cute.Tensor) -> None:
-        """CHUNK columns of O from `first`, of a row."""
+        """CHUNK columns of O from the thread's `first`, of a row."""
         rounded = registers(CHUNK, self.dtype)
         rounded.store(o.load().to(self.dtype))
         for i in range(0, CHUNK, 8):
             source = cute.make_tensor(rounded.iterator + i, cute.make_layout(8))
             row = target.rows[target.row, None]
-            cute.autovec_copy(source, cute.local_tile(row, (8,), ((first + i) // 8,)))
+            place = (target.first + first + i) // 8
+            cute.autovec_copy(source, cute.local_tile(row, (8,), (place,)))
 
     def finish(self, work: Work, tile: int) -> None:
         """The warp's rows are in shared memory."""
@@ -90,7 +95,8 @@ class Partial:
             row = target.rows[target.row, None]
             for i in cutlass.range_constexpr(0, min(CHUNK, self.dim_v - first), 4):
                 source = cute.make_tensor(o.iterator + i, cute.make_layout(4))
-                cute.autovec_copy(source, cute.local_tile(row, (4,), ((first + i) // 4,)))
+                place = (target.first + first + i) // 4
+                cute.autovec_copy(source, cute.local_tile(row, (4,), (place,)))
 
     def finish(self, work: Work, tile: int) -> None:
         """All is written."""

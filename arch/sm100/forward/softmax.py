@@ -33,7 +33,8 @@ PIECE = 16  # of them fetched at a time where S is lowered: with more, kernels o
 class Row(NamedTuple):
     """One thread's row: its number in the sequence, its place among a tile's, its state.
 
-    tensor: tensor memory. factors: its part of `Memory.factors`. scales: of what is quantized.
+    tensor: tensor memory. factors: its part of `Memory.factors`. scales: of what is quantized. p: its row of
+    P, where that lies in shared memory.
     """
 
     number: Int32
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     tensor: cute.Pointer
     factors: cute.Tensor
     scales: Any = None
+    p: cute.Tensor | None = None
 
 
 class First(NamedTuple):
@@ -63,6 +65,7 @@ class Softmax:
     def __init__(self, problem: Problem, config: Config, dtype: type, plan: Plan, output: Result | Partial):
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
         self.group, self.output = Group(config.ctas), output
+        self.width = config.tile_n  # columns of S that a thread has
         self.packed = 32 // problem.precision.bits  # P's in a column of tensor memory
 
     @cute.jit
@@ -89,23 +92,24 @@ class Softmax:
         first = First(self.plan.s(row.tile, turn), self.plan.p(row.tile, turn))
         s, factors = work.edges.s.of(place), work.edges.factors.of(place)
         tail = work.edges.tail.of(place) if self.config.tail else None
-        scores, first_key = registers(self.config.tile_n), n * self.config.tile_n
+        scores, first_key = registers(self.width), self.first_key(row, n)
         row = self.at_block(row, first_key)
         s.wait_full(turn // self.config.slots)
-        most = self.fetch(row, columns(row.tensor, first.s, self.config.tile_n), scores, first_key, masked)
-        factor = raise_max(row.softmax, most, self.threshold)
+        most = self.fetch(row, columns(row.tensor, first.s, self.width), scores, first_key, masked)
+        factor = raise_max(row.softmax, self.of_row(row, work, turn, most), self.threshold)
         row.factors[self.plan.slot(turn)] = self.of_output(row, factor)
         factors.warp_filled()
+        self.wait_for_room(work, turn)
         shift = row.softmax.shifts()[0]
         if cute.arch.vote_any_sync(is_large(shift)):
             self.lowered(row, first, first_key, factor, masked)
-            self.told(self.config.tile_n - self.config.tail, s, tail)
+            self.told(self.width - self.config.tail, s, tail)
             if cutlass.const_expr(self.config.tail):
-                self.told(self.config.tile_n, s, tail)
+                self.told(self.width, s, tail)
         else:
-            for c in cutlass.range_constexpr(0, self.config.tile_n, CHUNK):
+            for c in cutlass.range_constexpr(0, self.width, CHUNK):
                 chunk = some_columns(scores, c, CHUNK)
-                if cutlass.const_expr(c and c == self.config.tile_n - self.config.tail):
+                if cutlass.const_expr(c and c == self.width - self.config.tail):
                     # Else exponentials of all columns are mixed, and those that are waited for come late.
                     shift = after(scores[0, c - 1], shift)
                 self.to_p(row, chunk, shift, first.p + c // self.packed, first_key + c, masked)
@@ -114,10 +118,10 @@ class Softmax:
 
     def told(self, columns: int, s: Edge, tail: Edge | None) -> None:
         """P's first `columns` are stored: the mma role is told, if it waits for just these."""
-        if columns == self.config.tile_n - self.config.tail:
+        if columns == self.width - self.config.tail:
             stored()
             s.warp_emptied(self.group, tensor=True)
-        elif columns == self.config.tile_n:
+        elif columns == self.width:
             stored()
             tail.warp_filled(self.group, tensor=True)
 
@@ -129,7 +133,7 @@ class Softmax:
         changed met those as they were, ptxas would spill them.
         """
         sums = sums_of(row.softmax, factor)
-        for c in cutlass.range(0, self.config.tile_n, CHUNK, unroll=1):
+        for c in cutlass.range(0, self.width, CHUNK, unroll=1):
             self.lowered_columns(row, first, c, first_key, sums, masked)
         add_up(row.softmax, sums)
 
@@ -148,10 +152,14 @@ class Softmax:
     def to_p(
         self, row: Row, s: cute.Tensor, shift: Float32, column: Int32, first_key: Int32, masked: bool
     ) -> None:
-        """CHUNK columns of S become P in place, and rounded in tensor memory, from `column` on."""
+        """CHUNK columns of S become P in place, and rounded where products read it, from `column` on."""
         # What a mask hides must be exactly 0, which ex2 makes of -inf.
         exponentials(row.softmax, s, shift, 0 if masked else self.config.polynomial)
-        store(self.rounded(row, s, first_key), columns(row.tensor, column, CHUNK // self.packed), row.thread)
+        self.put(row, self.rounded(row, s, first_key), column)
+
+    def put(self, row: Row, words: cute.Tensor, column: Int32) -> None:
+        """CHUNK elements of P, as 32-bit words, to tensor memory."""
+        store(words, columns(row.tensor, column, CHUNK // self.packed), row.thread)
 
     def fetch(
         self, row: Row, source: cute.Tensor, scores: cute.Tensor, first_key: Int32, masked: bool
@@ -187,6 +195,17 @@ class Softmax:
             final_scale.wait_empty(work.past.tiles)
         row.factors[self.plan.slots] = factor
         final_scale.warp_filled()
+
+    def first_key(self, row: Row, n: Int32) -> Int32:
+        """The key of the thread's first column of block n."""
+        return n * self.config.tile_n
+
+    def of_row(self, row: Row, work: Work, turn: Int32, most: Float32) -> Float32:
+        """A block's maximum of the whole row, where `most` is that of the thread's columns."""
+        return most
+
+    def wait_for_room(self, work: Work, turn: Int32) -> None:
+        """Until P of a block may be stored: it comes over S, which this thread has read."""
 
     def at_block(self, row: Row, first_key: Int32) -> Row:
         """The row before the block of keys that begins with `first_key`."""

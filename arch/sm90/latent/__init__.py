@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ...kernel import Kernel
-from ...problem import PAGE_STEP, Asked, Device, Support
+from ...latent import LatentSupport
+from ...problem import PAGE_STEP
 from . import tuning
 from .config import PART, V_STEP
-
-
-@dataclass(frozen=True)
-class LatentSupport(Support):
-    """Head dims as wgmma and swizzled tiles take them whole."""
-
-    def reasons(self, problem: Asked, device: Device) -> tuple[str, ...]:
-        found = super().reasons(problem, device)
-        if "latent_kv" not in problem.features():
-            found = (*found, "serves only V that is K's first columns")
-        sizes = problem.known_sizes()
-        if sizes.get("head_dim_v", 0) % V_STEP:
-            found = (*found, f"head_dim_v {sizes['head_dim_v']} is not a multiple of {V_STEP}")
-        return found
-
 
 LATENT = Kernel(
     name="sm90.latent",
@@ -38,6 +22,7 @@ LATENT = Kernel(
             )
         ),
         page_sizes=PAGE_STEP,
+        v_step=V_STEP,
     ),
     tuning=tuning.FORWARD.tuning,
     launches=".sm90.latent.kernel:LatentKernel",

@@ -110,7 +110,7 @@ class LatentCompute(Compute):
                 change = self.raise_max(job, state, first, True, warpgroup)
                 self.exponentiate(state, change)
                 self.to_p(job, state, first, warpgroup)
-                self.give(state, handed, change, warpgroup)
+                self.give(state, handed, warpgroup)
                 self.finish_own(state, edges, Int32(0), change, warpgroup)
             for i in cutlass.range(2 - warpgroup, visits.total, 2, unroll=1):
                 self.begin_own(state, edges, i, warpgroup)
@@ -128,7 +128,7 @@ class LatentCompute(Compute):
                 self.to_p(job, state, n, warpgroup)
                 # A warp that has waited for its products does not know that the others' are done with P.
                 cute.arch.barrier(barrier_id=ALONE + warpgroup, number_of_threads=128)
-                self.give(state, handed, change, warpgroup)
+                self.give(state, handed, warpgroup)
                 self.finish_own(state, edges, i, change, warpgroup)
             last = visits.total - 1
             if last % 2 != warpgroup:
@@ -171,7 +171,7 @@ class LatentCompute(Compute):
         wait(0, state.o)
         self.free(edges, i, 1 + warpgroup)
 
-    def give(self, state: State, handed: HandOver, change: Change, warpgroup: Int32) -> None:
+    def give(self, state: State, handed: HandOver, warpgroup: Int32) -> None:
         """P and the maximum, to the other warpgroup."""
         to_shared(self.qk(), state.p, handed.p, cute.arch.thread_idx()[0] % 128)
         self.write_max(state.softmax, handed)

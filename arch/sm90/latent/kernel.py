@@ -60,10 +60,7 @@ class LatentKernel(ForwardKernel):
         every = self.tiles(smem)
         edges = Edges.at(barriers, links)
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
-            with cute.arch.elect_one():
-                for _, link in links.placed():
-                    for i in range(link.slots):
-                        cute.arch.mbarrier_init(barriers + link.first + i, link.full_arrivals)
+            edges.make(links)
         channels_ready()
         load = LatentLoad(self.problem, config, self.q, self.k)
         compute = LatentCompute(self.problem, config, self.out)

@@ -31,6 +31,13 @@ class Edges(NamedTuple):
         """The links' edges. base: the CTA's barriers."""
         return Edges(*(base + topology[name].first for name in Edges._fields))
 
+    def make(self, topology: Topology) -> None:
+        """Make the barriers; one warp of the CTA calls this, before `channels_ready`."""
+        with cute.arch.elect_one():
+            for name, first in self._asdict().items():
+                for i in range(topology[name].slots):
+                    cute.arch.mbarrier_init(first + i, topology[name].full_arrivals)
+
 
 class LatentLoad(Load):
     """As `Load`, of K in parts, and without V."""

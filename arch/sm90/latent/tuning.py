@@ -2,8 +2,8 @@
 
 A thread holds O (head_dim_v / 4 registers), S and P (tile_n / 2 and tile_n / 4): 176 of 232 at most. Clocks
 for 64 keys of (576, 512) by the timing model: 2022 of the tensor core, 2400 of a CTA, 4240 of an H200's
-memory, for all CTAs that share them. Tiles in one part take 3180 at best, whether S begins before the other's
-P V or after it; both warpgroups with all scores, 3328 and more of the tensor core alone.
+memory, for all CTAs that share them. Tiles in one part take 3180 where S begins after the other's P V, 4190
+where before it; both warpgroups with all scores, 3328 and more of the tensor core alone.
 """
 
 from __future__ import annotations

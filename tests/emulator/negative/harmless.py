@@ -39,6 +39,10 @@ MET = "the warp has met after the wait for the copy, and has added nothing since
 PERMIT = "it lets other CTAs of the multiprocessor allocate, and a CTA has the multiprocessor to itself"
 LAST = "the last block's: nobody fills V's slot again"
 TAIL = "the load waits for the last release, too, which comes after the others: products complete in order"
+TAIL_OF_O = (
+    "the correction of either CTA waits for the last O, of which the mma warp tells after the last release; "
+    "PTX does not promise that the one arrives after the other"
+)
 TOGETHER = "both Q tiles are given back after the same products, and the load has just waited for the first"
 STORED = (
     "each lane has waited until its own copies were read, and all meet at elect.sync; nobody's writes are to "
@@ -331,6 +335,18 @@ HARMLESS = {
         ("no wait for an mbarrier", (15, 16)): FRESH,
         ("no wait for an mbarrier", (20, 21, 22)): TAIL,
         ("one arrival more expected", (1,)): ONCE,
+    }),
+    **harmless("sm100", "latent", {
+        ("no wait for an mbarrier", (19,)): FRESH,
+        ("no wait for an mbarrier", (26, 27, 28, 29, 30, 31, 35, 36, 37)): TAIL_OF_O,
+        ("a wait for the other parity", (26,)): TAIL_OF_O,
+        ("one arrival more expected", (1,)): ONCE,
+        ("no change of registers", (0,)): BUDGET,
+        ("no permit given back", (0,)): PERMIT,
+        ("no fence before synchronisation", (0, 3, 6, 8)): NUMBERS,
+        ("no fence before synchronisation", (2, 5)): P_SHARED,
+        ("no fence after synchronisation", (1, 3)): P_SHARED,
+        ("no fence after synchronisation", (4, 6, 9)): NUMBERS,
     }),
     **harmless("sm100", "split", {
         ("no wait for an mbarrier", (22, 23, 24)): FRESH,

@@ -16,10 +16,11 @@ from cute_flash.arch.sm80 import tuning as sm80
 from cute_flash.arch.sm90 import BACKWARD as HOPPER_BACKWARD
 from cute_flash.arch.sm90 import tuning as sm90
 from cute_flash.arch.sm90.backward import tuning as hopper
-from cute_flash.arch.sm90.latent.config import Config as LatentConfig
+from cute_flash.arch.sm90.latent.config import Config as HopperLatent
 from cute_flash.arch.sm100 import BACKWARD as BLACKWELL_BACKWARD
 from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.backward import tuning as blackwell
+from cute_flash.arch.sm100.latent.config import Config as BlackwellLatent
 from tests.cases import Case
 from tests.serving import cached, paged
 
@@ -136,6 +137,10 @@ PAIRED = {
 IN_SHARED_MEMORY = {
     name: change for name, change in PAIRED.items() if name != "no wait for a store to tensor memory"
 }
+# Of one whose scores nobody sends to the other.
+LATENT_PAIR = {
+    name: change for name, change in (TMA | TCGEN05 | CLUSTER).items() if name in IN_SHARED_MEMORY
+}
 # A pair's CTAs tell each other who has read an answer.
 ASKED_BETWEEN = {
     name: TMA[name]
@@ -240,7 +245,7 @@ SUBJECTS = {
         cached(
             "", dims=(320, 128), seqlens=((20, 470),), heads=(1, 1), cache=KvCache(latent=True), splits=1
         ),
-        LatentConfig(**HOPPER, tile_n=64, ping_pong=False),
+        HopperLatent(**HOPPER, tile_n=64, ping_pong=False),
         TMA | WGMMA,
     ),
     ("sm90", "split"): Subject(SPLIT, sm90.Config(**HOPPER, tile_n=64), LEAVING),
@@ -330,6 +335,17 @@ SUBJECTS = {
         replace(FULL, seqlens=((200, 500),), mask="causal"),
         sm100.Config(**ONE_TILE, tile_n=64, ctas=2),
         BETWEEN,
+        ctas=2,
+    ),
+    # Parts of K and V, whose places all are filled again; rows of both CTAs, with half of the keys a thread.
+    # An odd number of blocks: maxima of the last one lie where sums come.
+    ("sm100", "latent"): Subject(
+        cached(
+            "", dims=(384, 384), seqlens=((100, 600),), heads=(1, 1), cache=KvCache(latent=True), splits=1,
+            mask="causal",
+        ),
+        BlackwellLatent(**(ONE_TILE | {"k_stages": 1, "v_stages": 1, "polynomial": 0}), tile_n=128),
+        LATENT_PAIR,
         ctas=2,
     ),
     # Causal, so that O must be rescaled, with rows of both tiles.
