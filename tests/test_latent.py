@@ -115,7 +115,7 @@ def test_heads_of_one_query_fill_a_tile(options, machine):
     assert_accurate(out, lse, (q, k, k[..., : MLA[1]]), seqused_k=lengths)
 
 
-@pytest.mark.parametrize("arch", OWN)
+@pytest.mark.parametrize("tree", OWN)
 @pytest.mark.parametrize(
     "dims, page_size, own",
     [
@@ -123,15 +123,15 @@ def test_heads_of_one_query_fill_a_tile(options, machine):
         ((320, 64), None, False),
     ],
 )  # fmt: skip
-def test_a_kernel_of_its_own_serves_what_tensor_cores_and_tma_take(dims, page_size, own, arch):
+def test_a_kernel_of_its_own_serves_what_tensor_cores_and_tma_take(dims, page_size, own, tree):
     case = cached("", cache=KvCache(page_size, latent=True), dims=dims, seqlens=((1, 90),), heads=(4, 1))
-    assert answer_for(case, arch).kernel.name == (OWN[arch].name if own else "sm80.forward")
+    assert answer_for(case, tree).kernel.name == (OWN[tree].name if own else "sm80.forward")
 
 
-@pytest.mark.parametrize("arch", OWN)
-def test_a_kernel_of_its_own_says_what_it_is_not_for(arch):
-    problem = replace(answer_for(SHARED["rows"], arch).problem, head_dim=264, head_dim_v=64, cache=None)
-    assert set(OWN[arch].reasons(problem, dispatch.EMULATED[arch])) == {
+@pytest.mark.parametrize("tree", OWN)
+def test_a_kernel_of_its_own_says_what_it_is_not_for(tree):
+    problem = replace(answer_for(SHARED["rows"], tree).problem, head_dim=264, head_dim_v=64, cache=None)
+    assert set(OWN[tree].reasons(problem, dispatch.EMULATED[tree])) == {
         "head_dim 264 is not in 128…576 in steps of 64", "head_dim_v 64 is not in 128…576 in steps of 64",
         "serves only V that is K's first columns", "head_dim_v 64 is not a multiple of 128",
     }  # fmt: skip
@@ -288,12 +288,12 @@ def test_nothing_spills(dims, extreme, device, tmp_path, proven):
     prove(proven, look, *((*step.compiled, answer.device) for step in steps))
 
 
-@pytest.mark.parametrize("arch", OWN)
+@pytest.mark.parametrize("tree", OWN)
 @pytest.mark.parametrize("cache", [KvCache(16, latent=True), KvCache(None, True, True, True)], ids=str)
 @pytest.mark.parametrize("heads", [1, 64])
-def test_nothing_spills_in_a_kernel_of_its_own(heads, cache, arch, tmp_path, proven):
+def test_nothing_spills_in_a_kernel_of_its_own(heads, cache, tree, tmp_path, proven):
     """With everything that a call of it may ask for at once, whole or in parts of keys."""
-    own, answer = OWN[arch], answer_for(replace(EXTREMES["heavy"], dims=MLA), arch)
+    own, answer = OWN[tree], answer_for(replace(EXTREMES["heavy"], dims=MLA), tree)
     plain, sizes = replace(answer.problem, dropout=False, cache=cache), Sizes(2, heads, 1, 300 // heads, 300)
     problems = (replace(plain, split_kv=split) for split in (False, True))
     steps = [Step(own, each, own.config(each, answer.device, sizes)) for each in problems]

@@ -45,7 +45,7 @@ from ..group import Group
 from .config import ROWS, Config, k_parts, v_columns, v_parts
 from .job import Memory
 from .load import LoadK, LoadV
-from .mma import Mma
+from .mma import LatentMma
 from .output import LatentCorrection, Partial, Result
 from .products import Plan, Products
 from .softmax import LatentSoftmax
@@ -95,7 +95,7 @@ class LatentKernel(ForwardKernel):
         output = of_split if problem.split_kv else whole
         softmax = LatentSoftmax(problem, config, p_dtype, plan, output)
         correction = LatentCorrection(problem, config, plan, output)
-        mma = Mma(problem, config, Products(dtype, plan, self.group, v_columns(problem)))
+        mma = LatentMma(problem, config, Products(dtype, plan, self.group, v_columns(problem)))
         operands = self.q, self.k, self.v
         consumers = MmaEnds(q.consumer, k.consumer, v.consumer)
         producers = LoadEnds(q.producer, k.producer, v.producer)
