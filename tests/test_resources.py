@@ -33,6 +33,7 @@ LIGHT = Case("light", dtype="float16", varlen=True, used="qk", heads=(4, 2), mas
 EXTREMES = {
     "plain": replace(LIGHT, mask="causal"),
     "light": LIGHT,
+    "even": replace(LIGHT, varlen=False, used="q", mask="full"),
     "heavy": replace(LIGHT, mask="document_causal", score="own_softcap", dropout=0.1),
     "blocks_light": replace(LIGHT, varlen=False, used="", mask="full", blocks="causal"),
     "blocks_heavy": replace(
@@ -47,7 +48,10 @@ SHIPPED = (
     *itertools.product(("sm80",), ("light", "heavy"), DIMS),
     *itertools.product(("sm86", "sm120"), ("light",), DIMS[:2]),
     *itertools.product(("sm86", "sm120"), ("heavy",), DIMS),
+    *itertools.product(("sm80", "sm86"), ("even",), ((64, 64),)),
     ("sm90", "plain", (64, 64)),
+    ("sm90", "light", (128, 128)),
+    ("sm90", "even", (192, 128)),
     *itertools.product(("sm90",), ("light", "heavy"), ((64, 64), (192, 128), (192, 192), (256, 256))),
     *(("sm100", "heavy", dims) for dims in DIMS[2:]),
     *(("sm80", "blocks_light", dims) for dims in DIMS),
