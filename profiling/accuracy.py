@@ -45,7 +45,7 @@ class Scheme(NamedTuple):
     qk, v: formats of `cute_flash.quantize`, None: 16 bits. P is e4m3 where v is not None. block, hadamard: as
     there; of mxfp8 and nvfp4 block is of v only. accumulator: of tensor cores, as the emulator's
     fp8_accumulator. promoted: tiles after which float32 takes the accumulator over; None: never.
-    backwards: the order of tiles. blackwell: as Blackwell's kernel does it.
+    backwards: the order of tiles. blackwell: as Blackwell's kernel does it. tile: keys of a step.
     """
 
     qk: str | None = "e4m3"
@@ -56,6 +56,7 @@ class Scheme(NamedTuple):
     promoted: int | None = 1
     backwards: bool = True
     blackwell: bool = False
+    tile: int = TILE
 
 
 SCHEMES = {
@@ -178,9 +179,9 @@ def attention(
     top = torch.full((rows, 1), -math.inf)
     total, outer = torch.zeros(rows, 1), torch.zeros(rows, v.elements.shape[1])
     inner, unit = outer, torch.ones(())  # the tensor core's accumulator, in units of the last tile's scale
-    starts = range(0, len(k.elements), TILE)
+    starts = range(0, len(k.elements), scheme.tile)
     for i, start in enumerate(reversed(starts) if scheme.backwards else starts):
-        keys = slice(start, start + TILE)
+        keys = slice(start, start + scheme.tile)
         k_tile = k.elements[keys]
         s = product(torch.zeros(rows, len(k_tile)), q.elements, k_tile, scheme.accumulator)
         s = s * (q.scale * (softmax_scale * math.log2(math.e))) * k.scale[keys].T

@@ -24,7 +24,7 @@ CASES = {
     "window": ((150, 150), (1, 1), (96, 64), None, {"window_size": (40, 5)}),
     "blocks of 64": ((140, 300), (2, 1), (64, 64), 64, {"out_dtype": torch.float16}),
 }
-HOPPERS = {"heads", "blocks", "causal", "window"}
+HOPPERS = {"heads", "blocks", "causal", "window", "blocks of 64"}
 BLACKWELLS = {"heads", "causal", "blocks of 64"}
 OPTIONS = {
     "heads": {"asynchrony": "late"},
@@ -47,19 +47,11 @@ def is_hopper(device: str) -> bool:
     return device == "sm90" or (device == "cuda" and torch.cuda.get_device_capability()[0] == 9)
 
 
-@pytest.fixture(scope="module")
-def blackwell(device) -> str:
-    """Where there is a kernel that serves more."""
-    if is_hopper(device):
-        pytest.skip("Hopper's kernel is for dense batches without scores, in e4m3")
-    return device
-
-
-def scheme(device: str, accumulator: str) -> Scheme:
+def scheme(device: str, accumulator: str, block: int | None) -> Scheme:
     """The arithmetic of the kernel there."""
     if not is_hopper(device):
         return Scheme(blackwell=True)
-    return Scheme(accumulator="hopper" if device == "cuda" else accumulator)
+    return Scheme(accumulator="hopper" if device == "cuda" else accumulator, tile=block or 128)
 
 
 def made(name: str, scale: float = 1.0):
@@ -115,7 +107,7 @@ def test_results_are_those_of_the_arithmetic(device, name):
     if name not in (HOPPERS if is_hopper(device) else BLACKWELLS):
         pytest.skip("another kernel's: these have what differs")
     exact, quantized = made(name)
-    _, (heads, heads_kv), (dim, _), _, options = CASES[name]
+    _, (heads, heads_kv), (dim, _), block, options = CASES[name]
     emulation = OPTIONS.get(name, {"races": True})
     with where(device, **emulation):
         found = flash_attn_quantized_func(*(on(x, device) for x in quantized), return_lse=True, **options)
@@ -125,7 +117,7 @@ def test_results_are_those_of_the_arithmetic(device, name):
     for batch, head in ((0, 0), (1, heads - 1)):
         kv = head * heads_kv // heads
         q, k, v = (operand(x, batch, h) for x, h in zip(quantized, (head, kv, kv), strict=True))
-        arithmetic = scheme(device, emulation.get("fp8_accumulator", "float32"))
+        arithmetic = scheme(device, emulation.get("fp8_accumulator", "float32"), block)
         model, top = accuracy.attention(q, k, v, dim**-0.5, arithmetic, shown)
         assert_rows_close(out[batch, :, head], model.double(), lse[batch, head], top[:, 0].double())
         s = (exact[0][batch, :, head].double() @ exact[1][batch, :, kv].double().T * dim**-0.5)
@@ -162,45 +154,47 @@ def test_tensors_and_what_they_are_multiplied_by(device):
     assert (out.cpu().double() - wanted).square().mean() < 0.03**2 * wanted.square().mean()
 
 
-def test_packed_sequences_are_as_they_are_alone(blackwell):
+def test_packed_sequences_are_as_they_are_alone(device):
     """Bit for bit, with used lengths and a scale for each sequence."""
     _, (q, k, v) = made("heads")
     starts = [torch.arange(3, dtype=torch.int32) * x.shape[1] for x in (q, k)]
     used = torch.tensor([0, 130], dtype=torch.int32)
-    lengths = {"seqused_k": moved(used, blackwell)}
+    lengths = {"seqused_k": moved(used, device)}
     longest = q.shape[1], k.shape[1]
-    out, lse = called((q, k, v), blackwell, flash_attn_varlen_func, *starts, *longest, causal=True, **lengths)
+    out, lse = called((q, k, v), device, flash_attn_varlen_func, *starts, *longest, causal=True, **lengths)
     out = out.unflatten(0, (2, -1))
     assert (out[0] == 0).all() and lse[:, : q.shape[1]].isneginf().all()
     alone = [
         cute_flash.Quantized(x.format, x.data[1:, :rows], x.scale[1:], None, None, x.axis, None)
         for x, rows in ((q, q.shape[1]), (k, 130), (v, 130))
     ]
-    wanted, top = called(alone, blackwell, causal=True)
+    wanted, top = called(alone, device, causal=True)
     assert torch.equal(out[1], wanted[0]) and torch.equal(lse[:, q.shape[1] :], top[0])
 
 
-def test_scores_sinks_and_parts_of_the_keys(blackwell):
-    """Of what is stored, as accurate as weights of 8 bits are; the log-sum-exp as with 16 bits."""
+def test_scores_sinks_and_parts_of_the_keys(device):
+    """Of what is stored, as accurate as weights of 8 bits are; the log-sum-exp as with 16 bits, or on Hopper
+    of weights as they are rounded.
+    """
     _, quantized = made("blocks", 4.0)
     sink, cap = torch.randn(2), 5.0
-    options = {"softcap": cap, "learnable_sink": moved(sink, blackwell)}
+    options = {"softcap": cap, "learnable_sink": moved(sink, device)}
     q, k, v = (x.dequantize(rotated=True).double() for x in quantized)
     s = cap * torch.tanh(torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[3] ** -0.5 / cap)
     s = torch.cat([s, sink.double()[:, None, None].expand(2, 2, q.shape[1], 1)], 3)
     wanted = torch.einsum("bhqk,bkhd->bqhd", s.softmax(3)[..., :-1], v)
     for splits in (1, 2):
-        out, lse = called(quantized, blackwell, num_splits=splits, **options)
-        assert (lse.double() - s.logsumexp(3)).abs().max() < 1e-4
+        out, lse = called(quantized, device, num_splits=splits, **options)
+        assert (lse.double() - s.logsumexp(3)).abs().max() < (0.02 if is_hopper(device) else 1e-4)
         assert (out.double() - wanted).square().mean() < 0.03**2 * wanted.square().mean()
 
 
-def test_more_range_for_fewer_digits(blackwell):
-    """q, k and v of e5m2, P of e4m3; head dims that are no whole steps, and one Q tile."""
-    dims = 48, 256
+def test_more_range_for_fewer_digits(device):
+    """q, k and v of e5m2, P of e4m3; on Blackwell head dims that are no whole steps, and one Q tile."""
+    dims = (64, 96) if is_hopper(device) else (48, 256)
     q, k, v = (torch.randn(1, 140, 1, dim) for dim in (dims[0], *dims))
     quantized = tuple(quantize(x, "e5m2", hadamard=False) for x in (q, k, v))
-    out, _ = called(quantized, blackwell, causal=True)
+    out, _ = called(quantized, device, causal=True)
     q, k, v = (x.dequantize().double()[0, :, 0] for x in quantized)
     s = (q @ k.T * dims[0] ** -0.5).masked_fill(torch.ones(140, 140).tril() == 0, -math.inf)
     wanted = s.softmax(1) @ v
@@ -282,9 +276,9 @@ def test_no_kernel():
 
 
 def test_every_reason():
-    """On Hopper a head dim that is no multiple of 32, e5m2 and a softcap: all are told."""
+    """On Hopper head dims that are no multiples of 32, K's and V's: both are told."""
     q, k, v = (quantize(X[..., :48], "e5m2", hadamard=False).data for _ in range(3))
-    words = "dtype float8_e5m2 is not one of float8_e4m3fn; head_dim 48 is not in 32.*; no scores"
+    words = "head_dim 48 is not in 32.*; head_dim_v 48 is not in 32"
     with cute_flash.emulated("sm90"), pytest.raises(NotImplementedError, match=words):
         flash_attn_func(q, k, v, softcap=5.0)
     softcap = cute_flash.Softcap(5.0)

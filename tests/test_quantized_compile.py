@@ -9,6 +9,7 @@ import pytest
 from cute_flash.arch.kernel import Step
 from cute_flash.arch.problem import Device
 from cute_flash.arch.sm90.fp8 import QUANTIZED as HOPPERS
+from cute_flash.arch.sm90.fp8 import tuning as hopper
 from cute_flash.arch.sm100.fp8 import QUANTIZED as BLACKWELLS
 from cute_flash.arch.sm100.fp8 import tuning
 from cute_flash.dispatch import EMULATED
@@ -23,11 +24,16 @@ ASKED = {
     "light": replace(EXTREMES["light"], varlen=False, used="", score="softcap"),
     "even": replace(EXTREMES["light"], varlen=False, used="", score="softcap", mask="full"),
     "packed": EXTREMES["light"],
+    "packed_heavy": replace(EXTREMES["heavy"], dropout=0.0, splits=3),
     "heavy": replace(EXTREMES["heavy"], varlen=False, used="", dropout=0.0),
 }
 SHIPPED = (
     (HOPPERS, HOPPER, "plain", (64, 64), 128),
     (HOPPERS, HOPPER, "plain", (128, 128), 128),
+    (HOPPERS, HOPPER, "light", (128, 128), 128),
+    (HOPPERS, HOPPER, "heavy", (128, 128), 64),
+    (HOPPERS, HOPPER, "packed", (128, 128), None),
+    (HOPPERS, HOPPER, "packed_heavy", (128, 128), None),
     (BLACKWELLS, B200, "light", (128, 128), 64),
     (BLACKWELLS, B200, "heavy", (128, 128), 64),
     (BLACKWELLS, B200, "light", (192, 128), 64),
@@ -68,3 +74,5 @@ def test_every_row_is_covered():
     alone = dict.fromkeys(replace(config, persistent=False) for config in found)
     assert list(alone) == [row.config for row in tuning.ROWS]
     assert {config.tiles for config in found if config.persistent} == {1, 2}
+    found = [step_of(*row).config for row in SHIPPED if row[1] is HOPPER]
+    assert {config.tile_n for config in found} == {row.config.tile_n for row in hopper.TABLE.rows}

@@ -55,10 +55,14 @@ class ForwardKernel:
         v = Operand.of(precision, config.tile_n, dim_v, config.stages, ragged_k)
         self.k, self.v = k.in_pages(problem.page_size), v.in_pages(problem.page_size)
 
+    def named(self, operands: list) -> Operands:
+        """The operands of a launch, in their order, by their names."""
+        return without_schedule(operands)
+
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = without_schedule(operands)
+        call = self.named(operands)
         multiprocessors, call = call.multiprocessors, call._replace(multiprocessors=None)
         group = call.q.shape[-2] // call.k.shape[-2]
         maps = self.maps(call, group)

@@ -1,10 +1,10 @@
-"""Attention forward in FP8 for Hopper: both products e4m3, V transposed on its way, sums in two levels."""
+"""Attention forward in FP8 for Hopper: FP8 products, V transposed on its way, sums in two levels."""
 
 from __future__ import annotations
 
 from ...kernel import Kernel
-from ...precision import FLOAT8_E4M3
 from ...problem import Support
+from ...quantized import DTYPES
 from . import tuning
 
 # After FlashAttention-3's FP8 forward (Shah et al. 2024, section 3.3).
@@ -13,10 +13,15 @@ QUANTIZED = Kernel(
     operation="quantized",
     support=Support(
         capabilities=((9, 0), (9, 0)),
-        dtypes=(FLOAT8_E4M3.name,),
+        dtypes=DTYPES,
         head_dims=range(32, 129, 32),
-        features=frozenset(("dense", "gqa", "split_dims", "mask", "lse", "scale_blocks")),
+        features=frozenset(
+            (
+                "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "sink", "lse", "split_kv",
+                "scale_blocks", "scale_blocks_64",
+            )
+        ),
     ),
-    tuning=tuning.TUNING,
+    tuning=tuning.TABLE.tuning,
     launches=".sm90.fp8.kernel:QuantizedKernel",
 )

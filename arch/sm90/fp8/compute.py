@@ -69,11 +69,11 @@ class QuantizedCompute(Compute):
     """The same masks, turns and stores."""
 
     @cute.jit
-    def run(self, launch: Launch, scales: Scales, tiles: AllTiles, ends: Ends, edge: Edge, warpgroup: Int32):
+    def run(self, launch: Launch, tiles: AllTiles, ends: Ends, edge: Edge, warpgroup: Int32):
         self.first_turn(warpgroup)
         job = job_of(self.problem, self.config, launch, cute.arch.block_idx()[0])
         if job.first_row < job.sequence.q_rows:
-            state = self.state(job, scales, tiles, warpgroup)
+            state = self.state(job, tiles, warpgroup)
             self.blocks(job, state, ends, edge, warpgroup)
             self.close(state)
             self.store.tile(job, tiles.tiles, state, warpgroup)
@@ -118,15 +118,19 @@ class QuantizedCompute(Compute):
             wait(0, state.part)
             self.take_over(state, n, None)
 
-    def state(self, job: Job, scales: Scales, all_tiles: AllTiles, warpgroup: Int32) -> State:
+    def state(self, job: Job, all_tiles: AllTiles, warpgroup: Int32) -> State:
         tiles, transposed = all_tiles
         columns = self.config.tile_n
         qk, pv = self.qk().get_slice(0), self.pv().get_slice(0)
         s, o = accumulator(columns), accumulator(self.dim_v)
         o.fill(0.0)
-        scales, factor = self.scales(job, scales, warpgroup)
-        softmax_scale = job.call.softmax_scale * LOG2_E
-        if self.problem.block is None:
+        scales, factor = self.scales(job, warpgroup)
+        shares = tuple(self.share(job, head) for head in heads_of_thread(self.config, job, warpgroup))
+        # A score rule takes scaled scores, so that only the change of base is left to the softmax.
+        softmax_scale = LOG2_E if self.problem.score else job.call.softmax_scale * LOG2_E
+        if self.problem.block is None and self.problem.score:
+            shares = tuple(scaled(share, factor) for share in shares)
+        elif self.problem.block is None:
             softmax_scale = softmax_scale * factor
         return State(
             q=self.qk().make_fragment_A(qk.partition_A(tiles.q[None, None, warpgroup])),
@@ -137,26 +141,27 @@ class QuantizedCompute(Compute):
             o=o,
             part=accumulator(self.dim_v),
             softmax=OnlineSoftmax.create(2, Float32(softmax_scale), ROW_LANES),
-            shares=tuple(self.share(job, head) for head in heads_of_thread(self.config, job, warpgroup)),
+            shares=shares,
             scales=scales,
             factor=factor,
         )
 
-    def scales(self, job: Job, scales: Scales, warpgroup: Int32) -> tuple[Scales, Float32]:
+    def scales(self, job: Job, warpgroup: Int32) -> tuple[Scales, Float32]:
         """Those of the job's heads, and what is the same for all scores of a warpgroup."""
         batch, kv, head = job.sequence.batch, job.heads.kv, job.heads.first
+        scales = job.call.q_scale, job.call.k_scale, job.call.v_scale
         if self.problem.block is None:
             q, k, v = (tensor[batch, kv] for tensor in scales)
             return Scales(q, k, v), q * k
-        q, k, v = scales.q_scale[batch, head, None], *(x[batch, kv, None] for x in scales[1:])
+        q, k, v = scales[0][batch, head, None], *(x[batch, kv, None] for x in scales[1:])
         block = (job.first_row + warpgroup * ROWS) // self.problem.block
         return Scales(q, k, v), q[minimum(block, q.shape[0] - 1)]
 
     def qk(self) -> cute.TiledMma:
-        return tiled_mma(self.config.tile_n, a_in_registers=False)
+        return tiled_mma(self.config.tile_n, False, self.dtype, self.dtype)
 
     def pv(self) -> cute.TiledMma:
-        return tiled_mma(self.dim_v, a_in_registers=True)
+        return tiled_mma(self.dim_v, True, Float8E4M3FN, self.dtype)
 
     def begin_part(self, state: State, slot: Int32) -> None:
         """part = P V, of the transposed V tile in `slot`."""
@@ -166,9 +171,13 @@ class QuantizedCompute(Compute):
     def scale_scores(self, state: State, n: Int32) -> None:
         """S as if q and k had not been divided by the scales of their blocks."""
         if self.problem.block is not None:
-            factor = state.factor * state.scales.k_scale[n]
+            factor = state.factor * state.scales.k_scale[self.scale_block(n)]
             for i in range(cute.size(state.s)):
                 state.s[i] = state.s[i] * factor
+
+    def scale_block(self, n: Int32) -> Int32:
+        """Of which block of scales KV block n is a part."""
+        return n // (self.problem.block // self.config.tile_n)
 
     def softmax(self, job: Job, state: State, n: Int32, masked: bool, warpgroup: Int32) -> cute.Tensor:
         """The scores of KV block n become P in fp32; what O must be multiplied by for it."""
@@ -205,7 +214,7 @@ class QuantizedCompute(Compute):
     def take_over(self, state: State, n: Int32, rescale: cute.Tensor | None) -> None:
         """O takes in the product of block n, and is multiplied by `rescale` for the next one's maximum."""
         o, part = rows_by_columns(state.o), rows_by_columns(state.part)
-        scale = None if self.problem.block is None else state.scales.v_scale[n]
+        scale = None if self.problem.block is None else state.scales.v_scale[self.scale_block(n)]
         for r in range(cute.size(o, mode=[0])):
             for c in range(cute.size(o, mode=[1])):
                 added = part[r, c] + o[r, c] if scale is None else cute.math.fma(part[r, c], scale, o[r, c])
@@ -220,3 +229,8 @@ class QuantizedCompute(Compute):
             state.softmax.row_sum[r] = state.softmax.row_sum[r] * 2.0**-LIFT
         for i in range(cute.size(state.o)):
             state.o[i] = state.o[i] * factor
+
+
+def scaled(share: Share, factor: Float32) -> Share:
+    """With rules that take scores as products of quantized numbers."""
+    return share._replace(rules=share.rules._replace(scale=share.rules.scale * factor))

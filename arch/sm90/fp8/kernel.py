@@ -7,7 +7,7 @@
     load --q, k--> compute        Q once, K `stages` tiles
     load --v--> transpose --transposed--> compute
 
-A tile is 128 rows of a query head, with all keys.
+A tile is 128 rows of a query head, with all keys or one split of them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from functools import partial
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
-from cutlass.cute.nvgpu import cpasync
 
 from ...common.channel import channel, channels_ready
 from ...common.element import element_type, elements
-from ...common.job import Launch, rows_of_tile
-from ...common.memory import Maps, SmemAllocator, Tiles, allocate
+from ...common.job import Launch
+from ...common.memory import SmemAllocator, Tiles, allocate
 from ...common.operand import Operand
 from ...common.roles import Role, warp_specialize
-from ...common.schedule import InSections
-from ...problem import Operands
-from ...quantized import QuantizedProblem, Scales
+from ...quantized import QuantizedOperands, QuantizedProblem
 from ..edge import Edge
+from ..forward.kernel import ForwardKernel
 from ..forward.load import Load, LoadEnds
 from ..mma import ROWS
 from .compute import AllTiles, Ends, QuantizedCompute
@@ -37,42 +35,26 @@ from .topology import topology
 from .transpose import Transpose, TransposeEnds
 
 
-class QuantizedKernel:
+class QuantizedKernel(ForwardKernel):
     """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
 
     def __init__(self, problem: QuantizedProblem, config: Config):
         self.problem, self.config, self.topology = problem, config, topology(config)
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
-        self.q = Operand.of(precision, ROWS, dim, config.consumers, False)
-        self.out = Operand.of(problem.out_precision, ROWS, dim_v, config.consumers, False)
-        self.k = Operand.of(precision, config.tile_n, dim, config.stages, False)
-        self.v = Operand.of(precision, config.tile_n, dim_v, config.stages, False)
+        self.q = Operand.of(precision, ROWS, dim, config.consumers, problem.varlen)
+        self.out = Operand.of(problem.out_precision, ROWS, dim_v, config.consumers, problem.varlen)
+        self.k = Operand.of(precision, config.tile_n, dim, config.stages, problem.ragged_k)
+        self.v = Operand.of(precision, config.tile_n, dim_v, config.stages, problem.ragged_k)
         self.transposed = Operand.of(precision, precision.padded(dim_v), config.tile_n, TRANSPOSED, False)
 
-    @cute.jit
-    def __call__(self, *operands_and_stream):
-        *operands, stream = operands_and_stream
-        count = len(Operands._fields)
-        call, scales = Operands(*operands[:count]), Scales(*operands[count:])
-        dtype = element_type(self.problem.precision)
+    def named(self, operands: list) -> QuantizedOperands:
+        """With elements for the bytes that tensors of 8 bits are passed as."""
+        call, dtype = QuantizedOperands(*operands), element_type(self.problem.precision)
         q, k, v = (elements(x, dtype) for x in (call.q, call.k, call.v))
-        call = call._replace(q=q, k=k, v=v, multiprocessors=None)
-        group = q.shape[-2] // k.shape[-2]
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        maps = Maps(
-            q=self.q.map(load, q, group),
-            k=self.k.map(load, k),
-            v=self.v.map(load, v),
-            out=self.out.map(store, call.out, group),
-        )
-        blocks = cute.ceil_div(q.shape[1], rows_of_tile(self.config))
-        schedule = InSections(*map(Int32, (blocks, q.shape[-2], q.shape[0], 1, 1)))
-        self.kernel(Launch(call, maps, schedule, group), scales).launch(
-            grid=(schedule.count, 1, 1), block=(self.config.threads, 1, 1), stream=stream, min_blocks_per_mp=1
-        )
+        return call._replace(q=q, k=k, v=v)
 
     @cute.kernel
-    def kernel(self, launch: Launch, scales: Scales):
+    def kernel(self, launch: Launch):
         config, links = self.config, self.topology
         tiles, transposed, barriers = self.shared_memory()
         q = channel(barriers, links["q"], config.consumers * self.q.bytes)
@@ -93,7 +75,7 @@ class QuantizedKernel:
         roles = (
             Role(partial(feed, load, transpose, arguments), 1, config.producer_registers),
             Role(
-                partial(compute.run, launch, scales, every, consumers, edge),
+                partial(compute.run, launch, every, consumers, edge),
                 config.consumers,
                 config.consumer_registers,
             ),

@@ -18,12 +18,12 @@ from ..mma import ROWS
 KEYS = 32  # of a step
 
 
-def tiled_mma(columns: int, a_in_registers: bool) -> cute.TiledMma:
-    """m64 x columns x k32 of e4m3, summed in fp32."""
+def tiled_mma(columns: int, a_in_registers: bool, a_dtype: type, b_dtype: type) -> cute.TiledMma:
+    """m64 x columns x k32 of 8 bits, summed in fp32."""
     source = warpgroup.OperandSource.RMEM if a_in_registers else warpgroup.OperandSource.SMEM
     major = OperandMajorMode.K
     shape = (ROWS, columns, KEYS)
-    op = warpgroup.MmaF8Op(Float8E4M3FN, Float8E4M3FN, Float32, shape, source, major, major)
+    op = warpgroup.MmaF8Op(a_dtype, b_dtype, Float32, shape, source, major, major)
     return cute.make_tiled_mma(cute.make_mma_atom(op))
 
 
