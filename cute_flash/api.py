@@ -371,6 +371,10 @@ def flash_attn_with_kvcache(
     out: torch.Tensor | None = None,
     batch_invariant: bool = False,
     scheduler_metadata: SchedulerMetadata | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention to the keys of a cache, after new ones are appended to it, in place: prefill and decoding.
 
@@ -409,6 +413,8 @@ def flash_attn_with_kvcache(
     scheduler_metadata: from `get_scheduler_metadata`, made for calls like this one: in how many parts the
         keys of each sequence are taken, and in which order, by lengths on the device. Beside it num_splits is
         left open or its own. Without it all sequences have as many parts, which the cache's room decides.
+    q_descale, k_descale, v_descale, out_dtype: of q and a cache of float8_e4m3fn or float8_e5m2, all of one,
+        as in `flash_attn_func`, with a scale for each sequence and KV head; nothing is appended then.
     All others: as in `flash_attn_func`.
 
     Returns out, shaped as q with head_dim_v; (out, lse) with return_softmax_lse, lse float32 (batch, heads,
@@ -432,7 +438,12 @@ def flash_attn_with_kvcache(
         0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         return_softmax_lse, out, num_splits=num_splits,
     )
-    return _result(decoding.forward(q, k_cache, v_cache, cache, options), return_softmax_lse)
+    descale = quantized.Descale(q_descale, k_descale, v_descale, None, out_dtype)
+    if quantized.is_meant(q, descale):
+        found = decoding.forward_quantized(q, k_cache, v_cache, cache, options, descale)
+    else:
+        found = decoding.forward(q, k_cache, v_cache, cache, options)
+    return _result(found, return_softmax_lse)
 
 
 def _dense(q, k, v, options: Options, return_lse: bool, return_attn_probs: bool) -> Any:

@@ -20,11 +20,15 @@ BY_SEQUENCE = (
 
 def checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, options: Options) -> Call:
     """Check a call on a cache. All numbers are int32 and contiguous, one per sequence but in block_table."""
-    q, k, v = request.as_autocast_has_it(q, k, v)
+    return checked_of(*request.as_autocast_has_it(q, k, v), packing, options, request.DTYPES)
+
+
+def checked_of(q, k, v, packing: Packing, options: Options, dtypes: tuple[torch.dtype, ...]) -> Call:
+    """The same for q, k and v of one of `dtypes`."""
     starts_q, starts_k, table = packing.cu_seqlens_q, packing.cu_seqlens_k, packing.block_table
     rows = ("batch", "seqlen") if starts_q is None else ("total",)
     rows_k = ("cache_rows", "seqlen") if table is None else ("num_pages", "page_size")
-    request.check_qkv(q, k, v, *((*of, "heads", "head_dim") for of in (rows, rows_k)))
+    request.check_qkv(q, k, v, *((*of, "heads", "head_dim") for of in (rows, rows_k)), dtypes)
     if request.needs_gradient(q, k, v, options.learnable_sink):
         raise NotImplementedError(
             "a gradient is required of a call on a cache, which has none; allowed: torch.no_grad()"

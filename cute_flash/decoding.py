@@ -19,6 +19,7 @@ from . import (
     latent,
     launch,
     problems,
+    quantized,
     repeat,
     request,
     scalars,
@@ -28,9 +29,11 @@ from .appending import Appended
 from .dispatch import place_of, plan
 from .kv_cache import Append, Cache
 from .kv_contents import Reach
+from .quantized import Descale
 from .repeat import Result
 from .request import Options, Packing
 
+NOT_QUANTIZED = ("k", "v", "rotary_cos", "rotary_sin", "rotary_seqlens", "scheduler_metadata")
 KEYS_OF_A_PART = 1024  # where a sequence's bits must not depend on how many CTAs there are
 _DECIDED: dict[Hashable, _Decided] = repeat.decisions()
 
@@ -80,6 +83,24 @@ def forward(
     if call.append is not None:
         appending.again(call.append, call.found, decided.bound, decided.reached)
     return decided.attention.again(call.q, k_cache, v_cache, call.packing, call.options, seen)
+
+
+def forward_quantized(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache: Cache, options: Options,
+    descale: Descale,
+) -> Result:
+    """The same of q and a cache of 8 bits, to which nothing is appended."""
+    refused = [name for name in NOT_QUANTIZED if getattr(cache, name) is not None]
+    if refused:
+        raise NotImplementedError(
+            f"{', '.join(refused)} are given beside q of 8 bits; allowed: None. What is appended would need "
+            "scales of its own, and parts of the keys are of one length"
+        )
+    kv_cache.check(q, k_cache, v_cache, cache, quantized.DTYPES)
+    call = _halves(q, k_cache, v_cache, cache, options)
+    if _plain(q, k_cache, v_cache, cache) and contents.can_be_read(q.device):
+        kv_contents.check_numbers(q, k_cache, cache, call.packing)
+    return quantized.forward(q, k_cache, v_cache, call.packing, call.options, descale)
 
 
 def _heads_are_rows(q: Any, k_cache: Any, v_cache: Any, cache: Cache, options: Options) -> bool:

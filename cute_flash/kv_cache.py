@@ -59,14 +59,16 @@ class Append(NamedTuple):
     query_step: int
 
 
-def check(q: Any, k_cache: Any, v_cache: Any, cache: Cache) -> None:
+def check(
+    q: Any, k_cache: Any, v_cache: Any, cache: Cache, dtypes: tuple[torch.dtype, ...] = request.DTYPES
+) -> None:
     """Raises what is wrong with a call: TypeError, ValueError or NotImplementedError that names it."""
     packed, paged = cache.cu_seqlens_q is not None, cache.block_table is not None
     rows_q = ("total",) if packed else ("batch", "seqlen")
     rows_k = ("pages", "page_size") if paged else ("batch_cache", "seqlen_cache")
-    _check_floats("q", q, q, (*rows_q, "heads", "head_dim"))
+    _check_floats("q", q, q, (*rows_q, "heads", "head_dim"), dtypes)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_floats(name, tensor, q, (*rows_k, "heads_kv", "head_dim"))
+        _check_floats(name, tensor, q, (*rows_k, "heads_kv", "head_dim"), dtypes)
     if k_cache.shape[:-1] != v_cache.shape[:-1]:
         raise ValueError(
             f"v_cache has shape {tuple(v_cache.shape)}, k_cache has {tuple(k_cache.shape)}: they must be "
@@ -100,11 +102,14 @@ def check(q: Any, k_cache: Any, v_cache: Any, cache: Cache) -> None:
             )
 
 
-def _check_floats(name: str, tensor: Any, q: torch.Tensor, dims: tuple[str, ...]) -> None:
+def _check_floats(
+    name: str, tensor: Any, q: torch.Tensor, dims: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...] = request.DTYPES,
+) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; allowed: torch.Tensor")
-    if tensor.dtype not in request.DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, request.DTYPES))}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
     if tensor.dtype != q.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: they must be equal")
     if tensor.device != q.device:

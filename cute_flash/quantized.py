@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import contents, launch, ops, request, schema
+from . import cached, contents, launch, ops, request, schema
 from .arch.precision import QUANTIZATION_BLOCKS
 from .arch.quantized import DTYPES as NAMES
 from .dispatch import place_of, plan
@@ -148,7 +148,7 @@ def checked(
     if packing is None:
         call = request.dense_of(q, k, v, options, DTYPES)
     elif packing.cached:
-        raise NotImplementedError("block_table is given; allowed for q of 8 bits: None")
+        call = cached.checked_of(q, k, v, packing, options, DTYPES)
     else:
         call = request.varlen_of(q, k, v, packing, options, DTYPES)
     return call, _scaling(call, descale, out_dtype)

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import flash_attn_func, flash_attn_quantized_func, flash_attn_varlen_func, quantize
+from cute_flash import (
+    flash_attn_func,
+    flash_attn_quantized_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    quantize,
+)
 from profiling import accuracy
 from profiling.accuracy import Operand, Scheme
 from tests.harness import moved, where
@@ -172,6 +178,46 @@ def test_packed_sequences_are_as_they_are_alone(device):
     assert torch.equal(out[1], wanted[0]) and torch.equal(lse[:, q.shape[1] :], top[0])
 
 
+USED = (200, 130)  # keys of two sequences in a cache
+
+
+def placed(kind: str) -> tuple[list[torch.Tensor], tuple[int, int], dict[str, torch.Tensor]]:
+    """(row or page, place in it) of every key of each sequence; how many of both; what tells of it."""
+    keys, lengths = [torch.arange(n) for n in USED], torch.tensor(USED, dtype=torch.int32)
+    if kind == "pages":
+        table = torch.randperm(26, generator=torch.Generator().manual_seed(1)).reshape(2, 13).int()
+        places = [torch.stack([pages[n // 16], n % 16], 1) for pages, n in zip(table, keys, strict=True)]
+        return places, (26, 16), {"cache_seqlens": lengths, "block_table": table}
+    rows, pads = torch.tensor([2, 1], dtype=torch.int32), torch.tensor([7, 20], dtype=torch.int32)
+    told = {"cache_seqlens": lengths + pads, "cache_leftpad": pads, "cache_batch_idx": rows}
+    places = [torch.stack([row.expand(len(n)), n + pad], 1) for row, pad, n in zip(rows, pads, keys, strict=True)]
+    return places, (3, 230), told
+
+
+@pytest.mark.parametrize("rows", [70, 3])
+@pytest.mark.parametrize("kind", ["rows", "pages"])
+def test_a_cache_is_as_its_sequences_alone(kind, rows, device):
+    """Bit for bit, with NaN around the keys in use."""
+    _, (q, k, v) = made("heads")
+    places, sizes, given = placed(kind)
+    given |= {f"{name}_descale": x.scale for name, x in (("q", q), ("k", k), ("v", v))}
+    given["q"] = q.data[:, :rows]
+    for name, x in (("k_cache", k), ("v_cache", v)):
+        given[name] = torch.full((*sizes, *x.shape[2:]), math.nan).to(x.data.dtype)
+        for keys, at in zip(x.data, places, strict=True):
+            given[name][at[:, 0].long(), at[:, 1].long()] = keys[: len(at)]
+    given = {name: moved(x, device) for name, x in given.items()}
+    with where(device):
+        found = flash_attn_with_kvcache(**given, causal=True, num_splits=1, return_softmax_lse=True)
+    for i, keys in enumerate(USED):
+        alone = [
+            cute_flash.Quantized(x.format, x.data[i : i + 1, :n], x.scale[i : i + 1], None, None, x.axis, None)
+            for x, n in ((q, rows), (k, keys), (v, keys))
+        ]
+        wanted = called(alone, device, causal=True)
+        assert all(torch.equal(one[i].cpu(), other[0]) for one, other in zip(found, wanted, strict=True))
+
+
 def test_scores_sinks_and_parts_of_the_keys(device):
     """Of what is stored, as accurate as weights of 8 bits are; the log-sum-exp as with 16 bits, or on Hopper
     of weights as they are rounded.
@@ -260,12 +306,13 @@ def test_tensors_that_are_refused(changed, error, words):
 
 
 def test_packed_tensors_that_are_refused():
-    """Pages, and blocks of rows, which sequences are not made of."""
+    """Blocks of rows, which sequences are not made of, and new keys, whose scales nobody knows."""
     q, k, v = (x.data.flatten(0, 1) for x in (Q, K, V))
-    table = torch.zeros(1, 1, dtype=torch.int32)
-    paged = {"block_table": table, "seqused_k": STARTS[1:]}
-    with cute_flash.emulated("sm100"), pytest.raises(NotImplementedError, match="block_table is given"):
-        flash_attn_varlen_func(q, K.data, V.data, STARTS, None, 20, 20, **paged)
+    appended = {"k": K.data[:, :1], "v": V.data[:, :1], "cache_seqlens": 3}
+    with cute_flash.emulated("sm90"), pytest.raises(NotImplementedError, match="k, v are given beside q of"):
+        flash_attn_with_kvcache(Q.data, K.data, V.data, **appended)
+    with cute_flash.emulated("sm90"), pytest.raises(TypeError, match="q_descale is given, q is of torch.f"):
+        flash_attn_with_kvcache(X.half(), X.half(), X.half(), q_descale=Q.scale)
     with cute_flash.emulated("sm100"), pytest.raises(NotImplementedError, match="blocks of rows for packed"):
         flash_attn_varlen_func(q, k, v, STARTS, STARTS, 20, 20, quantization_block=64)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...kernel import Kernel
-from ...problem import Support
+from ...problem import PAGE_STEP, Support
 from ...quantized import DTYPES
 from . import tuning
 
@@ -18,9 +18,10 @@ QUANTIZED = Kernel(
         features=frozenset(
             (
                 "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "sink", "lse", "split_kv",
-                "scale_blocks", "scale_blocks_64",
+                "scale_blocks", "scale_blocks_64", "kv_cache", "paged_kv",
             )
         ),
+        page_sizes=PAGE_STEP,
     ),
     tuning=tuning.TABLE.tuning,
     launches=".sm90.fp8.kernel:QuantizedKernel",

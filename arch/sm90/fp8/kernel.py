@@ -43,8 +43,9 @@ class QuantizedKernel(ForwardKernel):
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         self.q = Operand.of(precision, ROWS, dim, config.consumers, problem.varlen)
         self.out = Operand.of(problem.out_precision, ROWS, dim_v, config.consumers, problem.varlen)
-        self.k = Operand.of(precision, config.tile_n, dim, config.stages, problem.ragged_k)
-        self.v = Operand.of(precision, config.tile_n, dim_v, config.stages, problem.ragged_k)
+        k = Operand.of(precision, config.tile_n, dim, config.stages, problem.ragged_k)
+        v = Operand.of(precision, config.tile_n, dim_v, config.stages, problem.ragged_k)
+        self.k, self.v = k.in_pages(problem.page_size), v.in_pages(problem.page_size)
         self.transposed = Operand.of(precision, precision.padded(dim_v), config.tile_n, TRANSPOSED, False)
 
     def named(self, operands: list) -> QuantizedOperands:
