@@ -190,8 +190,8 @@ def placed(kind: str) -> tuple[list[torch.Tensor], tuple[int, int], dict[str, to
         return places, (26, 16), {"cache_seqlens": lengths, "block_table": table}
     rows, pads = torch.tensor([2, 1], dtype=torch.int32), torch.tensor([7, 20], dtype=torch.int32)
     told = {"cache_seqlens": lengths + pads, "cache_leftpad": pads, "cache_batch_idx": rows}
-    places = [torch.stack([row.expand(len(n)), n + pad], 1) for row, pad, n in zip(rows, pads, keys, strict=True)]
-    return places, (3, 230), told
+    placed = zip(rows, pads, keys, strict=True)
+    return [torch.stack([row.expand(len(n)), n + pad], 1) for row, pad, n in placed], (3, 230), told
 
 
 @pytest.mark.parametrize("rows", [70, 3])
@@ -211,7 +211,7 @@ def test_a_cache_is_as_its_sequences_alone(kind, rows, device):
         found = flash_attn_with_kvcache(**given, causal=True, num_splits=1, return_softmax_lse=True)
     for i, keys in enumerate(USED):
         alone = [
-            cute_flash.Quantized(x.format, x.data[i : i + 1, :n], x.scale[i : i + 1], None, None, x.axis, None)
+            cute_flash.Quantized(x.format, x.data[i, None, :n], x.scale[i, None], None, None, x.axis, None)
             for x, n in ((q, rows), (k, keys), (v, keys))
         ]
         wanted = called(alone, device, causal=True)
