@@ -218,6 +218,24 @@ def test_a_cache_is_as_its_sequences_alone(kind, rows, device):
         assert all(torch.equal(one[i].cpu(), other[0]) for one, other in zip(found, wanted, strict=True))
 
 
+def test_packed_queries_find_keys_in_pages(device):
+    """The same bits as with keys side by side."""
+    _, (q, k, v) = made("heads")
+    starts = [torch.arange(3, dtype=torch.int32) * x.shape[1] for x in (q, k)]
+    lengths = moved(torch.tensor([200, 200], dtype=torch.int32), device)
+    wanted = called((q, k, v), device, flash_attn_varlen_func, *starts, 70, 200, seqused_k=lengths)
+    names = ("q_descale", "k_descale", "v_descale")
+    given = dict(zip(names, (moved(x.scale, device) for x in (q, k, v)), strict=True))
+    given |= {"seqused_k": lengths, "block_table": moved(torch.arange(50).reshape(2, 25).int(), device)}
+    pages = (moved(x.data.unflatten(1, (25, 8)).flatten(0, 1), device) for x in (k, v))
+    with where(device):
+        found = flash_attn_varlen_func(
+            moved(q.data.flatten(0, 1), device), *pages, moved(starts[0], device), None, 70, 200,
+            return_lse=True, **given,
+        )  # fmt: skip
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(found, wanted, strict=True))
+
+
 def test_scores_sinks_and_parts_of_the_keys(device):
     """Of what is stored, as accurate as weights of 8 bits are; the log-sum-exp as with 16 bits, or on Hopper
     of weights as they are rounded.
