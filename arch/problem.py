@@ -39,6 +39,8 @@ FEATURES = {
     "schedule": "splits and order decided on the device (`scheduler_metadata`)",
     "scale_blocks": "FP8 with scales of blocks of 128 rows",
     "scale_blocks_64": "FP8 with scales of blocks of 64 rows",
+    "mxfp8": "MXFP8",
+    "nvfp4": "NVFP4 for Q K",
 }
 # TMA fills shared memory by whole pieces of so many rows, after which the swizzle repeats.
 PAGE_STEP = 8
@@ -192,6 +194,11 @@ class Problem:
     def precision(self) -> Precision:
         """Of q, k and v."""
         return PRECISIONS[self.dtype]
+
+    @property
+    def v_precision(self) -> Precision:
+        """Of v."""
+        return self.precision
 
     @property
     def p_precision(self) -> Precision:

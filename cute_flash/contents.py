@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import cached, overlap
+from .arch.precision import FLOAT8_E8M0, Quantization
 from .request import Call, Packing
 
 ALIGNMENT = 16  # bytes: the widest load a kernel does
@@ -35,6 +36,17 @@ def check_scales(scales: Mapping[str, torch.Tensor]) -> None:
     for name, scale in scales.items():
         if can_be_read(scale.device) and (wrong := scale[~(scale.isfinite() & (scale > 0))]).numel():
             raise ValueError(f"{name} has {wrong[0].item()}; allowed: finite numbers above 0")
+
+
+def check_factors(name: str, factors: torch.Tensor | None, form: Quantization) -> None:
+    """Bytes that tensor cores take for scales: none of them is NaN, or in ue4m3 negative."""
+    if factors is None or not can_be_read(factors.device):
+        return
+    unsigned = form.scale == FLOAT8_E8M0
+    wrong = factors[factors == 0xFF if unsigned else factors >= 0x7F]
+    if wrong.numel():
+        allowed = "0 to 254, powers of two" if unsigned else "0 to 126, e4m3 from 0 on"
+        raise ValueError(f"{name} has the byte {wrong[0].item()}; allowed: {allowed}")
 
 
 def can_be_read(device: torch.device) -> bool:

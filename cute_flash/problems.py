@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import rules
+from .arch.block_scaled import BlockScaledProblem
 from .arch.problem import KvCache, Problem, Sizes
 from .arch.quantized import DTYPES, QuantizedProblem
 from .arch.scheduled import ScheduledProblem
@@ -28,13 +29,15 @@ def problem(
     """The Problem of a call with these head dims, rules and features, remembered.
 
     head_dim_v: head_dim if None. code: the rules, as `rules.encode` has them. scheduled: a ScheduledProblem.
-    features: fields of Problem, or with a dtype of 8 bits of QuantizedProblem; TypeError for others.
+    features: fields of Problem, with a dtype of 8 bits of QuantizedProblem, with a `form` of
+    BlockScaledProblem; TypeError for others.
     """
     mask, score = rules.decode(code)
     name = str(dtype).removeprefix("torch.")
     kind = ScheduledProblem if scheduled else Problem
-    if name in DTYPES:
-        kind, features = QuantizedProblem, {"out_dtype": "bfloat16", **features}
+    if name in DTYPES or "form" in features:
+        kind = BlockScaledProblem if "form" in features else QuantizedProblem
+        features = {"out_dtype": "bfloat16", **features}
     return kind(
         dtype=name,
         head_dim=head_dim,
@@ -48,7 +51,7 @@ def problem(
 def problem_of(call: Call, **quantized: Any) -> Problem:
     """What a checked call asks. What kernels are compiled for is a number, no symbol of torch.compile.
 
-    quantized: fields that only a QuantizedProblem has, and out_dtype.
+    quantized: fields that only a QuantizedProblem has, and out_dtype; of bytes the dtype and head_dim, too.
     """
     cache = None
     if call.cached:
@@ -59,8 +62,7 @@ def problem_of(call: Call, **quantized: Any) -> Problem:
             latent=is_latent(call.k, call.v),
         )
     return problem(
-        dtype=call.q.dtype,
-        head_dim=int(call.q.shape[-1]),
+        **({"dtype": call.q.dtype, "head_dim": int(call.q.shape[-1])} | quantized),
         head_dim_v=int(call.v.shape[-1]),
         code=call.rules,
         varlen=call.cu_seqlens_q is not None,
@@ -73,7 +75,6 @@ def problem_of(call: Call, **quantized: Any) -> Problem:
         block_size=tuple(call.block_size) or None,
         cache=cache,
         scheduled=call.sequence_order is not None,
-        **quantized,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import cached, contents, launch, ops, request, schema
+from . import block_scaled, cached, contents, launch, ops, request, schema
 from .arch.precision import QUANTIZATION_BLOCKS
 from .arch.quantized import DTYPES as NAMES
 from .dispatch import place_of, plan
@@ -55,21 +55,36 @@ def flash_attn_quantized_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    mask: Any = None,
+    score: Any = None,
+    block_mask: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    num_splits: int | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention in FP8: both products of 8-bit numbers, softmax and sums in float32, without gradients.
+    """Attention in few bits: products of 8- or 4-bit numbers, softmax and sums in float32, no gradients.
 
     q: (batch, seqlen_q, heads, head_dim), k: (batch, seqlen_k, heads_kv, head_dim),
-    v: (batch, seqlen_k, heads_kv, head_dim_v), from `quantize` in one format, "e4m3" or "e5m2", of one block;
-        heads is a multiple of heads_kv. q and k are rotated alike or not at all, v is not. Without a block q
-        has a scale for each KV head: quantize(q, heads_kv=heads_kv).
-    softmax_scale, causal, window_size, return_lse: as in `flash_attn_func`.
+    v: (batch, seqlen_k, heads_kv, head_dim_v), from `quantize`; heads is a multiple of heads_kv. q and k are
+        rotated alike or not at all, v is not. Formats:
+
+        q, k "e4m3" or "e5m2", v the same, all of one block: compute capabilities 9.0 and 10.0 to 11.0
+        q, k "mxfp8" or "nvfp4", v "e4m3" without a block or "mxfp8" along "seqlen": 10.0 to 11.0, where
+        tensor cores apply their scales; head dims are multiples of 32
+
+        What has a float32 scale for all rows of a head has one for each KV head: quantize(q,
+        heads_kv=heads_kv).
+    softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, block_mask, learnable_sink,
+        num_splits, return_lse: as in `flash_attn_func`.
     out_dtype: float16 or bfloat16.
 
-    P is lifted to 2**8 at most before it is rounded to e4m3. On compute capability 9.0 it is divided by the
+    P is lifted before it is rounded to e4m3, to 2**8 at most. On compute capability 9.0 it is divided by the
     sum of what was rounded, and O is summed in float32 tile by tile, since the tensor core keeps less;
-    beyond, by the sum of P itself (profiling/results/accuracy.md has what all of it costs).
+    beyond, by the sum of P itself (profiling/results/accuracy.md has what all of it costs). Beside v in mxfp8
+    P's own scales are all 1.
 
     Returns out, (batch, seqlen_q, heads, head_dim_v), and with return_lse (out, lse), lse float32 (batch,
     heads, seqlen_q), the natural log of the softmax's sum.
@@ -78,9 +93,16 @@ def flash_attn_quantized_func(
     with every reason where no kernel serves: there are some for compute capabilities 9.0 and 10.0 to 11.0.
     """
     _check(q, k, v)
-    options = Options(0.0, softmax_scale, causal, window_size, 0.0, None, None, None, None, return_lse, None)
-    descale = Descale(*(x.scale for x in (q, k, v)), q.block, out_dtype)
-    found = forward(q.data, k.data, v.data, None, options, descale)
+    options = Options(
+        0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        return_lse, None, block_mask, num_splits,
+    )
+    if q.format in block_scaled.FORMS:
+        _check_out_dtype(out_dtype)
+        found = block_scaled.forward(q, k, v, options, out_dtype)
+    else:
+        descale = Descale(*(x.scale for x in (q, k, v)), q.block, out_dtype)
+        found = forward(q.data, k.data, v.data, None, options, descale)
     return tuple(found) if return_lse else found.out
 
 
@@ -89,13 +111,27 @@ def _check(q: Any, k: Any, v: Any) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Quantized):
             raise TypeError(f"{name} is {type(x).__name__}; allowed: Quantized, from cute_flash.quantize")
-        if x.data.dtype not in DTYPES or x.scale.dtype is not torch.float32:
-            raise NotImplementedError(f"{name} has format {x.format}; allowed: e4m3, e5m2")
-        if (x.data.device, x.block, x.format) != (q.data.device, q.block, q.format):
+        if x.data.device != q.data.device:
+            raise ValueError(f"{name} is on {x.data.device}, q on {q.data.device}: they must be equal")
+    _check_shapes(q, k, v)
+    if q.format in block_scaled.FORMS:
+        block_scaled.check(tensors)
+        return
+    for name, x in tensors.items():
+        if (x.block, x.format) != (q.block, q.format):
             raise ValueError(
-                f"{name} is on {x.data.device} with block {x.block} in {x.format}, q on {q.data.device} with "
-                f"block {q.block} in {q.format}: they must be equal"
+                f"{name} has block {x.block} in {x.format}, q has block {q.block} in {q.format}: "
+                "they must be equal"
             )
+        if q.block is None and x.scale.shape[1] != k.shape[2]:
+            raise ValueError(
+                f"{name} has {x.scale.shape[1]} scales for each sequence; allowed: {k.shape[2]}, one for "
+                f"each KV head: quantize({name}, heads_kv={k.shape[2]})"
+            )
+
+
+def _check_shapes(q: Quantized, k: Quantized, v: Quantized) -> None:
+    """Sizes and rotations."""
     (batch, _, heads, head_dim), (_, seqlen_k, heads_kv, _) = q.shape, k.shape
     if k.shape != (batch, seqlen_k, heads_kv, head_dim) or v.shape[:3] != k.shape[:3]:
         raise ValueError(
@@ -108,12 +144,11 @@ def _check(q: Any, k: Any, v: Any) -> None:
         raise ValueError(f"q is rotated by {q.rotation}, k by {k.rotation}: they must be equal")
     if v.rotation is not None:
         raise ValueError(f"v is rotated by {v.rotation}; allowed: None, quantize(v, hadamard=False)")
-    for name, x in tensors.items() if q.block is None else ():
-        if x.scale.shape[1] != heads_kv:
-            raise ValueError(
-                f"{name} has {x.scale.shape[1]} scales for each sequence; allowed: {heads_kv}, one for each "
-                f"KV head: quantize({name}, heads_kv={heads_kv})"
-            )
+
+
+def _check_out_dtype(out_dtype: Any) -> None:
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(f"out_dtype is {out_dtype}; allowed: {_listed(OUT_DTYPES)}")
 
 
 def forward(q: Any, k: Any, v: Any, packing: Packing | None, options: Options, descale: Descale) -> Result:
@@ -139,8 +174,7 @@ def checked(
 ) -> tuple[Call, Scaling]:
     """A call and its scales, by all checks of those of 16 bits and what 8 bits need."""
     out_dtype = torch.bfloat16 if descale.out_dtype is None else descale.out_dtype
-    if out_dtype not in OUT_DTYPES:
-        raise TypeError(f"out_dtype is {out_dtype}; allowed: {_listed(OUT_DTYPES)}")
+    _check_out_dtype(out_dtype)
     if options.out is not None:
         raise NotImplementedError("out is given; allowed for q of 8 bits: None")
     if request.needs_gradient(q, k, v, options.learnable_sink):

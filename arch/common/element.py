@@ -12,6 +12,7 @@ _TYPES = {
     "bfloat16": cutlass.BFloat16,
     "float8_e4m3fn": cutlass.Float8E4M3FN,
     "float8_e5m2": cutlass.Float8E5M2,
+    "float4_e2m1fn_x2": cutlass.Float4E2M1FN,
 }
 
 

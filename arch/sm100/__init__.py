@@ -12,6 +12,7 @@ from .backward import tuning as backward
 from .forward import FORWARD
 from .fp8 import QUANTIZED
 from .latent import LATENT
+from .scaled import BLOCK_SCALED
 
 
 def sums_of(problem: PostprocessProblem, main: backward.Config) -> PostprocessConfig:
@@ -30,4 +31,4 @@ BACKWARD = Kernel(
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, sums_of),
 )
 
-KERNELS = (FORWARD, LATENT, QUANTIZED, BACKWARD, *sm80.KERNELS)
+KERNELS = (FORWARD, LATENT, QUANTIZED, BLOCK_SCALED, BACKWARD, *sm80.KERNELS)

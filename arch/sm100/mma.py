@@ -8,6 +8,7 @@ of the operands: its peer has the other part at the same place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass.cute as cute
@@ -117,13 +118,18 @@ def tile_of(descriptors: cute.Tensor, index: int | Int32, turn: int | Int32) -> 
 def begin(
     mma: cute.TiledMma, acc: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate,
     steps: range | None = None,
+    factors: Callable[[int], tuple[cute.Pointer, cute.Pointer]] | None = None,
 ) -> None:
     """Begin acc = a b, or acc += a b; a and b are (mma, rows, k). The whole warp calls this.
 
-    steps: along k; None: all.
+    steps: along k; None: all. factors: where, in tensor memory, a step's of a and of b are, of products that
+    scale their operands.
     """
     for i, k in enumerate(steps or range(cute.size(b, mode=[2]))):
         mma.set(tcgen05.Field.ACCUMULATE, accumulate if i == 0 else True)
+        if factors is not None:
+            for field, place in zip((tcgen05.Field.SFA, tcgen05.Field.SFB), factors(k), strict=True):
+                mma.set(field, place)
         cute.gemm(mma, acc, a[None, None, k], b[None, None, k], acc)
 
 

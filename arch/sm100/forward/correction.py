@@ -26,7 +26,7 @@ class Correction:
 
     def __init__(self, problem: Problem, config: Config, plan: Plan, output: Result | Partial):
         self.problem, self.config, self.plan, self.output = problem, config, plan, output
-        self.group, self.dim_v = Group(config.ctas), problem.precision.padded(problem.head_dim_v)
+        self.group, self.dim_v = Group(config.ctas), problem.v_precision.padded(problem.head_dim_v)
         self.out_columns = problem.out_precision.padded(problem.head_dim_v)
 
     @cute.jit

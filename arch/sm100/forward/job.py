@@ -73,12 +73,13 @@ class Past(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a role needs for one tile."""
+    """What a role needs for one tile. visits: the blocks of keys, where a role has found them."""
 
     job: Job
     memory: Memory
     edges: Edges
     past: Past
+    visits: blocks.Range | blocks.Listed | None = None
 
 
 class LoadEnds(NamedTuple):

@@ -69,6 +69,8 @@ class ForwardKernel:
     """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
 
     softmax_role: type[Softmax] = Softmax
+    load_role: type[Load] = Load
+    mma_role: type[Mma] = Mma
 
     def __init__(self, problem: Problem, config: Config):
         if config.persistent and not problem.equal_tiles:
@@ -184,8 +186,8 @@ class ForwardKernel:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         memory, barriers, answers = self.shared_memory()
         channels = [
-            mma_channel(barriers, links[name], operand.bytes, self.config.ctas)
-            for name, operand in (("q", self.q), ("k", self.k), ("v", self.v))
+            mma_channel(barriers, links[name], nbytes, self.config.ctas)
+            for name, nbytes in self.slot_bytes().items()
         ]
         edges = self.edges(barriers, answers, warp)
         if warp == 0:
@@ -200,12 +202,11 @@ class ForwardKernel:
         self, launch: Launch, memory: Memory, edges: Edges, q: Channel, k: Channel, v: Channel
     ) -> tuple[Role, ...]:
         """What the warps of a CTA do, in their order."""
-        problem, config, plan, group = self.problem, self.config, self.plan, self.group
-        load = Load(problem, config, self.q, self.k, self.v)
-        dtype, p_dtype = map(element_type, (problem.precision, problem.p_precision))
-        mma = Mma(problem, config, Products(dtype, p_dtype, plan, group))
+        problem, config, plan = self.problem, self.config, self.plan
+        load = self.load_role(problem, config, self.q, self.k, self.v)
+        mma = self.mma_role(problem, config, self.products())
         output = Partial(problem, config) if problem.split_kv else Result(config, self.out.dtype)
-        softmax = self.softmax_role(problem, config, p_dtype, plan, output)
+        softmax = self.softmax_role(problem, config, element_type(problem.p_precision), plan, output)
         correction = Correction(problem, config, plan, output)
         shared, small_role_registers = (launch, memory, edges), config.other_registers
         consumers = MmaEnds(q.consumer, k.consumer, v.consumer)
@@ -221,6 +222,11 @@ class ForwardKernel:
             roles += (Role(partial(self.run, store, *shared, ()), 1, small_role_registers),)
         return roles
 
+    def products(self) -> Products:
+        """Of tiles."""
+        dtype, p_dtype = map(element_type, (self.problem.precision, self.problem.p_precision))
+        return Products(dtype, p_dtype, self.plan, self.group)
+
     @cute.jit
     def edges(self, barriers: cute.Pointer, answers: cute.Pointer, warp: Int32):
         """The links without channels, between roles of this CTA and its peer, made by one thread."""
@@ -231,6 +237,10 @@ class ForwardKernel:
                     made[name].make(placed)
         scheduler = ClcScheduler(made.pop("scheduler"), answers) if self.config.dynamic else None
         return Edges(**made, scheduler=scheduler)
+
+    def slot_bytes(self) -> dict[str, int]:
+        """What fills a slot of the links that TMA fills."""
+        return {"q": self.q.bytes, "k": self.k.bytes, "v": self.v.bytes}
 
     def edge_barriers(self) -> dict[str, Barriers]:
         """Of the links without channels."""

@@ -11,7 +11,7 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from ...common.blocks import Listed, Range
-from ...common.job import Job, sources, visits_of
+from ...common.job import sources, visits_of
 from ...common.operand import HeadRows, Operand
 from ...common.rules import Rules
 from ...problem import Problem
@@ -35,7 +35,7 @@ class Load:
         job, tiles = work.job, work.memory.tiles
         rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
-        q, k, v = self.sources(job)
+        q, k, v = self.sources(work)
         for rows in (q, k, v):
             cpasync.prefetch_descriptor(rows.atom)
         if visits.any():
@@ -67,8 +67,8 @@ class Load:
     def first_key(self, visits: Range | Listed, place: Int32) -> Int32:
         return visits.block(place) * self.config.tile_n
 
-    def sources(self, job: Job) -> tuple[HeadRows, HeadRows, HeadRows]:
-        q, k, v = sources(job, self.q, self.k, self.v)
+    def sources(self, work: Work) -> tuple[HeadRows, HeadRows, HeadRows]:
+        q, k, v = sources(work.job, self.q, self.k, self.v)
         rank = Group(self.config.ctas).rank()
         return q, k._replace(start=k.start + rank * self.k.rows), self.v.part(v, rank)
 

@@ -37,7 +37,7 @@ class Mma:
         rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         if self.products.group.leads() & visits.any():
-            ends = self.begin_all(work, visits, ends)
+            ends = self.begin_all(work._replace(visits=visits), visits, ends)
         return ends, turns_of(visits)
 
     @cute.jit
@@ -80,7 +80,7 @@ class Mma:
         memory, make, turn = work.memory, self.products, work.past.turns + turn
         q, k = make.q(memory.tiles.q), make.k(memory.tiles.k)
         s = make.s(memory.tensor, tile, turn)
-        begin(make.qk(), s, tile_of(q, tile, turn), tile_of(k, stage, turn), False)
+        self.begin_qk(work, tile, s, tile_of(q, tile, turn), tile_of(k, stage, turn))
         work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma(make.group)
 
     def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32, last: bool) -> None:
@@ -88,16 +88,26 @@ class Mma:
         its tail, of which the product's last steps wait.
         """
         memory, make, slots = work.memory, self.products, self.config.slots
-        adds, turn = Boolean(turn > 0), work.past.turns + turn
+        adds, number, turn = Boolean(turn > 0), turn, work.past.turns + turn
         place = make.plan.place(tile, turn)
         work.edges.s.of(place).wait_empty(turn // slots + 1)
         p, v, o = make.p(memory.tensor, tile, turn), make.v(memory.tiles.v), make.o(memory.tensor, tile)
         v = tile_of(v, stage, turn)
         steps = cute.size(v, mode=[2])
         early = steps - steps * self.config.tail // self.config.tile_n
-        begin(make.pv(), o, p, v, adds, range(early))
+        operands = o, p, v
+        self.begin_pv(work, tile, number, operands, adds, range(early))
         if early < steps:
             work.edges.tail.of(place).wait_full(turn // slots)
-            begin(make.pv(), o, p, v, True, range(early, steps))
+            self.begin_pv(work, tile, number, operands, True, range(early, steps))
         if last or self.config.slots > 1:
             work.edges.o.of(tile).filled_by_mma(make.group)
+
+    def begin_qk(self, work: Work, tile: int, s: cute.Tensor, q: cute.Tensor, k: cute.Tensor) -> None:
+        begin(self.products.qk(), s, q, k, False)
+
+    def begin_pv(
+        self, work: Work, tile: int, turn: Int32, operands: tuple, adds: Boolean | bool, steps: range
+    ) -> None:
+        """operands: O, P and V of block number `turn`, of which `steps` along the keys are multiplied."""
+        begin(self.products.pv(), *operands, adds, steps)

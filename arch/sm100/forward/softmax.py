@@ -66,7 +66,7 @@ class Softmax:
         self.problem, self.config, self.dtype, self.plan = problem, config, dtype, plan
         self.group, self.output = Group(config.ctas), output
         self.width = config.tile_n  # columns of S that a thread has
-        self.packed = 32 // problem.precision.bits  # P's in a column of tensor memory
+        self.packed = 32 // problem.p_precision.bits  # P's in a column of tensor memory
 
     @cute.jit
     def run(self, work: Work, ends: tuple, warp: Int32):

@@ -29,7 +29,7 @@ class LoadK(Load):
         job, tiles = work.job, work.memory.tiles
         rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
-        q, k, _ = self.sources(job)
+        q, k, _ = self.sources(work)
         if visits.any():
             slot = ends.q.acquire_and_advance()
             self.copy(self.q, q, first_row_of(self.config, job, 0), tiles.q, slot)
