@@ -48,7 +48,7 @@ PAGE_STEP = 8
 OPERATIONS = {
     "forward": "attention",
     "combine": "merging of split keys",
-    "quantized": "attention in 8 bits",
+    "quantized": "attention in few bits",
     "append": "KV cache append and rotary",
     "quantize": "quantizing",
     "backward": "backward",

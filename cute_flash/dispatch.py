@@ -274,7 +274,8 @@ def supports(
     `varlen`, `seqused_q`, `seqused_k`, `gqa`, `dropout`, `sink`, `lse`, `split_kv` (num_splits above 1),
     `scheduled` (scheduler_metadata), all False unless given; `block_size`, a block mask's (block_q, block_k).
     Where dtype is float8_e4m3fn or float8_e5m2 also `out_dtype` ("float16", "bfloat16") and `block`, rows
-    that share a scale (64, 128).
+    that share a scale (64, 128). Of what tensor cores scale, float8_e4m3fn or float4_e2m1fn_x2, `form` of q
+    and k ("mxfp8", "nvfp4") and `v_form` ("e4m3", "mxfp8").
     """
     asked = problem(
         dtype=dtype,

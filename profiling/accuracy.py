@@ -59,6 +59,7 @@ class Scheme(NamedTuple):
     tile: int = TILE
 
 
+SCALED = {"blackwell": True, "tile": 96}  # where tensor cores apply scales
 SCHEMES = {
     "16 bits": Scheme(None, None),
     "FP8 per head": Scheme(),
@@ -70,10 +71,12 @@ SCHEMES = {
     "sm100: FP8 block 128": Scheme(block=128, blackwell=True),
     "sm100: FP8 Hadamard": Scheme(hadamard=True, blackwell=True),
     "sm100: FP8 block 128, Hadamard": Scheme(block=128, hadamard=True, blackwell=True),
-    "MXFP8": Scheme("mxfp8", "mxfp8"),
-    "MXFP8 Hadamard": Scheme("mxfp8", "mxfp8", hadamard=True),
-    "NVFP4 + FP8": Scheme("nvfp4"),
-    "NVFP4 + FP8, Hadamard": Scheme("nvfp4", hadamard=True),
+    "sm100: MXFP8": Scheme("mxfp8", "mxfp8", **SCALED),
+    "sm100: MXFP8 Hadamard": Scheme("mxfp8", "mxfp8", hadamard=True, **SCALED),
+    "sm100: MXFP8 + FP8, Hadamard": Scheme("mxfp8", hadamard=True, **SCALED),
+    "sm100: NVFP4 + FP8": Scheme("nvfp4", **SCALED),
+    "sm100: NVFP4 + FP8, Hadamard": Scheme("nvfp4", hadamard=True, **SCALED),
+    "sm100: NVFP4 + MXFP8, Hadamard": Scheme("nvfp4", "mxfp8", hadamard=True, **SCALED),
 }
 ACCUMULATORS = {
     "float32": Scheme(hadamard=True),
@@ -174,7 +177,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 (rows of q, columns of v), and the natural log-sum-exp (rows of q, 1). visible: of pairs."""
     if scheme.blackwell:
-        return on_blackwell(q, k, v, softmax_scale, visible)
+        return on_blackwell(q, k, v, softmax_scale, scheme.tile, visible)
     rows, lift = len(q.elements), 0 if scheme.v is None else LIFT
     top = torch.full((rows, 1), -math.inf)
     total, outer = torch.zeros(rows, 1), torch.zeros(rows, v.elements.shape[1])
@@ -202,14 +205,14 @@ def attention(
 
 
 def on_blackwell(
-    q: Operand, k: Operand, v: Operand, softmax_scale: float, visible: torch.Tensor | None
+    q: Operand, k: Operand, v: Operand, softmax_scale: float, tile: int, visible: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `attention`, in FP8 with all tiles summed in one place."""
+    """As `attention`, in FP8 with all tiles, of so many keys, summed in one place."""
     rows, unit = len(q.elements), torch.zeros(())
     top, total = torch.full((rows, 1), -math.inf), torch.zeros(rows, 1)
     out = torch.zeros(rows, v.elements.shape[1])
-    for start in reversed(range(0, len(k.elements), TILE)):
-        keys = slice(start, start + TILE)
+    for start in reversed(range(0, len(k.elements), tile)):
+        keys = slice(start, start + tile)
         s = q.elements @ k.elements[keys].T
         s = s * (q.scale * (softmax_scale * math.log2(math.e))) * k.scale[keys].T
         s = s if visible is None else s.masked_fill(~visible[:, keys], -math.inf)
