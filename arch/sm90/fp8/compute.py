@@ -4,7 +4,8 @@
     O = (O + part * scale of V's block) * rescale   P = 2**8 S in 8 bits
 
 P, of 2**8 at most, uses what e4m3 holds; the row sum is that of the rounded P. The tensor core's own sum
-keeps some 14 bits, so it is taken over by O, in fp32, after every tile (two-level accumulation).
+keeps some 14 bits, so it is taken over by O, in fp32, after every tile (two-level accumulation), or as the
+config's `promotion` says: accumulation.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ..edge import Edge
 from ..forward.compute import Compute, Share
 from ..forward.job import job_of
 from ..forward.rows import ROW_LANES, heads_of_thread, row_of
-from ..mma import ROWS, accumulator, begin, coordinates, wait
+from ..mma import ROWS, accumulator, coordinates, wait
+from .accumulation import OneLevel, TwoLevels, accumulation
 from .config import TRANSPOSED
 from .mma import operand_a, rounded, tiled_mma, to_p
 
@@ -47,7 +49,7 @@ class AllTiles(NamedTuple):
 
 
 class State(NamedTuple):
-    """As for 16 bits. v: of transposed tiles. part: the product that O takes over. p: in operand A's order.
+    """As for 16 bits. v: of transposed tiles. p: in operand A's order. sums: O, and how products join it.
 
     scales: of the job's heads. factor: of S, or of q alone where K has one for each block.
     """
@@ -57,12 +59,15 @@ class State(NamedTuple):
     v: cute.Tensor
     s: cute.Tensor
     p: cute.Tensor
-    o: cute.Tensor
-    part: cute.Tensor
+    sums: OneLevel | TwoLevels
     softmax: OnlineSoftmax
     shares: tuple[Share, ...]
     scales: Scales
     factor: Float32
+
+    @property
+    def o(self) -> cute.Tensor:
+        return self.sums.o
 
 
 class QuantizedCompute(Compute):
@@ -103,20 +108,20 @@ class QuantizedCompute(Compute):
                     self.await_turn(warpgroup)
                     self.begin_s(state, k)
                     slot.wait_full(turn // TRANSPOSED)
-                    self.begin_part(state, turn % TRANSPOSED)
+                    self.begin_pv(state, turn % TRANSPOSED)
                     self.end_turn(warpgroup)
                     wait(1, state.s)
                     k.release()
                     rescale = self.softmax(job, state, n, masked, warpgroup)
-                    wait(0, state.part)
+                    wait(0, state.sums.part)
                     slot.warp_emptied()
-                    self.take_over(state, before, rescale)
+                    self.take_over(state, turn, before, rescale)
                     self.to_p(state, rescale)
                     turn += 1
             edge.of(turn % TRANSPOSED).wait_full(turn // TRANSPOSED)
-            self.begin_part(state, turn % TRANSPOSED)
-            wait(0, state.part)
-            self.take_over(state, n, None)
+            self.begin_pv(state, turn % TRANSPOSED)
+            wait(0, state.sums.part)
+            self.finish(state, n)
 
     def state(self, job: Job, all_tiles: AllTiles, warpgroup: Int32) -> State:
         tiles, transposed = all_tiles
@@ -138,8 +143,7 @@ class QuantizedCompute(Compute):
             v=self.pv().make_fragment_B(pv.partition_B(transposed)),
             s=s,
             p=cute.make_rmem_tensor(cute.size(s), Float8E4M3FN),
-            o=o,
-            part=accumulator(self.dim_v),
+            sums=accumulation(o, self.config.promotion),
             softmax=OnlineSoftmax.create(2, Float32(softmax_scale), ROW_LANES),
             shares=shares,
             scales=scales,
@@ -163,10 +167,9 @@ class QuantizedCompute(Compute):
     def pv(self) -> cute.TiledMma:
         return tiled_mma(self.dim_v, True, Float8E4M3FN, self.dtype)
 
-    def begin_part(self, state: State, slot: Int32) -> None:
-        """part = P V, of the transposed V tile in `slot`."""
-        v = state.v[None, None, None, slot]
-        begin(self.pv(), state.part, operand_a(state.p), v, accumulate=False)
+    def begin_pv(self, state: State, slot: Int32) -> None:
+        """P V of the transposed V tile in `slot`."""
+        state.sums.begin(self.pv(), operand_a(state.p), state.v[None, None, None, slot])
 
     def scale_scores(self, state: State, n: Int32) -> None:
         """S as if q and k had not been divided by the scales of their blocks."""
@@ -178,6 +181,10 @@ class QuantizedCompute(Compute):
     def scale_block(self, n: Int32) -> Int32:
         """Of which block of scales KV block n is a part."""
         return n // (self.problem.block // self.config.tile_n)
+
+    def scale_of_v(self, state: State, n: Int32) -> Float32 | None:
+        """What the product of block n is multiplied by, where V has scales of blocks."""
+        return None if self.problem.block is None else state.scales.v_scale[self.scale_block(n)]
 
     def softmax(self, job: Job, state: State, n: Int32, masked: bool, warpgroup: Int32) -> cute.Tensor:
         """The scores of KV block n become P in fp32; what O must be multiplied by for it."""
@@ -211,14 +218,13 @@ class QuantizedCompute(Compute):
         for r, number in rounded(state.p):
             row_sum[r] = row_sum[r] + number
 
-    def take_over(self, state: State, n: Int32, rescale: cute.Tensor | None) -> None:
-        """O takes in the product of block n, and is multiplied by `rescale` for the next one's maximum."""
-        o, part = rows_by_columns(state.o), rows_by_columns(state.part)
-        scale = None if self.problem.block is None else state.scales.v_scale[self.scale_block(n)]
-        for r in range(cute.size(o, mode=[0])):
-            for c in range(cute.size(o, mode=[1])):
-                added = part[r, c] + o[r, c] if scale is None else cute.math.fma(part[r, c], scale, o[r, c])
-                o[r, c] = added if rescale is None else added * rescale[r]
+    def take_over(self, state: State, turn: Int32, n: Int32, rescale: cute.Tensor) -> None:
+        """Product `turn`, of block n, joins what is summed, which then follows the maximum."""
+        state.sums.take_over(turn, self.scale_of_v(state, n), rescale)
+
+    def finish(self, state: State, n: Int32) -> None:
+        """The last product, of block n, joins O."""
+        state.sums.finish(self.scale_of_v(state, n))
 
     def close(self, state: State) -> None:
         """Take the lift off what is summed, and put on V's scale where all of it has one."""

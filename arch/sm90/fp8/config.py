@@ -12,7 +12,19 @@ TRANSPOSED = 2  # tiles of transposed V: one is multiplied while the next is mad
 
 @dataclass(frozen=True, kw_only=True)
 class Config(config.Config):
-    """As for 16 bits."""
+    """As for 16 bits, and how products with V are summed (accumulation.py).
+
+    promotion: after so many tiles of keys O, in fp32, takes over the tensor core's sum, which is short. 0:
+    never; O is that sum, in half of the registers. With scales of blocks of V it is 1: what is summed in one
+    accumulator has one scale. It is no finer than a tile, of 128 keys at most: DeepSeek-V3 adds up as many
+    at a time (DeepSeek-AI 2024, section 3.3.2), and with 16384 keys the error is 1.3 times an exact sum's.
+    """
+
+    promotion: int = 1
+
+    def __post_init__(self) -> None:
+        if self.promotion < 0:
+            raise ValueError(f"promotion is {self.promotion}; allowed: 0, never, or a number of tiles")
 
     def shared_memory(self, problem: QuantizedProblem) -> int:
         """Bytes of dynamic shared memory: Q, O beside it, K and V tiles, V transposed, barriers."""

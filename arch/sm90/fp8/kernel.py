@@ -39,6 +39,11 @@ class QuantizedKernel(ForwardKernel):
     """The kernel for one problem and config: `cute.compile(kernel, *operands, stream)`."""
 
     def __init__(self, problem: QuantizedProblem, config: Config):
+        if problem.block and config.promotion != 1:
+            raise ValueError(
+                f"promotion is {config.promotion} with scales of blocks of V: products of several tiles "
+                "in one accumulator, have no scale in common; allowed: 1"
+            )
         self.problem, self.config, self.topology = problem, config, topology(config)
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
         self.q = Operand.of(precision, ROWS, dim, config.consumers, problem.varlen)
