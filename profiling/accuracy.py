@@ -100,7 +100,8 @@ stated: the errors with the transform are reproduced, those without it come out 
 ACCUMULATORS_TABLE = f"""\
 Errors relative to the result, in percent, FP8 per head with Hadamard, {FEW} queries; values have mean 1,
 so that P V grows with the number of keys. Hopper: 13 fraction bits, cut (the emulator's
-`fp8_accumulator`); taken over: added to float32 registers every so many tiles of 128 keys.
+`fp8_accumulator`); taken over: added to float32 registers every so many tiles of 128 keys, which
+`promotion` of the FP8 kernel's config says.
 """
 
 
