@@ -31,6 +31,7 @@ import torch
 
 import cute_flash
 from cute_flash import emulator, executable
+from cute_flash.arch.block_scaled import BlockScaledOperands
 from cute_flash.arch.problem import Operands
 from cute_flash.arch.quantized import QuantizedOperands
 from cute_flash.dispatch import Answer
@@ -45,8 +46,9 @@ from .watch import KINDS, PARTS, Totals, Watch, by_kind
 FORWARD = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
 BACKWARD = tuple(name for name, case in CASES.items() if case.backward and case.rules == "plain")
 CAUSAL_BACKWARD = ("d64_causal_backward", "d128_causal_backward")
-FP8 = tuple(name for name, case in CASES.items() if case.bits == 8)
-DEFAULT = (*FORWARD, *FP8, *BACKWARD, *CAUSAL_BACKWARD)
+FP8 = tuple(name for name, case in CASES.items() if case.is_quantized and not case.forms)
+SCALED = tuple(name for name, case in CASES.items() if case.forms)
+DEFAULT = (*FORWARD, *FP8, *SCALED, *BACKWARD, *CAUSAL_BACKWARD)
 # Gradients are counted on one GPU of each tree, under a mask only on Blackwell's.
 GRADIENTS_ON = ("A100", "H200", "B200")
 ALONE = ", no pairs"  # what a peer's name ends in where its CTAs might work in pairs, and do not
@@ -81,7 +83,7 @@ class Cost:
     shared: float
     reduced: float = 0.0
     narrowed: float = 0.0
-    bits: int = 16
+    bits: float = 16
 
     def cycles(self, gpu: Gpu) -> dict[str, float]:
         """Clocks that each unit of one SM needs; "sums" where there are some and their rate is known."""
@@ -126,7 +128,7 @@ class Tile:
     local: float
     narrowed: float
     transposing: float
-    bits: int
+    bits: float
 
     @property
     def kinds(self) -> Counter:
@@ -156,8 +158,8 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
     if not answer:
         raise NotImplementedError(str(answer))
     config, make = answer.config, gradients.operands if case.backward else _operands
-    if case.bits == 8:
-        make = _quantized_operands
+    if case.is_quantized:
+        make = _scaled_operands if case.forms else _quantized_operands
     run = executable.executable(answer.kernel, answer.problem, config, answer.device, "emulator")
 
     def watched(rows: int, keys: int) -> Watch:
@@ -171,7 +173,7 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
 
     cubin = executable.artifact(answer.kernel, answer.problem, config, answer.device).cubin
     loops = loops_of(cubin)
-    if case.bits == 8:
+    if case.is_quantized:
         loops += sass.transposing(sass.disassembly(cubin))
     shape, steady = steady_of(case, (config.tile_m, config.tile_n), watched)
     return tile(answer.kernel.name, shape, case, steady, loops)
@@ -224,6 +226,28 @@ def _quantized_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: 
     blocks = {x: () if block is None else (-(-length // block),) for x, length in lengths.items()}
     scales = {f"{x}_scale": torch.ones(1, 1, *blocks[x]) for x in "qkv"}
     return QuantizedOperands(**of_16._asdict() | bytes_of | scales)
+
+
+def _scaled_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> BlockScaledOperands:
+    """Of our block-scaled kernel: random normal, quantized."""
+    problem, of_16 = answer.problem, _operands(answer, dims, rows, keys)
+    forms = {"q": problem.form, "k": problem.form, "v": problem.v_form}
+    found = {
+        x: cute_flash.quantize(
+            getattr(of_16, x), forms[x], hadamard=False,
+            axis="seqlen" if x == "v" and problem.v_group else "head_dim",
+        )
+        for x in "qkv"
+    }  # fmt: skip
+    factors = {
+        f"{x}_factors": None if x == "v" and not problem.v_group else found[x].scale.view(torch.uint8)
+        for x in "qkv"
+    }
+    given = {x: found[x].data.view(torch.uint8) for x in "qkv"} | factors
+    one = torch.ones(1, 1)
+    scales = {f"{x}_scale": one if found[x].tensor_scale is None else found[x].tensor_scale for x in "qk"}
+    scales["v_scale"] = one if problem.v_group else found["v"].scale
+    return BlockScaledOperands(**of_16._asdict() | given | scales)
 
 
 def peers(case: Case, target: str, alone: bool = False) -> Tile:
@@ -398,7 +422,7 @@ def row(what: NotYet, config: str, found: Tile) -> Row:
     }
     cost = Cost(**{k: v if isinstance(v, bool) else round(v, 2) for k, v in asdict(found.cost).items()})
     backward, bits = CASES[what.case].backward, CASES[what.case].bits
-    parts = {name: round(totals.parts[name], 2) for name in PARTS} if backward or bits == 8 else {}
+    parts = {name: round(totals.parts[name], 2) for name in PARTS} if backward or bits < 16 else {}
     return Row(
         what.case, what.target, found.kernel, config, (found.tile_m, found.tile_n), cost, roles,
         wavefronts=round(totals.wavefronts, 2),

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import arguments, cycles, flash_attn_4, fp8, gradients, record, sass
 from .arguments import added_per_kflop, head, of, pairs, per_work
-from .cycles import ALONE, BACKWARD, CAUSAL_BACKWARD, FP8, PARTS, Cost, NotYet, Row, flops_of
+from .cycles import ALONE, BACKWARD, CAUSAL_BACKWARD, FP8, PARTS, SCALED, Cost, NotYet, Row, flops_of
 from .gradients import WORK, Asked
 from .rates import GPUS
 from .record import write_whole
@@ -158,21 +158,22 @@ def _in_fp8(rows: list[Row | NotYet]) -> Iterator[str]:
     """Ours beside FlashAttention-3's tiles and flash-attn-4's kernels."""
     yield from (
         "## FP8", "",
-        "Clocks per 128 × 128 scores; of peak: of FP8's, twice that of bf16. FlashAttention-3's line is",
+        "Clocks per 128 × 128 scores; of peak: of FP8's, twice that of bf16, of NVFP4's with Q K's at four",
+        "times. mxfp8: both products; nvfp4: Q K, and P V in FP8. FlashAttention-3's line is",
         "arithmetic on its published tiles (`profiling/fp8.py`); – is what only machine code tells, and its",
         "ceiling is without. alu and issue are with the warps that transpose V on Hopper. Conversions to 8",
         "bits have the rate of others, but on GB300, where somebody measured it (`profiling/rates.py`).", "",
     )  # fmt: skip
     yield from head(["GPU", *TITLES[:-1]])
     more = []
-    for gpu, name in product(FP8_GPUS, FP8):
+    for gpu, name in product(FP8_GPUS, (*FP8, *SCALED)):
         here = [row for row in of(rows, name, gpu) if isinstance(row, Row)]
         yield from (_fp8_line(gpu, row.case, row.kernel, row.tile, row.cost) for row in here)
         more += [
             f"{_told_beyond_peer(*both, found, gpu)[:-1]}, on {gpu}."
             for both in pairs(here) if (found := beyond_peer(*both, gpu))
         ]
-        if gpu == PUBLISHED_FP8_GPU and CASES[name].block is None:
+        if gpu == PUBLISHED_FP8_GPU and name in FP8 and CASES[name].block is None:
             yield _fp8_line(gpu, name, FLASH_ATTENTION_3, *fp8.flash_attention_3(CASES[name].dims))
             more += [line for row in here if (line := _told_beyond_published(row))]
     yield from ("", *more)
@@ -319,8 +320,8 @@ def _told_beyond_peer(row: Row, peer: Row, more: dict[str, float], gpu: str) -> 
             why = f"{padded:.2f} × of the algorithm's, for padding"
         elif unit == "shared":
             why = ", ".join(_parts_beyond(row, peer))
-            why += ", as CTAs work alone" * (row.cost.bits == 8)  # theirs are pairs, which share K and V
-        elif unit == "mufu" and row.cost.bits == 8:
+            why += ", as CTAs work alone" * (row.cost.bits < 16)  # theirs are pairs, which share K and V
+        elif unit == "mufu" and row.cost.bits < 16:
             moved = (f"{_polynomials(each):.0f}" for each in (row, peer))
             why = "{} of 32 exponentials are polynomials, not {}".format(*moved)
         else:

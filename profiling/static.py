@@ -29,6 +29,7 @@ from cute_flash import arch as trees
 from cute_flash import cache, executable
 from cute_flash.arch import quantized
 from cute_flash.arch.backward import BackwardProblem
+from cute_flash.arch.precision import QUANTIZATIONS
 from cute_flash.arch.problem import Device
 from cute_flash.dispatch import EMULATED, Answer, select
 
@@ -45,7 +46,8 @@ class Case:
     """What a kernel is compiled for, with the log-sum-exp. rules: a key of RULES.
 
     backward: for the gradients of such a call. dtype: of q, k and v; of 8 bits the result is in bf16. block:
-    of rows of 8 bits that share a scale; None: a head's.
+    of rows of 8 bits that share a scale; None: a head's. forms: of q and k, and of v, which tensor cores
+    scale; None: they do not.
     """
 
     name: str
@@ -54,15 +56,26 @@ class Case:
     backward: bool = False
     dtype: str = "bfloat16"
     block: int | None = None
+    forms: tuple[str, str] | None = None
 
     @property
-    def bits(self) -> int:
-        """Of an element of q, k and v."""
-        return 8 if self.dtype in quantized.DTYPES else 16
+    def bits(self) -> float:
+        """Of an element of what is multiplied, both products' by their FLOP."""
+        if self.forms is None:
+            return 8 if self.dtype in quantized.DTYPES else 16
+        qk, pv = (QUANTIZATIONS[form].element.bits for form in self.forms)
+        return (qk * self.dims[0] + pv * self.dims[1]) / sum(self.dims)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether q, k and v are of few bits."""
+        return self.bits < 16
 
     def is_on(self, arch: str) -> bool:
         """Whether the tables have it there."""
-        if self.bits == 8:
+        if self.forms:
+            return arch in SCALED_ON
+        if self.is_quantized:
             return arch in FP8_ON
         return not self.backward or arch in GRADIENTS_ON
 
@@ -73,7 +86,9 @@ class Case:
         Where there is none, the one answer that says why.
         """
         any_arch, given = next(iter(EMULATED)), RULES[self.rules]() | {"lse": True}
-        if self.bits == 8:
+        if self.forms:
+            given |= dict(zip(("form", "v_form"), self.forms, strict=True))
+        elif self.is_quantized:
             given["block"] = self.block
         problem = cute_flash.supports(self.dtype, *self.dims, device=any_arch, **given).problem
         if self.backward:
@@ -90,7 +105,7 @@ class Case:
     @property
     def peers(self) -> Any:
         """The module that has the peer's kernels for it."""
-        if self.bits == 8:
+        if self.is_quantized:
             return flash_attn_4_fp8
         return flash_attn_4_backward if self.backward else flash_attn_4
 
@@ -105,6 +120,8 @@ class Case:
             raise flash_attn_4.Missing("not asked for this problem")
         if self.block is not None:
             raise flash_attn_4.Missing("it has no scales of blocks")
+        if self.forms:
+            raise flash_attn_4.Missing("it has no factors that tensor cores apply")
         dim, dim_v = self.dims
         shape = {"heads": 1, "heads_kv": 1, "dim": dim, "dim_v": None if dim_v == dim else dim_v}
         shape["causal"] = self.rules == "causal"
@@ -163,6 +180,9 @@ def _cases() -> Iterator[Case]:
     for dims in ((64, 64), (128, 128)):
         yield Case(_name_of(dims, "fp8"), dims, dtype=FP8)
     yield Case(_name_of(dims, "fp8", "blocks"), dims, dtype=FP8, block=128)
+    for dims in ((64, 64), (128, 128)):
+        yield Case(_name_of(dims, "mxfp8"), dims, dtype=FP8, forms=("mxfp8", "mxfp8"))
+        yield Case(_name_of(dims, "nvfp4"), dims, dtype=FP4, forms=("nvfp4", "e4m3"))
 
 
 def _name_of(dims: tuple[int, int], *words: str) -> str:
@@ -174,6 +194,7 @@ def _name_of(dims: tuple[int, int], *words: str) -> str:
 # trees the same ones serve.
 GRADIENTS_ON = ("sm80", "sm90", "sm100")
 FP8, FP8_ON = "float8_e4m3fn", ("sm90", "sm100")
+FP4, SCALED_ON = "float4_e2m1fn_x2", ("sm100",)
 COMMON = ((64, 64), (128, 128), (192, 128), (256, 256))
 CASES = {case.name: case for case in _cases()}
 
@@ -183,6 +204,7 @@ FOLLOWED = (
     ("sm86", "d128"), ("sm90", "d64_causal"), ("sm90", "d128"), ("sm90", "d192_128"), ("sm90", "d256"),
     ("sm100", "d128"), ("sm100", "d192_128"), ("sm80", "d64_backward"), ("sm90", "d128_backward"),
     ("sm100", "d64_backward"), ("sm100", "d128_backward"), ("sm90", "d128_fp8"), ("sm100", "d128_fp8"),
+    ("sm100", "d128_mxfp8"), ("sm100", "d128_nvfp4"),
 )  # fmt: skip
 
 

@@ -140,6 +140,15 @@ def own_for(name: str) -> Callable[[str], str]:
     return lambda line: re.sub(rf"mapa\.\S+ {name}, (%r\d+), %r\d+;", rf"mov.b32 {name}, \1;", line)
 
 
+def bytes_of_columns(lines: list[str]) -> list[int]:
+    """Where an address says which byte of its column a product's factors are, in its highest two bits."""
+    return [i for i, line in enumerate(lines) if re.match(r"\s*or\.b32\s.*, -?\d{10};", line)]
+
+
+def of_another_byte(line: str) -> str:
+    return re.sub(r"-?\d{10}(?=;)", lambda found: str(int(found[0]) & 0xFFFFFFFF ^ 1 << 30), line)
+
+
 def said(anything: int) -> Callable[[str], str]:
     """What becomes of a question whether an answer names a tile."""
     return lambda line: re.sub(r"\S+ (%p\d+), .*", rf"setp.eq.u32 \1, {1 - anything}, 0;", line.strip())
@@ -249,6 +258,10 @@ TCGEN05 = {
     "no wait for a store to tensor memory": Mutation(matching(r"tcgen05\.wait::st"), removed),
     "no fence before synchronisation": Mutation(matching(r"tcgen05\.fence::before_thread_sync"), removed),
     "no fence after synchronisation": Mutation(matching(r"tcgen05\.fence::after_thread_sync"), removed),
+}
+FACTORS = {
+    "no copy of factors": Mutation(matching(r"tcgen05\.cp"), removed),
+    "factors of another byte": Mutation(bytes_of_columns, of_another_byte),
 }
 # CTAs that add to one sum in turns: a number is read until it is the one waited for, and passed on.
 LOOK, WORD = r"ld\.acquire", r"st\.release"
