@@ -26,8 +26,8 @@ from cute_flash.emulated_kernel import EmulatedKernel
 from cute_flash.emulator import EmulatorError
 from cute_flash.problems import problem
 from tests import proofs
-from tests.emulator.negative import mutations
 from tests.emulator.negative.mutations import TMA, WGMMA
+from tests.emulator.negative.trial import Launch
 from tests.test_resources import assert_in_registers, prove
 
 KERNELS: dict[str, Kernel] = {"sm90": HOPPERS, "sm100": BLACKWELLS}
@@ -91,11 +91,11 @@ def is_noticed(ptx: str, right: torch.Tensor) -> bool:
 
 
 def inputs(change: str, name: str = "sm90") -> Iterator[bytes]:
-    """What an outcome depends on."""
+    """What an outcome depends on, besides the changed texts."""
     yield from proofs.emulator()
-    for path in (Path(__file__), Path(mutations.__file__)):
-        yield proofs.meaning(path)
-    yield from (change.encode(), compiled(name).ptx, compiled(name).object)
+    yield proofs.meaning(Path(__file__))
+    yield change.encode()
+    yield from Launch(None, compiled(name), ()).digested()
 
 
 def in_words(found: list[int]) -> str:
@@ -106,12 +106,14 @@ def in_words(found: list[int]) -> str:
 def test_every_change_is_noticed(change, proven):
     """Site by site."""
 
+    mutants = list(CHANGES[change].mutants(compiled().ptx.decode()))
+
     def trial() -> str:
         right = run(compiled().ptx)
-        mutants = CHANGES[change].mutants(compiled().ptx.decode())
         return in_words([number for number, _, text in mutants if not is_noticed(text, right)])
 
-    assert proven(trial, inputs(change)) == in_words(list(HARMLESS.get(change, ())))
+    texts = (text.encode() for _, _, text in mutants)
+    assert proven(trial, (*inputs(change), *texts)) == in_words(list(HARMLESS.get(change, ())))
 
 
 @pytest.mark.parametrize("name", KERNELS)
