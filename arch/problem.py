@@ -49,6 +49,7 @@ OPERATIONS = {
     "forward": "attention",
     "combine": "merging of split keys",
     "quantized": "attention in few bits",
+    "widened": "attention to a KV cache of 8 bits",
     "append": "KV cache append and rotary",
     "quantize": "quantizing",
     "backward": "backward",

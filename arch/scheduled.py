@@ -27,13 +27,7 @@ class ScheduledProblem(Problem):
 
     def specs(self) -> ScheduledOperands:
         """A Spec for every operand."""
-
-        def numbers(meaning: str, values: str) -> Spec:
-            return Spec("int32", ("batch",), "contiguous", meaning, values=values)
-
-        parts = numbers("parts of the keys, per sequence", "is 1") if self.split_kv else None
-        order = numbers("sequences, each once, in their order", "numbered 0")
-        return ScheduledOperands(*forward_specs(self), sequence_splits=parts, sequence_order=order)
+        return ScheduledOperands(*forward_specs(self), *schedule_specs(self.split_kv))
 
 
 class Schedule(NamedTuple):
@@ -46,6 +40,16 @@ class Schedule(NamedTuple):
     def of(problem: Problem, operands: list[Any]) -> Schedule | None:
         """Of the operands of a launch, in their order."""
         return Schedule(*operands[-len(Schedule._fields) :]) if problem.scheduled else None
+
+
+def schedule_specs(split_kv: bool) -> Schedule:
+    """A Spec for each, None where there is none."""
+
+    def numbers(meaning: str, values: str) -> Spec:
+        return Spec("int32", ("batch",), "contiguous", meaning, values=values)
+
+    parts = numbers("parts of the keys, per sequence", "is 1") if split_kv else None
+    return Schedule(parts, numbers("sequences, each once, in their order", "numbered 0"))
 
 
 # Everything a kernel is launched with, in launch order; None where there is none.

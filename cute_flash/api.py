@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from . import decoding, latent, ops, quantized, repeat, request
+from . import decoding, latent, ops, quantized, repeat, request, widened
 from .block_mask import BlockMask
 from .kv_cache import Cache
 from .quantized import Descale
@@ -415,13 +415,18 @@ def flash_attn_with_kvcache(
         left open or its own. Without it all sequences have as many parts, which the cache's room decides.
     q_descale, k_descale, v_descale, out_dtype: of q and a cache of float8_e4m3fn or float8_e5m2, all of one,
         as in `flash_attn_func`, with a scale for each sequence and KV head; nothing is appended then.
+        With q of 16 bits beside such a cache k and v are widened to its dtype, exactly, and multiplied as
+        they are of 16 bits; q_descale is None, and the result has q's dtype.
     All others: as in `flash_attn_func`.
 
     Returns out, shaped as q with head_dim_v; (out, lse) with return_softmax_lse, lse float32 (batch, heads,
     seqlen_q), or (heads, total_q). There are no gradients. Two keys that are to be written to one place, by
     cache_batch_idx or block_table, are a ValueError where numbers are looked at.
     """
+    widens = widened.is_meant(q, k_cache, v_cache)
     if qv is not None:
+        if widens:
+            raise NotImplementedError("qv is given beside a cache of 8 bits; allowed: None")
         if k is not None:
             raise NotImplementedError("k is given beside qv; allowed: None, others write a row's parts")
         q, k_cache, v_cache = latent.joined(q, qv, k_cache, v_cache)
@@ -439,7 +444,9 @@ def flash_attn_with_kvcache(
         return_softmax_lse, out, num_splits=num_splits,
     )
     descale = quantized.Descale(q_descale, k_descale, v_descale, None, out_dtype)
-    if quantized.is_meant(q, descale):
+    if widens:
+        found = decoding.forward_widened(q, k_cache, v_cache, cache, options, descale)
+    elif quantized.is_meant(q, descale):
         found = decoding.forward_quantized(q, k_cache, v_cache, cache, options, descale)
     else:
         found = decoding.forward(q, k_cache, v_cache, cache, options)

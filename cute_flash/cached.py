@@ -23,12 +23,16 @@ def checked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing,
     return checked_of(*request.as_autocast_has_it(q, k, v), packing, options, request.DTYPES)
 
 
-def checked_of(q, k, v, packing: Packing, options: Options, dtypes: tuple[torch.dtype, ...]) -> Call:
-    """The same for q, k and v of one of `dtypes`."""
+def checked_of(
+    q, k, v, packing: Packing, options: Options, dtypes: tuple[torch.dtype, ...],
+    *, dtypes_kv: tuple[torch.dtype, ...] | None = None,
+) -> Call:
+    """The same for q, k and v of one of `dtypes`, or k and v of one of `dtypes_kv`."""
     starts_q, starts_k, table = packing.cu_seqlens_q, packing.cu_seqlens_k, packing.block_table
     rows = ("batch", "seqlen") if starts_q is None else ("total",)
     rows_k = ("cache_rows", "seqlen") if table is None else ("num_pages", "page_size")
-    request.check_qkv(q, k, v, *((*of, "heads", "head_dim") for of in (rows, rows_k)), dtypes)
+    dims = ((*of, "heads", "head_dim") for of in (rows, rows_k))
+    request.check_qkv(q, k, v, *dims, dtypes, dtypes_kv=dtypes_kv)
     if request.needs_gradient(q, k, v, options.learnable_sink):
         raise NotImplementedError(
             "a gradient is required of a call on a cache, which has none; allowed: torch.no_grad()"

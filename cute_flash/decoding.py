@@ -24,6 +24,7 @@ from . import (
     request,
     scalars,
     scheduling,
+    widened,
 )
 from .appending import Appended
 from .dispatch import place_of, plan
@@ -33,6 +34,7 @@ from .quantized import Descale
 from .repeat import Result
 from .request import Options, Packing
 
+NOT_WIDENED = ("k", "v", "rotary_cos", "rotary_sin", "rotary_seqlens")
 NOT_QUANTIZED = ("k", "v", "rotary_cos", "rotary_sin", "rotary_seqlens", "scheduler_metadata")
 KEYS_OF_A_PART = 1024  # where a sequence's bits must not depend on how many CTAs there are
 _DECIDED: dict[Hashable, _Decided] = repeat.decisions()
@@ -101,6 +103,26 @@ def forward_quantized(
     if _plain(q, k_cache, v_cache, cache) and contents.can_be_read(q.device):
         kv_contents.check_numbers(q, k_cache, cache, call.packing)
     return quantized.forward(q, k_cache, v_cache, call.packing, call.options, descale)
+
+
+def forward_widened(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache: Cache, options: Options,
+    descale: Descale,
+) -> Result:
+    """The same of q of 16 bits and a cache of 8, to which nothing is appended."""
+    (q,) = request.as_autocast_has_it(q)
+    refused = [name for name in NOT_WIDENED if getattr(cache, name) is not None]
+    if refused:
+        raise NotImplementedError(
+            f"{', '.join(refused)} are given beside a cache of 8 bits; allowed: None. What is appended would "
+            "need scales of its own"
+        )
+    kv_cache.check(q, k_cache, v_cache, cache, dtypes_kv=quantized.DTYPES)
+    call = _halves(q, k_cache, v_cache, cache, options)
+    plain = not torch.compiler.is_compiling() and _plain(q, k_cache, v_cache, cache)
+    if plain and contents.can_be_read(q.device):
+        kv_contents.check_numbers(q, k_cache, cache, call.packing)
+    return widened.forward(q, k_cache, v_cache, call.packing, call.options, descale)
 
 
 def _heads_are_rows(q: Any, k_cache: Any, v_cache: Any, cache: Cache, options: Options) -> bool:

@@ -60,15 +60,20 @@ class Append(NamedTuple):
 
 
 def check(
-    q: Any, k_cache: Any, v_cache: Any, cache: Cache, dtypes: tuple[torch.dtype, ...] = request.DTYPES
+    q: Any, k_cache: Any, v_cache: Any, cache: Cache, dtypes: tuple[torch.dtype, ...] = request.DTYPES,
+    *, dtypes_kv: tuple[torch.dtype, ...] | None = None,
 ) -> None:
-    """Raises what is wrong with a call: TypeError, ValueError or NotImplementedError that names it."""
+    """Raises what is wrong with a call: TypeError, ValueError or NotImplementedError that names it.
+
+    dtypes: of q and, unless it has others, `dtypes_kv`, of the cache.
+    """
     packed, paged = cache.cu_seqlens_q is not None, cache.block_table is not None
     rows_q = ("total",) if packed else ("batch", "seqlen")
     rows_k = ("pages", "page_size") if paged else ("batch_cache", "seqlen_cache")
     _check_floats("q", q, q, (*rows_q, "heads", "head_dim"), dtypes)
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_floats(name, tensor, q, (*rows_k, "heads_kv", "head_dim"), dtypes)
+        like = ("q", q) if dtypes_kv is None else ("k_cache", k_cache)
+        _check_floats(name, tensor, q, (*rows_k, "heads_kv", "head_dim"), dtypes_kv or dtypes, like)
     if k_cache.shape[:-1] != v_cache.shape[:-1]:
         raise ValueError(
             f"v_cache has shape {tuple(v_cache.shape)}, k_cache has {tuple(k_cache.shape)}: they must be "
@@ -104,14 +109,16 @@ def check(
 
 def _check_floats(
     name: str, tensor: Any, q: torch.Tensor, dims: tuple[str, ...],
-    dtypes: tuple[torch.dtype, ...] = request.DTYPES,
+    dtypes: tuple[torch.dtype, ...] = request.DTYPES, like: tuple[str, Any] | None = None,
 ) -> None:
+    """like: what has the same dtype, and its name; None: q."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is {type(tensor).__name__}; allowed: torch.Tensor")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
-    if tensor.dtype != q.dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: they must be equal")
+    other, equal = like or ("q", q)
+    if tensor.dtype != equal.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, {other} has {equal.dtype}: they must be equal")
     if tensor.device != q.device:
         raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}: they must be on one device")
     if tensor.ndim != len(dims):

@@ -64,9 +64,9 @@ class Answer(NamedTuple):
     bound: Bound | None
 
 
-def answer(call: Call, out: torch.Tensor | None) -> Answer:
-    """What the operators do. out: where the user wants the result."""
-    given = out
+def answer(call: Call, out: torch.Tensor | None, launched: Callable | None = None) -> Answer:
+    """What the operators do. out: where the user wants the result. launched: see `_launch`."""
+    given, launched = out, launched or _launch
     if out is None:
         out = _new_out(call)
         if has_no_sequence(call):
@@ -78,7 +78,7 @@ def answer(call: Call, out: torch.Tensor | None) -> Answer:
         contents.check(call, out)
         lse.fill_(-torch.inf)
     elif out.numel():
-        bound = _launch(call, out, lse)
+        bound = launched(call, out, lse)
     if given is not None:
         note_written(out)
     return Answer(out, lse, bound)
@@ -124,6 +124,7 @@ def _probabilities_fake(*arguments):
 
 
 def _launch(call: Call, out: torch.Tensor, lse: torch.Tensor) -> Bound:
+    """Into `out` and `lse` what a call asks; what was launched for it."""
     place = place_of(call.q.device)
     planned = plan(problem_of(call), place.device, sizes_of(call), call.num_splits)
     scheduling.check_plan(call, planned)

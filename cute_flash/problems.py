@@ -12,6 +12,7 @@ from .arch.block_scaled import BlockScaledProblem
 from .arch.problem import KvCache, Problem, Sizes
 from .arch.quantized import DTYPES, QuantizedProblem
 from .arch.scheduled import ScheduledProblem
+from .arch.widened import ScheduledWidenedProblem, WidenedProblem
 from .latent import is_latent
 from .request import Call
 
@@ -30,7 +31,7 @@ def problem(
 
     head_dim_v: head_dim if None. code: the rules, as `rules.encode` has them. scheduled: a ScheduledProblem.
     features: fields of Problem, with a dtype of 8 bits of QuantizedProblem, with a `form` of
-    BlockScaledProblem; TypeError for others.
+    BlockScaledProblem, with a kv_dtype of WidenedProblem; TypeError for others.
     """
     mask, score = rules.decode(code)
     name = str(dtype).removeprefix("torch.")
@@ -38,6 +39,8 @@ def problem(
     if name in DTYPES or "form" in features:
         kind = BlockScaledProblem if "form" in features else QuantizedProblem
         features = {"out_dtype": "bfloat16", **features}
+    elif "kv_dtype" in features:
+        kind = ScheduledWidenedProblem if scheduled else WidenedProblem
     return kind(
         dtype=name,
         head_dim=head_dim,
@@ -48,10 +51,11 @@ def problem(
     )
 
 
-def problem_of(call: Call, **quantized: Any) -> Problem:
+def problem_of(call: Call, **others: Any) -> Problem:
     """What a checked call asks. What kernels are compiled for is a number, no symbol of torch.compile.
 
-    quantized: fields that only a QuantizedProblem has, and out_dtype; of bytes the dtype and head_dim, too.
+    others: fields that only a QuantizedProblem or a WidenedProblem has, and out_dtype; of bytes the dtype and
+    head_dim, too.
     """
     cache = None
     if call.cached:
@@ -62,7 +66,7 @@ def problem_of(call: Call, **quantized: Any) -> Problem:
             latent=is_latent(call.k, call.v),
         )
     return problem(
-        **({"dtype": call.q.dtype, "head_dim": int(call.q.shape[-1])} | quantized),
+        **({"dtype": call.q.dtype, "head_dim": int(call.q.shape[-1])} | others),
         head_dim_v=int(call.v.shape[-1]),
         code=call.rules,
         varlen=call.cu_seqlens_q is not None,

@@ -197,13 +197,13 @@ def _scaling(call: Call, descale: Descale, out_dtype: torch.dtype) -> Scaling:
         shape_q = (sizes.batch, sizes.heads_q, -(-sizes.seqlen_q // block))
         shape_k = (*shape_k, -(-sizes.seqlen_k // block))
     scales = (
-        _scale(f"{name}_descale", getattr(descale, name), call.q, shape)
+        scale_of(f"{name}_descale", getattr(descale, name), call.q, shape)
         for name, shape in (("q", shape_q), ("k", shape_k), ("v", shape_k))
     )
     return Scaling(*scales, block or 0, out_dtype is torch.float16)
 
 
-def _scale(name: str, scale: Any, q: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def scale_of(name: str, scale: Any, q: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """What a tensor's numbers are multiplied by; None: 1."""
     if scale is None:
         return q.new_ones(shape, dtype=torch.float32)

@@ -344,19 +344,23 @@ def as_autocast_has_it(*tensors: Any) -> tuple:
 
 
 def check_qkv(
-    q: Any, k: Any, v: Any, dims_q: tuple[str, ...], dims_k: tuple[str, ...], dtypes: tuple = DTYPES
+    q: Any, k: Any, v: Any, dims_q: tuple[str, ...], dims_k: tuple[str, ...], dtypes: tuple = DTYPES,
+    *, dtypes_kv: tuple | None = None,
 ) -> None:
-    for name, tensor, dims in (("q", q, dims_q), ("k", k, dims_k), ("v", v, dims_k)):
+    """dtypes: of q and with it of k and v, unless these have others, `dtypes_kv`, of which both have one."""
+    kinds = (dtypes, *(dtypes_kv or dtypes,) * 2)
+    for name, tensor, dims, allowed in zip("qkv", (q, k, v), (dims_q, dims_k, dims_k), kinds, strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; allowed: torch.Tensor")
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {_listed(dtypes)}")
+        if tensor.dtype not in allowed:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed: {_listed(allowed)}")
         if tensor.ndim != len(dims):
             raise ValueError(f"{name} has shape {_shape(tensor)}; allowed: ({', '.join(dims)})")
     for name, tensor in (("k", k), ("v", v)):
         _check_beside(name, tensor, q)
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, q has {q.dtype}: they must be equal")
+        other, like = ("q", q) if dtypes_kv is None else ("k", k)
+        if tensor.dtype != like.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, {other} has {like.dtype}: they must be equal")
     if q.device.type not in ("cuda", "cpu", "meta"):
         raise NotImplementedError(f"q is on {q.device}; allowed: CUDA devices, or the CPU with `emulated`")
     (*_, heads, head_dim), (*rows, heads_kv, head_dim_k), (*rows_v, heads_v, _) = q.shape, k.shape, v.shape

@@ -14,6 +14,7 @@ from . import request, rules, scalars
 from .arch.kernel import Steps
 from .arch.packing import count_tiles
 from .arch.problem import Device, KvCache, Sizes
+from .arch.quantized import DTYPES
 from .dispatch import dispatch, place_of, plan
 from .latent import STEP, WIDER_THAN, heads_are_rows, serves
 from .problems import problem, sizes_of
@@ -62,6 +63,7 @@ def get_scheduler_metadata(
     mask: Any = None,
     score: Any = None,
     latent: bool = False,
+    kv_dtype: torch.dtype | None = None,
     out: SchedulerMetadata | None = None,
 ) -> SchedulerMetadata:
     """Share out the keys of `flash_attn_with_kvcache` among CTAs, by lengths that stay on the device.
@@ -80,6 +82,7 @@ def get_scheduler_metadata(
     causal, window_size, alibi_slopes, mask, score: as the call has them. has_softcap: whether it has one.
     latent: v_cache is the beginning of k_cache's rows, of more than 256 numbers, headdim; headdim_v is a
         multiple of 64. Of single queries the calls then have no sinks.
+    kv_dtype: of the cache, float8_e4m3fn or float8_e5m2, where it is not qkv_dtype.
     num_splits: an upper bound for the parts of one sequence's keys, 1 to 128; 0 or None: as many as a single
         sequence of max_seqlen_k keys is split in to fill the GPU. Workspace grows with it:
         num_splits * batch * seqlen_q * heads * (head_dim_v + 1) numbers in float32.
@@ -96,6 +99,7 @@ def get_scheduler_metadata(
     sizes = _sizes(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv)
     if qkv_dtype not in request.DTYPES:
         raise TypeError(f"qkv_dtype is {qkv_dtype}; allowed: {', '.join(map(str, request.DTYPES))}")
+    widened = _widened(kv_dtype, qkv_dtype)
     new, numbers = scalars.length("max_seqlen_k_new", max_seqlen_k_new), (sizes.batch,)
     _check_numbers("cache_seqlens", cache_seqlens, cache_seqlens, numbers)
     for name, given, shape in (
@@ -130,6 +134,7 @@ def get_scheduler_metadata(
         gqa=sizes.heads_q != sizes.heads_kv,
         cache=KvCache(page_size=page_size, leftpad=cache_leftpad is not None, latent=bool(latent)),
         scheduled=True,
+        **widened,
     )
     device, bound = place_of(cache_seqlens.device).device, scalars.num_splits(num_splits, False)
     if not bound:
@@ -157,6 +162,16 @@ def _shared_out(keys: torch.Tensor, planned: Steps, device: Device, sizes: Sizes
     share = ((total + (at_once * than - 1)) // (at_once * than)).clamp(min=1)
     splits = ((blocks + (share - 1)) // share).clamp(1, bound)
     return splits.int(), torch.argsort(blocks, descending=True, stable=True).int()
+
+
+def _widened(kv_dtype: Any, qkv_dtype: torch.dtype) -> dict[str, str]:
+    """What a problem is told of a cache of another dtype than q's, if it is."""
+    if kv_dtype in (None, qkv_dtype):
+        return {}
+    named = {getattr(torch, name): name for name in DTYPES}
+    if kv_dtype not in named:
+        raise TypeError(f"kv_dtype is {kv_dtype}; allowed: None, {qkv_dtype}, {', '.join(map(str, named))}")
+    return {"kv_dtype": named[kv_dtype]}
 
 
 def _sizes(batch: Any, seqlen_q: Any, seqlen_k: Any, heads_q: Any, heads_kv: Any) -> Sizes:

@@ -15,6 +15,7 @@ from ..problem import Support
 from ..quantize import QUANTIZE
 from . import tuning
 from .backward import tuning as backward
+from .widened import WIDENED
 
 # FlashAttention-2's algorithm (Dao 2023, algorithm 1).
 FORWARD = Kernel(
@@ -56,4 +57,4 @@ BACKWARD = Kernel(
     around=lambda own, device: steps_around(own, device, POSTPROCESS, backward.PostprocessConfig.of),
 )
 
-KERNELS = (FORWARD, COMBINE, APPEND, QUANTIZE, BACKWARD)
+KERNELS = (FORWARD, WIDENED, COMBINE, APPEND, QUANTIZE, BACKWARD)

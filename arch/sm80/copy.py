@@ -50,9 +50,14 @@ class TileCopy:
     heads: int = 1
 
     @property
+    def chunk(self) -> int:
+        """Elements in 16 bytes."""
+        return 128 // self.dtype.width
+
+    @property
     def lanes(self) -> int:
         """Threads side by side in a row."""
-        return tile_width(self.padded) // CHUNK
+        return tile_width(self.padded) // self.chunk
 
     @property
     def row_step(self) -> int:
@@ -62,7 +67,8 @@ class TileCopy:
     def partition(self, tile: cute.Tensor, thread: Int32) -> cute.Tensor:
         """A thread's chunks of a shared tile: (chunk, row steps, column steps, stages)."""
         threads = cute.make_layout((self.row_step, self.lanes), stride=(self.lanes, 1))
-        tiled = cute.make_tiled_copy_tv(self._atom(CopyUniversalOp()), threads, cute.make_layout((1, CHUNK)))
+        values = cute.make_layout((1, self.chunk))
+        tiled = cute.make_tiled_copy_tv(self._atom(CopyUniversalOp()), threads, values)
         return tiled.get_slice(thread).partition_D(tile)
 
     @cute.jit
@@ -108,7 +114,7 @@ class TileCopy:
 
     def _steps(self) -> list[tuple[int, int]]:
         """(row step, column step) of every chunk."""
-        columns = self.padded // (self.lanes * CHUNK)
+        columns = self.padded // (self.lanes * self.chunk)
         return [(i, j) for i in range(-(-self.rows // self.row_step)) for j in range(columns)]
 
     def _found(self, rows: Rows) -> cute.Tensor | list[cute.Tensor]:
@@ -127,11 +133,11 @@ class TileCopy:
 
     def _column_inside(self, thread: Int32, j: int):
         """Whether column step j of a thread is part of the head dim; a constant where it is for all."""
-        everyone = (j + 1) * self.lanes * CHUNK <= self.dim
-        return everyone or (thread % self.lanes + j * self.lanes) * CHUNK < self.dim
+        everyone = (j + 1) * self.lanes * self.chunk <= self.dim
+        return everyone or (thread % self.lanes + j * self.lanes) * self.chunk < self.dim
 
     def _chunk(self, row: cute.Tensor, thread: Int32, j: int) -> cute.Tensor:
-        return cute.local_tile(row, (CHUNK,), (thread % self.lanes + j * self.lanes,))
+        return cute.local_tile(row, (self.chunk,), (thread % self.lanes + j * self.lanes,))
 
     def _atom(self, op) -> cute.CopyAtom:
-        return cute.make_copy_atom(op, self.dtype, num_bits_per_copy=CHUNK * self.dtype.width)
+        return cute.make_copy_atom(op, self.dtype, num_bits_per_copy=128)

@@ -35,6 +35,7 @@ from ..common.sequence import cached_sequence_of, extent
 from ..common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ..problem import Operands, Problem
 from ..scheduled import Schedule, without_schedule
+from ..widened import WidenedOperands
 from .config import Config
 from .copy import TileCopy, tile_layout
 from .job import RowBlock, Tiles, Walk, rows_of_tile_in
@@ -63,10 +64,14 @@ class ForwardKernel:
         self.row_blocks = config.tile_m // (PIECE * config.warps)
         self.kv = (LatentLoader if self.latent else KvLoader)(copy_k, copy_v, config.tile_n, config.stages)
 
+    def named(self, operands: list) -> Operands:
+        """The operands of a launch, in their order, by their names."""
+        return without_schedule(operands)
+
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = without_schedule(operands)._replace(multiprocessors=None)
+        call = self.named(operands)._replace(multiprocessors=None)
         heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
         rows, batches = extent(call.q, call.cu_seqlens_q, call.max_seqlen_q)
         splits = call.out.shape[0] if const_expr(self.problem.split_kv) else None
@@ -86,7 +91,12 @@ class ForwardKernel:
         )
 
     @cute.kernel
-    def kernel(self, call: Operands, schedule: OneTile | InSections | InOrder, group_size: Int32):
+    def kernel(
+        self,
+        call: Operands | WidenedOperands,
+        schedule: OneTile | InSections | InOrder,
+        group_size: Int32,
+    ):
         m_block, head, batch, split = schedule.tile(cute.arch.block_idx()[0])
         splits = schedule.splits_of(batch)
         sequence = cached_sequence_of(call, batch)
@@ -119,7 +129,7 @@ class ForwardKernel:
     def visit(self, walk: Walk, place: Int32, masked: bool) -> None:
         """The KV block at a place: S = Q K^T, P = exp(rules(S) - max), O = rescale O + P V."""
         slot, first_key = self.kv.slot(place), walk.stream.visits.block(place) * self.config.tile_n
-        self.kv.wait_k()
+        self.kv.wait_k(walk.stream, place)
         self.kv.begin_v(walk.stream, place)
         acc_s = self.accumulator(walk.mma, self.config.tile_n)
         product(walk.mma, acc_s, self.dim // PIECE, self.q_operand(walk, place), walk.k.at(slot))
@@ -131,7 +141,7 @@ class ForwardKernel:
         if walk.dropout is not None:
             walk.dropout.apply(s, row_of, first_key, walk.block.thread)
         p = as_operand_a(rounded(acc_s, self.dtype))
-        self.kv.wait_v()
+        self.kv.wait_v(walk.stream, place)
         self.kv.begin_k(walk.stream, place)
         steps = self.config.tile_n // PIECE
         product(walk.mma_o, walk.acc_o, steps, lambda k: p[None, None, k], walk.v.at(slot))

@@ -47,21 +47,29 @@ class KvLoader:
         return max(2, 2 * self.stages - 1)
 
     def slot(self, place: Int32) -> Int32:
-        """Which of the `stages` tiles a visit's block goes to."""
+        """Which tile has a visit's block when it has been waited for."""
+        return self.stage(place)
+
+    def stage(self, place: Int32) -> Int32:
+        """Which of the `stages` tiles a visit's block is copied to."""
         return hidden_zero(place) if self.stages == 1 else place % self.stages
 
     def begin(self, stream: KvStream) -> None:
         """Begin the tiles that `begin_k` and `begin_v` leave out: K of the first `stages` blocks visited,
         V of one less, but at least of the very first, the only one that may reach beyond seqlen_k.
         """
-        self.copy_k.clear_padding(stream.k.chunks, stream.thread)
-        self.copy_v.clear_padding(stream.v.chunks, stream.thread)
+        self.clear_padding(stream)
         visits = stream.visits
         for stage in range(self.stages):
             place = visits.after(visits.start, stage)
             self._begin(stream, stream.k, self.copy_k, place, visits.inside(place), stage == 0)
             if stage + 1 < self.stages or stage == 0:
                 self._begin(stream, stream.v, self.copy_v, place, visits.inside(place), stage == 0)
+
+    def clear_padding(self, stream: KvStream) -> None:
+        """Zero the columns that no copy writes."""
+        self.copy_k.clear_padding(stream.k.chunks, stream.thread)
+        self.copy_v.clear_padding(stream.v.chunks, stream.thread)
 
     def begin_k(self, stream: KvStream, place: Int32) -> None:
         """Begin copying K of the visit `stages` after a place, if there is one; its slot must be free."""
@@ -76,14 +84,14 @@ class KvLoader:
             due = due & stream.visits.is_later(place)
         self._begin(stream, stream.v, self.copy_v, place, due, False)
 
-    def wait_k(self) -> None:
-        """The next tile of K is complete and visible to all warps; they are done with the V before it."""
+    def wait_k(self, stream: KvStream, place: Int32) -> None:
+        """K of the visit at a place is complete and visible to all warps; they are done with the V before."""
         cute.arch.cp_async_wait_group(2 * (self.stages - 1))
         cute.arch.barrier()
 
-    def wait_v(self) -> None:
-        """The next tile of V is complete and visible to all warps; they are done with the K before it."""
-        self.wait_k()
+    def wait_v(self, stream: KvStream, place: Int32) -> None:
+        """V of the visit at a place is complete and visible to all warps; they are done with the K before."""
+        self.wait_k(stream, place)
 
     @cute.jit
     def _begin(self, stream: Constexpr, source, copy, place: Int32, due: Boolean, bounded: Constexpr):
@@ -91,8 +99,12 @@ class KvLoader:
             first_row = self._first_row(stream, place)
             rows = beyond(source.rows, first_row)
             last_row = stream.seqlen_k - 1 - first_row if bounded else None
-            copy.load(rows, source.chunks[None, None, None, self.slot(place)], stream.thread, last_row)
+            copy.load(rows, self.chunks(stream, source, copy, place), stream.thread, last_row)
         cute.arch.cp_async_commit_group()
+
+    def chunks(self, stream: KvStream, source: Source, copy: TileCopy, place: Int32) -> cute.Tensor:
+        """This thread's chunks of the tile that a visit's block is copied to."""
+        return source.chunks[None, None, None, self.stage(place)]
 
     def _first_row(self, stream: KvStream, place: Int32) -> Int32:
         return stream.visits.block(place) * self.tile_n
@@ -128,10 +140,10 @@ class LatentLoader(KvLoader):
     def begin_k(self, stream: KvStream, place: Int32) -> None:
         """It came with the V before it."""
 
-    def wait_k(self) -> None:
+    def wait_k(self, stream: KvStream, place: Int32) -> None:
         """The next tile is complete and visible to all warps; they are done with the one before it."""
         cute.arch.cp_async_wait_group(self.stages - 2)
         cute.arch.barrier()
 
-    def wait_v(self) -> None:
+    def wait_v(self, stream: KvStream, place: Int32) -> None:
         """It is there, as K."""
