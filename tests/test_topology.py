@@ -15,6 +15,8 @@ from cute_flash.arch.sm90.backward.tuning import BACKWARD
 from cute_flash.arch.sm90.forward.topology import topology as hopper
 from cute_flash.arch.sm90.latent import tuning as latent
 from cute_flash.arch.sm90.latent.topology import topology as hopper_latent
+from cute_flash.arch.sm90.widened import tuning as widened
+from cute_flash.arch.sm90.widened.topology import topology as hopper_widened
 from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.backward.topology import topology as blackwell_backward
 from cute_flash.arch.sm100.backward.tuning import BACKWARD as BLACKWELL_BACKWARD
@@ -51,12 +53,13 @@ def linked(topology: Topology) -> set[tuple[tuple[str, ...], str, tuple[str, ...
     [
         ("sm90.forward", [hopper(row.config) for row in sm90.ROWS]),
         ("sm90.latent", [hopper_latent(MLA, row.config) for row in latent.FORWARD.rows]),
+        ("sm90.widened", [hopper_widened(row.config) for row in widened.TABLE.rows]),
         ("sm90.backward", [hopper_backward(row.config) for row in BACKWARD if row.config.ctas == 1]),
         ("sm100.forward", [blackwell(PROBLEM, row.config) for row in sm100.ROWS if row.config.tail]),
         ("sm100.latent", [blackwell_latent(MLA, r.config) for r in blackwell_latent_tuning.FORWARD.rows]),
         ("sm100.backward", [blackwell_backward(r.config) for r in BLACKWELL_BACKWARD if r.config.ctas == 1]),
     ],
-    ids=["sm90", "sm90_latent", "sm90_backward", "sm100", "sm100_latent", "sm100_backward"],
+    ids=["sm90", "sm90_latent", "sm90_widened", "sm90_backward", "sm100", "sm100_latent", "sm100_backward"],
 )
 def test_the_drawing_is_the_table(module, topologies):
     found = drawn(f"cute_flash.arch.{module}.kernel")

@@ -13,6 +13,7 @@ from .backward.config import ROWS
 from .forward import FORWARD
 from .fp8 import QUANTIZED
 from .latent import LATENT
+from .widened import WIDENED
 
 # Sums lie as the accumulators of one warpgroup, whose four warps have 64 rows below each other.
 SUMS = PostprocessConfig(rows=ROWS, grid=(4, 1))
@@ -26,4 +27,4 @@ BACKWARD = Kernel(
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, lambda problem, config: SUMS),
 )
 
-KERNELS = (FORWARD, LATENT, QUANTIZED, BACKWARD, *sm80.KERNELS)
+KERNELS = (FORWARD, LATENT, QUANTIZED, WIDENED, BACKWARD, *sm80.KERNELS)

@@ -18,6 +18,11 @@ OWN_ROWS = (
 BY_PRODUCTS = "the warp has read K by products alone, for which it waits as one"
 COVERED = "the next block's wait covers it before O or V's slot is touched"
 IN_ORDER = "readers empty V's slot before that of the next K, for which the load has just waited"
+LAST_NARROW = "the last V's, in whose place nothing comes"
+BEFORE_V = (
+    "the same lanes widen V of the block before after this K, with a fence, and tell of it later: in order, "
+    "products have waited for that"
+)
 THREE_BLOCKS = (
     "the load has just waited for a slot of V that readers emptied after this one of K; that is so for tiles "
     "of 3 blocks and more: those of 2 need the wait"
@@ -121,6 +126,9 @@ HARMLESS = {
     **harmless("sm80", "split", {
         ("no commit", (0,)): "Q joins K's group; the wait for K is the first for either",
     }),
+    **harmless("sm80", "widened", {
+        ("no commit", (0,)): "Q joins K's group; the wait for K is the first for either",
+    }),
     **harmless("sm80", "latent", {
         ("no commit", (0,)): "Q joins the first tile's group; the wait for that is the first for either",
     }),
@@ -145,6 +153,27 @@ HARMLESS = {
         ("no barrier", (2, 4)): TURNS,
         ("no change of registers", (1,)): BUDGET,
         ("no fence before a product", (2,)): FENCED,
+        ("no commit of a product", (1,)): COVERED,
+        ("no wait for a product", (1,)): COVERED,
+        ("a wait for one product fewer", (1,)): COVERED,
+    }),
+    **harmless("sm90", "widened", {
+        ("no wait for an mbarrier", (0, 1, 6)): FRESH,
+        ("no arrival", (7,)): LAST_NARROW,
+        ("one arrival more expected", (1,)): ONCE,
+        ("half the arrivals expected", (1,)): ONCE,
+        ("no barrier", (1, 3)): TURNS,
+        ("no change of registers", (2,)): BUDGET,
+        ("no fence before a product", (2,)): FENCED,
+    }),
+    **harmless("sm90", "widened in order", {
+        ("no wait for an mbarrier", (0, 1, 6)): FRESH,
+        ("no wait for an mbarrier", (10,)): IN_ORDER,
+        ("no wait for an mbarrier", (16,)): BEFORE_V,
+        ("no arrival", (7,)): LAST_NARROW,
+        ("no fence", (2,)): BEFORE_V,
+        ("one arrival more expected", (1,)): ONCE,
+        ("half the arrivals expected", (1,)): ONCE,
         ("no commit of a product", (1,)): COVERED,
         ("no wait for a product", (1,)): COVERED,
         ("a wait for one product fewer", (1,)): COVERED,

@@ -5,24 +5,30 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 from cute_flash import dispatch
 from cute_flash.arch.backward import PREPROCESS
 from cute_flash.arch.combine import COMBINE
+from cute_flash.arch.kernel import Kernel
 from cute_flash.arch.problem import KvCache
 from cute_flash.arch.sm80 import BACKWARD, POSTPROCESS
 from cute_flash.arch.sm80 import tuning as sm80
+from cute_flash.arch.sm80.widened import tuning as ampere_widened
 from cute_flash.arch.sm90 import BACKWARD as HOPPER_BACKWARD
 from cute_flash.arch.sm90 import tuning as sm90
 from cute_flash.arch.sm90.backward import tuning as hopper
 from cute_flash.arch.sm90.latent.config import Config as HopperLatent
+from cute_flash.arch.sm90.widened import tuning as hopper_widened
 from cute_flash.arch.sm100 import BACKWARD as BLACKWELL_BACKWARD
 from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.backward import tuning as blackwell
 from cute_flash.arch.sm100.latent.config import Config as BlackwellLatent
+from cute_flash.arch.tuning import Row, Table
 from tests.cases import Case
 from tests.serving import cached, paged
+from tests.widening import widened
 
 from .mutations import (
     ADDED,
@@ -47,6 +53,7 @@ from .trial import Subject
 WINDOW = Case("", ((100, 450),), heads=(1, 1), mask="wide_window")
 FULL = Case("", ((100, 300),), heads=(1, 1))
 SPLIT = replace(FULL, seqlens=((100, 450),), splits=2)
+NARROW = widened(cached("", seqlens=((100, 300),), heads=(1, 1), splits=1))
 MANY_SPLITS = replace(FULL, seqlens=((2, 1200),), splits=19)
 # Where keys are split the roles wait for each other as they do otherwise; only how O leaves is another.
 LEAVING = {name: TMA[name] for name in ("no wait for an mbarrier", "no arrival", "no barrier")}
@@ -179,6 +186,33 @@ class Tiled(Subject):
         return stack
 
 
+@dataclass(frozen=True, eq=False)
+class Narrow(Subject):
+    """Of a cache of 8 bits, with a tile of its own. table: that chooses it otherwise."""
+
+    tile: Any = None
+    table: Table | None = None
+
+    @property
+    def gradients(self) -> bool:
+        """Never."""
+        return False
+
+    def changes(self, kernel: Kernel) -> bool:
+        """The one that widens."""
+        return kernel.operation == "widened"
+
+    def served(self, device: str, executable: Callable) -> contextlib.ExitStack:
+        """As Subject's, by a table of this tile alone, which it takes as it is."""
+        stack, mine = super().served(device, executable), lambda config, problem, gpu: self.tile
+        row = Row(head_dim=256, head_dim_v=256, pressure=9, config=self.tile, why="it is on trial")
+        changed = {"rows": (row,), "fitted": mine, "most_heads": 1, "few_rows": 0, "scheduled": mine}
+        for name, value in changed.items():
+            stack.enter_context(mock.patch.object(self.table, name, value))
+        stack.enter_context(mock.patch.object(dispatch, "_planned", dispatch._planned.__wrapped__))
+        return stack
+
+
 def lowered(case: Case) -> Case:
     """With scores so large that rows take their maximum off first, which on sm100 is a path of its own."""
     return replace(case, softmax_scale=2048.0)
@@ -203,6 +237,11 @@ SUBJECTS = {
         ),
         sm80.Config(tile_m=32, tile_n=32, warps=2, stages=3, abreast=2),
         COPIES,
+    ),
+    # Tiles of 8 bits that are widened into one of 16.
+    ("sm80", "widened"): Narrow(
+        NARROW, None, COPIES, tile=ampere_widened.Config(tile_m=128, tile_n=64, warps=4, stages=2),
+        table=ampere_widened.TABLE,
     ),
     ("sm80", "gradients"): Subject(GRADIENTS, None, COPIES, kernel=BACKWARD),
     ("sm86", "gradients in one stage"): Subject(
@@ -247,6 +286,16 @@ SUBJECTS = {
         ),
         HopperLatent(**HOPPER, tile_n=64, ping_pong=False),
         TMA | WGMMA,
+    ),
+    # Five blocks, so that every ring is filled again: of 8 bits, and of 16.
+    ("sm90", "widened"): Narrow(
+        NARROW, None, TMA | WGMMA, tile=hopper_widened.Config(**hopper_widened.SIZES, tile_n=64),
+        table=hopper_widened.TABLE,
+    ),
+    ("sm90", "widened in order"): Narrow(
+        NARROW, None, {name: (TMA | WGMMA)[name] for name in (*BETWEEN_ROLES, *COUNTED, *PRODUCTS)},
+        tile=hopper_widened.Config(**hopper_widened.ONE, tile_n=64, overlap=False),
+        table=hopper_widened.TABLE,
     ),
     ("sm90", "split"): Subject(SPLIT, sm90.Config(**HOPPER, tile_n=64), LEAVING),
     ("sm90", "combine"): Subject(MANY_SPLITS, sm90.Config(**HOPPER, tile_n=64), LANES, kernel=COMBINE),
