@@ -24,6 +24,8 @@ from cute_flash.arch.sm100.backward.tuning import SerialConfig
 from cute_flash.arch.sm100.forward.topology import topology as blackwell
 from cute_flash.arch.sm100.latent import tuning as blackwell_latent_tuning
 from cute_flash.arch.sm100.latent.topology import topology as blackwell_latent
+from cute_flash.arch.sm100.widened import tuning as blackwell_rows
+from cute_flash.arch.sm100.widened.topology import topology as blackwell_widened
 
 PROBLEM, MLA = Problem("bfloat16", 128, 128), Problem("bfloat16", 576, 512)
 FULL = Link(name="full", producers=("a",), consumers=("b", "c"), slots=3)
@@ -57,9 +59,13 @@ def linked(topology: Topology) -> set[tuple[tuple[str, ...], str, tuple[str, ...
         ("sm90.backward", [hopper_backward(row.config) for row in BACKWARD if row.config.ctas == 1]),
         ("sm100.forward", [blackwell(PROBLEM, row.config) for row in sm100.ROWS if row.config.tail]),
         ("sm100.latent", [blackwell_latent(MLA, r.config) for r in blackwell_latent_tuning.FORWARD.rows]),
+        ("sm100.widened", [blackwell_widened(PROBLEM, row.config) for row in blackwell_rows.TABLE.rows]),
         ("sm100.backward", [blackwell_backward(r.config) for r in BLACKWELL_BACKWARD if r.config.ctas == 1]),
     ],
-    ids=["sm90", "sm90_latent", "sm90_widened", "sm90_backward", "sm100", "sm100_latent", "sm100_backward"],
+    ids=[
+        "sm90", "sm90_latent", "sm90_widened", "sm90_backward", "sm100", "sm100_latent", "sm100_widened",
+        "sm100_backward",
+    ],
 )
 def test_the_drawing_is_the_table(module, topologies):
     found = drawn(f"cute_flash.arch.{module}.kernel")

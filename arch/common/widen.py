@@ -1,4 +1,5 @@
-"""Numbers of 8 bits as ones of 16: exactly, by integer operations on four at a time, which any device has.
+"""Numbers of 8 bits as ones of 16, exactly: by instructions where devices have them, from 8.9 on (`convert`),
+or by integer operations on four at a time (`Widening`).
 
     e4m3   s eeee mmm        fp16   s eeeee mmmmmmmmmm
     e5m2   s eeeee mm        bf16   s eeeeeeee mmmmmmm
@@ -13,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float16, Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 
 from ..precision import Precision
@@ -85,6 +86,15 @@ class Widening:
 def _bytes(a: Uint32, b: Uint32, chosen: int) -> Uint32:
     """Of the bytes of two words four, the first in the lowest digit of `chosen`."""
     return Uint32(cute.arch.prmt(a, b, chosen))
+
+
+def convert(narrow: cute.Tensor, wide: cute.Tensor) -> None:
+    """Registers of one format into as many of the other, by instructions; to bf16 by way of fp32."""
+    numbers = narrow.load()
+    if wide.element_type is Float16:
+        wide.store(numbers.to(Float16))
+    else:
+        wide.store(numbers.to(Float32).to(wide.element_type))
 
 
 def of_head(call: WidenedOperands, batch: Int32, head: Int32) -> tuple[WidenedOperands, Float32]:

@@ -13,6 +13,7 @@ from .forward import FORWARD
 from .fp8 import QUANTIZED
 from .latent import LATENT
 from .scaled import BLOCK_SCALED
+from .widened import WIDENED
 
 
 def sums_of(problem: PostprocessProblem, main: backward.Config) -> PostprocessConfig:
@@ -31,4 +32,4 @@ BACKWARD = Kernel(
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, sums_of),
 )
 
-KERNELS = (FORWARD, LATENT, QUANTIZED, BLOCK_SCALED, BACKWARD, *sm80.KERNELS)
+KERNELS = (FORWARD, LATENT, QUANTIZED, BLOCK_SCALED, WIDENED, BACKWARD, *sm80.KERNELS)

@@ -26,15 +26,15 @@ from ...common.memory import SmemAllocator, Tiles, allocate
 from ...common.operand import Operand
 from ...common.roles import Role, warp_specialize
 from ...common.topology import Barriers
+from ...common.wide_tile import Side, TileWidening, WideEnd
 from ...widened import WidenedOperands, WidenedProblem, named
-from ..edge import Edge
 from ..forward.compute import ComputeEnds
 from ..forward.kernel import ForwardKernel
 from ..forward.load import Load, LoadEnds
 from .compute import WidenedCompute
 from .config import Config
 from .topology import topology
-from .widen import Operands, Side, Widen, WidenEnds
+from .widen import Widen, WidenEnds
 
 
 class WidenedKernel(ForwardKernel):
@@ -63,16 +63,19 @@ class WidenedKernel(ForwardKernel):
         q = channel(barriers, links["q"], config.consumers * self.q.bytes)
         k = channel(barriers, links["narrow_k"], self.k.bytes)
         v = channel(barriers, links["narrow_v"], self.v.bytes)
-        edges = [Edge.at(barriers, links[name]) for name in "kv"]
         wide = [consumer(barriers, links[name]) for name in "kv"]
         channels_ready()
+        warps = 4 * config.wideners
         load = Load(self.problem, config, self.q, self.k, self.v)
-        widened = Operands(self.k, self.wide_k), Operands(self.v, self.wide_v)
+        widened = TileWidening(self.k, self.wide_k, warps), TileWidening(self.v, self.wide_v, warps)
         widen = Widen(self.problem, config, *widened)
         compute = WidenedCompute(self.problem, config, self.out)
-        sides = Side(narrow_k, tiles.k), Side(narrow_v, tiles.v)
+        sides = (
+            Side(narrow_k, tiles.k, WideEnd.at(barriers, links["k"])),
+            Side(narrow_v, tiles.v, WideEnd.at(barriers, links["v"])),
+        )
         loaded, ends = tiles._replace(k=narrow_k, v=narrow_v), LoadEnds(q.producer, k.producer, v.producer)
-        between = WidenEnds(k.consumer, v.consumer, *edges)
+        between = WidenEnds(k.consumer, v.consumer)
         roles = (
             Role(partial(load.run, launch, loaded, ends), 1, config.producer_registers),
             Role(partial(widen.run, launch, *sides, between), config.wideners, config.widener_registers),

@@ -43,6 +43,10 @@ MET = "the warp has met after the wait for the copy, and has added nothing since
 # sm100
 PERMIT = "it lets other CTAs of the multiprocessor allocate, and a CTA has the multiprocessor to itself"
 LAST = "the last block's: nobody fills V's slot again"
+BEHIND_PV = (
+    "the wideners have just waited for a slot of K that is given back after the product which reads this V: "
+    "products complete in order"
+)
 TAIL = "the load waits for the last release, too, which comes after the others: products complete in order"
 TAIL_OF_O = (
     "the correction of either CTA waits for the last O, of which the mma warp tells after the last release; "
@@ -359,6 +363,13 @@ HARMLESS = {
         ("no fence before synchronisation", (2, 7)): TOLD_OF,
         ("no fence before synchronisation", (0, 5, 10, 12)): NUMBERS,
         ("no fence after synchronisation", (2, 4, 10)): NUMBERS,
+    }),
+    **harmless("sm100", "widened", {
+        ("no wait for an mbarrier", (7, 23, 24)): FRESH,
+        ("no wait for an mbarrier", (11,)): BEHIND_PV,
+        ("no arrival", (20,)): LAST_NARROW,
+        ("one arrival more expected", (1,)): ONCE,
+        ("no commit of a product", (7,)): LAST,
     }),
     **harmless("sm100", "pair", {
         ("no wait for an mbarrier", (15, 16)): FRESH,

@@ -25,6 +25,7 @@ from cute_flash.arch.sm100 import BACKWARD as BLACKWELL_BACKWARD
 from cute_flash.arch.sm100 import tuning as sm100
 from cute_flash.arch.sm100.backward import tuning as blackwell
 from cute_flash.arch.sm100.latent.config import Config as BlackwellLatent
+from cute_flash.arch.sm100.widened import tuning as blackwell_widened
 from cute_flash.arch.tuning import Row, Table
 from tests.cases import Case
 from tests.serving import cached, paged
@@ -188,7 +189,7 @@ class Tiled(Subject):
 
 @dataclass(frozen=True, eq=False)
 class Narrow(Subject):
-    """Of a cache of 8 bits, with a tile of its own. table: that chooses it otherwise."""
+    """Of a cache of 8 bits, with a tile of its own instead of one that `table` chooses."""
 
     tile: Any = None
     table: Table | None = None
@@ -396,6 +397,15 @@ SUBJECTS = {
         BlackwellLatent(**(ONE_TILE | {"k_stages": 1, "v_stages": 1, "polynomial": 0}), tile_n=128),
         LATENT_PAIR,
         ctas=2,
+    ),
+    # The same of what its roles tell each other; each does with tensor memory what it does otherwise.
+    ("sm100", "widened"): Narrow(
+        NARROW, None,
+        {name: (TMA | TCGEN05)[name] for name in (*BETWEEN_ROLES, *COUNTED, "no commit of a product")},
+        table=blackwell_widened.TABLE,
+        tile=blackwell_widened.Config(
+            **blackwell_widened.SIZES, tile_n=64, k_stages=2, v_stages=2, wide=2, polynomial=4
+        ),
     ),
     # Causal, so that O must be rescaled, with rows of both tiles.
     ("sm100", "split"): Subject(
