@@ -49,8 +49,9 @@ def checked(
     if descale.out_dtype not in (None, q.dtype):
         raise TypeError(f"out_dtype is {descale.out_dtype}; allowed: None or q's, {q.dtype}")
     call = cached.checked_of(q, k, v, packing, options, request.DTYPES, dtypes_kv=quantized.DTYPES)
-    shape = call.cu_seqlens_q.shape[0] - 1 if packing.cu_seqlens_q is not None else q.shape[0], k.shape[-2]
-    scales = (quantized.scale_of(f"{name}_descale", getattr(descale, name), q, shape) for name in "kv")
+    sizes = sizes_of(call)
+    given, shape = {"k_descale": descale.k, "v_descale": descale.v}, (sizes.batch, sizes.heads_kv)
+    scales = (quantized.scale_of(name, scale, call.q, shape) for name, scale in given.items())
     return call, Scaling(*scales)
 
 
