@@ -25,7 +25,8 @@ class QuantizeProblem(BesideAttention):
     """What quantizing depends on.
 
     form: a format of 8 bits, "e4m3", "e5m2" or "mxfp8". block: rows that share a scale, or of which one CTA
-    writes the scales. rotated: there are signs, and the Walsh–Hadamard transform.
+    writes the scales. rotated: there are signs, and the Walsh–Hadamard transform. axis: along which numbers
+    share a scale of mxfp8, "head_dim" or "seqlen".
     """
 
     operation: ClassVar[str] = "quantize"
@@ -34,6 +35,7 @@ class QuantizeProblem(BesideAttention):
     form: str
     block: int
     rotated: bool
+    axis: str = "head_dim"
 
     @property
     def quantization(self) -> Quantization:
@@ -41,18 +43,21 @@ class QuantizeProblem(BesideAttention):
         return QUANTIZATIONS[self.form]
 
     @property
-    def groups(self) -> int:
-        """Of numbers of a row that have a scale, as atoms hold them."""
+    def columns(self) -> int:
+        """Of a row, with those that only fill atoms of scales."""
         group = self.quantization.group
-        return 1 if group is None else -(-self.head_dim // (group * ATOM_GROUPS)) * ATOM_GROUPS
+        atom = 1 if group is None else ATOM_ROWS if self.axis == "seqlen" else group * ATOM_GROUPS
+        return -(-self.head_dim // atom) * atom
 
     def conflicts(self) -> tuple[str, ...]:
         """Why no kernel can serve it."""
         form, group = self.quantization, self.quantization.group
         if form.element.bits != 8:
             return (f"format {form.name} has elements of {form.element.bits} bits",)
-        if group and (self.block != ATOM_ROWS or self.head_dim % group):
+        if group and (self.block != ATOM_ROWS or self.axis == "head_dim" and self.head_dim % group):
             return (f"scales of {group} numbers need blocks of {ATOM_ROWS} rows, head_dim whole groups",)
+        if group is None and self.axis == "seqlen":
+            return ("scales of blocks of rows are not along seqlen",)
         return ()
 
     def specs(self) -> QuantizeOperands:
@@ -62,8 +67,10 @@ class QuantizeProblem(BesideAttention):
             dims = ("batch", "num_heads", "blocks")
             scale = Spec("float32", dims, "contiguous", "scale of each block", True)
         else:
-            atoms = ("batch", "num_heads", "blocks", "group_atoms", "lanes", "row_quarters", "atom_groups")
-            scale = Spec("uint8", atoms, "contiguous", "scales, in atoms", True)
+            of_row, of_column = ("blocks", "column_atoms"), ("column_atoms", "blocks")
+            atoms = of_row if self.axis == "head_dim" else of_column
+            dims = ("batch", "num_heads", *atoms, "lanes", "row_quarters", "atom_groups")
+            scale = Spec("uint8", dims, "contiguous", "scales, in atoms", True)
         signs = Spec("float32", ("head_dim",), "strided", "1 or -1 for each column")
         return QuantizeOperands(
             x=Spec(self.dtype, (*rows, "head_dim"), "strided", "numbers"),
@@ -74,9 +81,12 @@ class QuantizeProblem(BesideAttention):
 
     def known_sizes(self) -> dict[str, int]:
         """The dimensions, as Specs name them, that compiled code knows."""
+        columns, group = {"head_dim": self.head_dim, "words": self.head_dim // CHUNK}, self.quantization.group
+        if group is None:
+            return columns
         atom = {"lanes": ATOM_ROWS // 4, "row_quarters": 4, "atom_groups": ATOM_GROUPS}
-        columns = {"head_dim": self.head_dim, "words": self.head_dim // CHUNK}
-        return columns | ({"group_atoms": self.groups // ATOM_GROUPS, **atom} if self.groups > 1 else {})
+        across = group * ATOM_GROUPS if self.axis == "head_dim" else ATOM_ROWS
+        return columns | {"column_atoms": self.columns // across, **atom}
 
     def example_sizes(self) -> dict[str, int]:
         """As `Problem.example_sizes`."""
@@ -107,13 +117,14 @@ class QuantizeConfig:
     @staticmethod
     def of(problem: QuantizeProblem, device: Device) -> QuantizeConfig:
         """As many lanes as take a row in one step, and as many threads as hold a block."""
-        columns = max(problem.head_dim, problem.groups * (problem.quantization.group or 0))
-        lanes = 1 << (columns // CHUNK - 1).bit_length()
+        lanes = 1 << (problem.columns // CHUNK - 1).bit_length()
         warps = max(1, problem.block * lanes * CHUNK // NUMBERS // 32)
         return QuantizeConfig(lanes, warps, device.capability >= CONVERTS)
 
     def shared_memory(self, problem: QuantizeProblem) -> int:
-        """Bytes of dynamic shared memory: the largest magnitude of each warp."""
+        """Bytes of dynamic shared memory: the largest magnitude of each warp, or of each of its columns."""
+        if problem.axis == "seqlen":
+            return 4 * self.warps * problem.columns
         return 0 if problem.quantization.group else 4 * self.warps
 
 

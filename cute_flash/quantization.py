@@ -120,8 +120,8 @@ def quantize(
 ) -> Quantized:
     """Bring q, k or v to a format of few bits.
 
-    16-bit numbers that share scales in blocks of rows, or in mxfp8 along head_dim, by a kernel that reads
-    them once; others, and CPU tensors where no device is emulated, by torch, to the same bits.
+    16-bit numbers that share scales in blocks of rows, or in mxfp8, by a kernel that reads them once; others,
+    and CPU tensors where no device is emulated, by torch, to the same bits.
 
     x: (batch, seqlen, heads, head_dim), float16, bfloat16 or float32; head_dim a multiple of 8.
     format: "e4m3" or "e5m2", FP8 with scales in float32; "mxfp8", e4m3 with a power of two for 32 numbers;
@@ -140,9 +140,9 @@ def quantize(
     form = _check(x, format, block, axis)
     heads_kv = _check_heads(heads_kv, x.shape[2], form, block)
     rotation = _check_rotation(x.shape[3], hadamard, seed)
-    if quantizing.serves(x, format, block, axis):
+    if quantizing.serves(x, format, block):
         signs = None if rotation is None else rotation.signs(x.device)
-        data, scale = quantizing.quantize(x.detach(), signs, format, block)
+        data, scale = quantizing.quantize(x.detach(), signs, format, block, axis)
         return Quantized(format, data, scale, None, block, axis, rotation)
     return _in_torch(x, form, (block, axis, heads_kv), rotation)
 

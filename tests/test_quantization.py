@@ -188,11 +188,14 @@ def test_printed():
     assert "relative to a float32 one for a head, (1, 2)" in words and "rotated" not in words
 
 
+OF_V = {"format": "mxfp8", "axis": "seqlen"}
 # What a kernel computes: (shape, dtype, how x lies, options).
 BY_KERNEL = {
     "rotated": ((2, 150, 3, 128), torch.bfloat16, "interleaved", {"block": 128, "seed": 3}),
     "e5m2": ((1, 70, 2, 72), torch.float16, "", {"format": "e5m2", "block": 64, "hadamard": False}),
     "mxfp8": ((1, 150, 2, 96), torch.bfloat16, "heads_first", {"format": "mxfp8"}),
+    "mxfp8_of_v": ((2, 150, 2, 72), torch.bfloat16, "interleaved", {**OF_V, "hadamard": False}),
+    "mxfp8_of_wide_v": ((1, 140, 2, 192), torch.float16, "", OF_V),
 }
 
 
@@ -225,9 +228,11 @@ def test_kernels_have_the_bits_of_torch(machine, name):
     assert torch.equal(*bits)
 
 
-def test_the_barrier_is_needed():
-    """A block's largest magnitude is that of all its warps."""
-    problem, device = QuantizeProblem("bfloat16", 128, "e4m3", 128, True), EMULATED["sm90"]
+@pytest.mark.parametrize("options", [{"block": 128}, OF_V], ids=["block", "columns"])
+def test_the_barrier_is_needed(options):
+    """The largest magnitude of a block, and of its columns, is that of several warps."""
+    form, axis = options.get("format", "e4m3"), options.get("axis", "head_dim")
+    problem, device = QuantizeProblem("bfloat16", 128, form, 128, True, axis), EMULATED["sm90"]
     (kernel,) = trees.load(device, "quantize")
     built = artifact(kernel, problem, kernel.config(problem, device), device)
     changed = everywhere(r"bar\.sync", "// bar.sync")(built.ptx.decode()).encode()
@@ -236,7 +241,7 @@ def test_the_barrier_is_needed():
     )
     x = torch.randn(1, 128, 1, 128).bfloat16()
     with served, cute_flash.emulated("sm90", races=True), pytest.raises(EmulatorError):
-        cute_flash.quantize(x, block=128)
+        cute_flash.quantize(x, **options)
 
 
 def test_what_has_an_instruction_for_8_bits():
@@ -255,8 +260,9 @@ def test_what_has_an_instruction_for_8_bits():
         (QuantizeProblem("bfloat16", 128, "nvfp4", 128, True), "format nvfp4 has elements of 4 bits"),
         (QuantizeProblem("bfloat16", 72, "mxfp8", 128, True), "head_dim whole groups"),
         (QuantizeProblem("float32", 72, "e4m3", 128, True), "dtype float32 is not one of"),
+        (QuantizeProblem("bfloat16", 72, "e4m3", 128, True, "seqlen"), "not along seqlen"),
     ],
-    ids=["nvfp4", "mxfp8", "float32"],
+    ids=["nvfp4", "mxfp8", "float32", "seqlen"],
 )
 def test_kernels_refuse(problem, reason):
     (kernel,) = trees.load(EMULATED["sm90"], "quantize")
