@@ -1,8 +1,10 @@
-"""Quantizing in one pass over memory: rotation, largest magnitudes, scales and elements of a block of rows.
+"""Quantizing: rotation, largest magnitudes, scales and elements of a block of rows, in one pass over memory.
 
 A block of one head lies in the registers of one CTA between its load and its store, so that each number is
-read once and written once. Results are those of `cute_flash.quantization`, bit for bit. Every tree may use
-the kernel; what has no instruction for e4m3 and e5m2 (compute capability below 8.9) rounds in integers.
+read once and written once. Where scales depend on all of a head, a pass before finds its largest magnitude,
+and numbers are read twice: those of nvfp4, and FP8's where all rows of a head share one. Results are those of
+`cute_flash.quantization`, bit for bit. Every tree may use the kernel; what has no instruction for a format
+(e4m3 and e5m2: compute capability below 8.9, e2m1: below 10.0) rounds in integers.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ from .problem import BesideAttention, Device, Spec, Support
 CHUNK = 8  # 16-bit numbers that a lane takes at a time, 16 bytes; 8 bytes of elements
 NUMBERS = 64  # that a thread holds
 ATOM_ROWS, ATOM_GROUPS = 128, 4  # of scales in tensor cores' order: cute_flash/scale_factors.py
-CONVERTS = (8, 9)  # the first compute capability that has cvt to e4m3 and e5m2
+PEAKS = {"mxfp8": (None,), "nvfp4": ("given",)}  # what scales of these formats may depend on
+CONVERTS = {8: (8, 9), 4: (10, 0)}  # bits: the first compute capability that has cvt to such formats
 
 
 @dataclass(frozen=True)
 class QuantizeProblem(BesideAttention):
     """What quantizing depends on.
 
-    form: a format of 8 bits, "e4m3", "e5m2" or "mxfp8". block: rows that share a scale, or of which one CTA
-    writes the scales. rotated: there are signs, and the Walsh–Hadamard transform. axis: along which numbers
-    share a scale of mxfp8, "head_dim" or "seqlen".
+    form: a format, a key of QUANTIZATIONS. block: rows that share a scale, or that one CTA has. rotated:
+    there are signs, and the Walsh–Hadamard transform. axis: along which numbers share a scale of mxfp8,
+    "head_dim" or "seqlen". peaks, the largest magnitudes of heads, one for neighbours that share a scale:
+    "found", and nothing else; "given", where scales depend on them; None.
     """
 
     operation: ClassVar[str] = "quantize"
@@ -36,6 +40,7 @@ class QuantizeProblem(BesideAttention):
     block: int
     rotated: bool
     axis: str = "head_dim"
+    peaks: str | None = None
 
     @property
     def quantization(self) -> Quantization:
@@ -49,34 +54,46 @@ class QuantizeProblem(BesideAttention):
         atom = 1 if group is None else ATOM_ROWS if self.axis == "seqlen" else group * ATOM_GROUPS
         return -(-self.head_dim // atom) * atom
 
+    @property
+    def peak_largest(self) -> float:
+        """What a head's largest magnitude is relative to its scale: of nvfp4 an element times a scale."""
+        form = self.quantization
+        return form.largest if form.group is None else form.largest * QUANTIZATIONS["e4m3"].largest
+
     def conflicts(self) -> tuple[str, ...]:
         """Why no kernel can serve it."""
         form, group = self.quantization, self.quantization.group
-        if form.element.bits != 8:
-            return (f"format {form.name} has elements of {form.element.bits} bits",)
         if group and (self.block != ATOM_ROWS or self.axis == "head_dim" and self.head_dim % group):
             return (f"scales of {group} numbers need blocks of {ATOM_ROWS} rows, head_dim whole groups",)
-        if group is None and self.axis == "seqlen":
-            return ("scales of blocks of rows are not along seqlen",)
+        if self.axis == "seqlen" and form.name != "mxfp8":
+            return (f"scales of {form.name} are not along seqlen",)
+        if self.peaks not in PEAKS.get(form.name, (None, "found", "given")):
+            return (f"scales of {form.name} do not go with peaks {self.peaks}",)
         return ()
 
     def specs(self) -> QuantizeOperands:
         """A Spec for every operand, None where there is none."""
-        rows = ("batch", "seqlen", "num_heads")
-        if self.quantization.group is None:
-            dims = ("batch", "num_heads", "blocks")
-            scale = Spec("float32", dims, "contiguous", "scale of each block", True)
+        rows, heads = ("batch", "seqlen", "num_heads"), ("batch", "num_heads_kv")
+        finds, group = self.peaks == "found", self.quantization.group
+        if group is None:
+            dims = heads if self.peaks else ("batch", "num_heads", "blocks")
+            scale = Spec("float32", dims, "contiguous", "scale of each head or block", True)
         else:
-            of_row, of_column = ("blocks", "column_atoms"), ("column_atoms", "blocks")
-            atoms = of_row if self.axis == "head_dim" else of_column
+            atoms = ("blocks", "column_atoms") if self.axis == "head_dim" else ("column_atoms", "blocks")
             dims = ("batch", "num_heads", *atoms, "lanes", "row_quarters", "atom_groups")
             scale = Spec("uint8", dims, "contiguous", "scales, in atoms", True)
         signs = Spec("float32", ("head_dim",), "strided", "1 or -1 for each column")
+        peaks = Spec("int32", heads, "contiguous", "largest magnitudes, patterns of float32", finds)
+        whole = Spec("float32", heads, "contiguous", "what scales are relative to", True)
+        word = f"int{CHUNK * self.quantization.element.bits}"
+        data = Spec(word, (*rows, "words"), "contiguous", "elements, eight to a word", True)
         return QuantizeOperands(
             x=Spec(self.dtype, (*rows, "head_dim"), "strided", "numbers"),
             signs=signs if self.rotated else None,
-            data=Spec("int64", (*rows, "words"), "contiguous", "elements, eight to a word", True),
-            scale=scale,
+            data=None if finds else data,
+            scale=None if finds else scale,
+            peaks=peaks if self.peaks else None,
+            tensor_scale=whole if group and self.peaks else None,
         )
 
     def known_sizes(self) -> dict[str, int]:
@@ -91,7 +108,8 @@ class QuantizeProblem(BesideAttention):
     def example_sizes(self) -> dict[str, int]:
         """As `Problem.example_sizes`."""
         seqlen = self.block + 20
-        return {"batch": 2, "seqlen": seqlen, "num_heads": 2, "blocks": -(-seqlen // self.block)}
+        sizes = {"batch": 2, "seqlen": seqlen, "num_heads": 2, "blocks": -(-seqlen // self.block)}
+        return sizes | ({"num_heads_kv": 1} if self.peaks else {})
 
 
 class QuantizeOperands(NamedTuple):
@@ -101,6 +119,8 @@ class QuantizeOperands(NamedTuple):
     signs: Any
     data: Any
     scale: Any
+    peaks: Any
+    tensor_scale: Any
 
 
 @dataclass(frozen=True)
@@ -119,13 +139,14 @@ class QuantizeConfig:
         """As many lanes as take a row in one step, and as many threads as hold a block."""
         lanes = 1 << (problem.columns // CHUNK - 1).bit_length()
         warps = max(1, problem.block * lanes * CHUNK // NUMBERS // 32)
-        return QuantizeConfig(lanes, warps, device.capability >= CONVERTS)
+        return QuantizeConfig(lanes, warps, device.capability >= CONVERTS[problem.quantization.element.bits])
 
     def shared_memory(self, problem: QuantizeProblem) -> int:
         """Bytes of dynamic shared memory: the largest magnitude of each warp, or of each of its columns."""
         if problem.axis == "seqlen":
             return 4 * self.warps * problem.columns
-        return 0 if problem.quantization.group else 4 * self.warps
+        by_block = problem.quantization.group is None and problem.peaks != "given"
+        return 4 * self.warps if by_block else 0
 
 
 QUANTIZE = Kernel(

@@ -8,8 +8,8 @@ Everything is computed in float32, and a scale from the largest magnitude alone:
     mxfp8        scale = the least power of two that is largest / 448 or more, so that nothing saturates
     nvfp4        scale = largest / 6 / tensor_scale, rounded to e4m3; tensor_scale = a head's / (448 * 6)
 
-Rounding is to nearest, ties to even. A largest magnitude below 2**-100 counts as that. A NaN stays one, where
-the format has any, and has no part in scales; an infinity makes its group NaN.
+Rounding is to nearest, ties to even. A largest magnitude below 2**-100 counts as that. A NaN stays one, or
+becomes 6 in nvfp4, which has none, and has no part in scales; an infinity makes its group NaN.
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def quantize(
 ) -> Quantized:
     """Bring q, k or v to a format of few bits.
 
-    16-bit numbers that share scales in blocks of rows, or in mxfp8, by a kernel that reads them once; others,
-    and CPU tensors where no device is emulated, by torch, to the same bits.
+    16-bit numbers of up to 256 columns by a kernel, to the bits of torch, which does the rest, CPU tensors
+    where no device is emulated among it. The kernel reads and writes numbers once; where scales depend on all
+    of a head, in nvfp4, and in e4m3 and e5m2 without a block, a kernel before reads them another time.
 
     x: (batch, seqlen, heads, head_dim), float16, bfloat16 or float32; head_dim a multiple of 8.
     format: "e4m3" or "e5m2", FP8 with scales in float32; "mxfp8", e4m3 with a power of two for 32 numbers;
@@ -140,10 +141,11 @@ def quantize(
     form = _check(x, format, block, axis)
     heads_kv = _check_heads(heads_kv, x.shape[2], form, block)
     rotation = _check_rotation(x.shape[3], hadamard, seed)
-    if quantizing.serves(x, format, block):
+    if quantizing.serves(x):
         signs = None if rotation is None else rotation.signs(x.device)
-        data, scale = quantizing.quantize(x.detach(), signs, format, block, axis)
-        return Quantized(format, data, scale, None, block, axis, rotation)
+        scaling = quantizing.Scaling(format, block, axis, heads_kv)
+        found = quantizing.quantize(x.detach(), signs, scaling)
+        return Quantized(format, *found, block, axis, rotation)
     return _in_torch(x, form, (block, axis, heads_kv), rotation)
 
 
@@ -240,6 +242,7 @@ def _round(form: Quantization, y: torch.Tensor) -> torch.Tensor:
     # A tie goes to the even pattern: upwards where the lower one is odd.
     codes = sum((size >= tie if i % 2 else size > tie).to(torch.uint8) for i, tie in enumerate(E2M1_TIES))
     codes |= y.signbit().to(torch.uint8) << 3
+    codes.masked_fill_(y.isnan(), 7)  # as PTX's conversion has it
     low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
     return (low | high << 4).view(torch.float4_e2m1fn_x2)
 

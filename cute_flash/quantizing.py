@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 
 from . import contents, launch, ops, scale_factors
@@ -13,49 +16,85 @@ from .dispatch import beside, emulation, place_of
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def serves(x: torch.Tensor, format: str, block: int | None) -> bool:
-    """Whether a kernel brings a checked x to a format: where scales are those of blocks that a CTA holds."""
-    form = QUANTIZATIONS[format]
-    blocks = block is not None or form.group is not None
+class Scaling(NamedTuple):
+    """Which numbers share scales, as `cute_flash.quantize` has it. heads_kv: scales of a sequence's heads."""
+
+    format: str
+    block: int | None
+    axis: str
+    heads_kv: int
+
+    @property
+    def by_head(self) -> bool:
+        """Whether scales depend on all of a head."""
+        return self.block is None if QUANTIZATIONS[self.format].group is None else self.format == "nvfp4"
+
+
+def serves(x: torch.Tensor) -> bool:
+    """Whether a kernel brings a checked x to a format."""
     here = x.is_cuda or (x.device.type == "cpu" and emulation() is not None)
-    return here and x.dtype in DTYPES and x.shape[3] <= 256 and form.element.bits == 8 and blocks
+    return here and x.dtype in DTYPES and x.shape[3] <= 256
 
 
 def quantize(
-    x: torch.Tensor, signs: torch.Tensor | None, format: str, block: int | None, axis: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(data, scale) as `Quantized` has them. signs: float32 (head_dim,), of a rotation."""
-    return torch.ops.cute_flash.quantize.default(x, signs, format, block or ATOM_ROWS, axis)
+    x: torch.Tensor, signs: torch.Tensor | None, scaling: Scaling
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(data, scale, tensor_scale) as `Quantized` has them. signs: float32 (head_dim,), of a rotation."""
+    data, scale, tensor_scale = torch.ops.cute_flash.quantize.default(x, signs, *scaling)
+    return data, scale, tensor_scale if scaling.format == "nvfp4" else None
 
 
-def _new(x: torch.Tensor, format: str, block: int, axis: str) -> tuple[torch.Tensor, torch.Tensor]:
-    form, (batch, seqlen, heads, head_dim) = QUANTIZATIONS[format], x.shape
+def _new(x: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An operator has a tensor for every result."""
+    form, (batch, seqlen, heads, head_dim) = QUANTIZATIONS[scaling.format], x.shape
+    by_head = (batch, scaling.heads_kv)
     if form.group is None:
-        shape: tuple[int, ...] = (batch, heads, -(-seqlen // block))
-    elif axis == "head_dim":
+        shape = (batch, heads, -(-seqlen // scaling.block)) if scaling.block else by_head
+    elif scaling.axis == "head_dim":
         shape = (batch, heads, *scale_factors.shape_of(seqlen, head_dim // form.group))
     else:
         shape = (batch, heads, *scale_factors.shape_of(head_dim, -(-seqlen // form.group)))
     data, scale = (getattr(torch, found.name) for found in (form.element, form.scale))
-    return x.new_empty(x.shape, dtype=data), x.new_empty(shape, dtype=scale)
+    return (
+        x.new_empty((*x.shape[:3], head_dim * form.element.bits // 8), dtype=torch.uint8).view(data),
+        x.new_empty(shape, dtype=scale),
+        x.new_empty(by_head if form.name == "nvfp4" else 0, dtype=torch.float32),
+    )
 
 
-def _quantize(x, signs, format, block, axis):
-    data, scale = _new(x, format, block, axis)
-    batch, seqlen, heads, head_dim = x.shape
-    dtype = str(x.dtype).removeprefix("torch.")
-    problem = QuantizeProblem(dtype, head_dim, format, block, signs is not None, axis)
-    place = place_of(x.device)
+def _quantize(x, signs, *options):
+    scaling = Scaling(*options)
+    form, (batch, seqlen, heads, head_dim) = QUANTIZATIONS[scaling.format], x.shape
+    found, place = _new(x, scaling), place_of(x.device)
+    data, scale, tensor_scale = found
+    problem = QuantizeProblem(
+        dtype=str(x.dtype).removeprefix("torch."),
+        head_dim=head_dim,
+        form=scaling.format,
+        block=scaling.block or ATOM_ROWS,
+        rotated=signs is not None,
+        axis=scaling.axis,
+        peaks="given" if scaling.by_head else None,
+    )
     values = {
         "x": contents.as_kernels_read(x),
         "signs": signs,
-        "data": data.view(torch.int64),
+        "data": data.view(torch.uint8).view(torch.int64 if form.element.bits == 8 else torch.int32),
         "scale": scale if scale.dtype is torch.float32 else scale.view(torch.uint8),
+        "tensor_scale": tensor_scale,
     }
-    steps = beside(problem, place.device, Sizes(batch, heads, heads, seqlen, 0))
-    launch.run(launch.bind(steps, place, values), values)
-    return data, scale
+    passes = [problem]
+    if scaling.by_head:
+        values["peaks"] = x.new_zeros((batch, scaling.heads_kv), dtype=torch.int32)
+        passes.insert(0, replace(problem, form="e4m3", peaks="found"))
+    for one in passes:
+        steps = beside(one, place.device, Sizes(batch, heads, heads, seqlen, 0))
+        launch.run(launch.bind(steps, place, values), values)
+    return found
 
 
-_SCHEMA = "quantize(Tensor x, Tensor? signs, str format, int block, str axis) -> (Tensor data, Tensor scale)"
-ops.register("quantize", _SCHEMA, _quantize, lambda x, signs, *options: _new(x, *options))
+_SCHEMA = (
+    "quantize(Tensor x, Tensor? signs, str format, int? block, str axis, int heads_kv) -> "
+    "(Tensor data, Tensor scale, Tensor tensor_scale)"
+)
+ops.register("quantize", _SCHEMA, _quantize, lambda x, signs, *options: _new(x, Scaling(*options)))

@@ -194,6 +194,10 @@ BY_KERNEL = {
     "rotated": ((2, 150, 3, 128), torch.bfloat16, "interleaved", {"block": 128, "seed": 3}),
     "e5m2": ((1, 70, 2, 72), torch.float16, "", {"format": "e5m2", "block": 64, "hadamard": False}),
     "mxfp8": ((1, 150, 2, 96), torch.bfloat16, "heads_first", {"format": "mxfp8"}),
+    "heads": ((2, 150, 4, 64), torch.float16, "", {"heads_kv": 2}),
+    "heads_e5m2": ((1, 140, 2, 72), torch.bfloat16, "heads_first", {"format": "e5m2", "hadamard": False}),
+    "nvfp4": ((2, 150, 4, 128), torch.bfloat16, "interleaved", {"format": "nvfp4", "heads_kv": 2}),
+    "nvfp4_plain": ((1, 140, 2, 80), torch.float16, "", {"format": "nvfp4", "hadamard": False}),
     "mxfp8_of_v": ((2, 150, 2, 72), torch.bfloat16, "interleaved", {**OF_V, "hadamard": False}),
     "mxfp8_of_wide_v": ((1, 140, 2, 192), torch.float16, "", OF_V),
 }
@@ -219,13 +223,18 @@ def test_kernels_have_the_bits_of_torch(machine, name):
     wanted = cute_flash.quantize(x, **options)
     with where(machine, races=True) as emulation:
         found = cute_flash.quantize(moved(laid_out(x, layout), machine), **options)
-    assert machine == "cuda" or len(emulation.reports) == 1
+    by_head = wanted.tensor_scale is not None or wanted.scale.ndim == 2
+    assert machine == "cuda" or len(emulation.reports) == 1 + by_head
     assert str(found) == str(wanted)
     assert torch.equal(found.scale.cpu().view(torch.uint8), wanted.scale.view(torch.uint8))
-    nan = wanted.data.float().isnan()
-    assert nan.any() and torch.equal(found.data.cpu().float().isnan(), nan)
-    bits = (y.cpu().view(torch.uint8).masked_fill(nan, 0) for y in (found.data, wanted.data))
-    assert torch.equal(*bits)
+    if wanted.tensor_scale is not None:
+        assert torch.equal(found.tensor_scale.cpu(), wanted.tensor_scale)
+    codes, wanted_codes = found.data.cpu().view(torch.uint8), wanted.data.view(torch.uint8)
+    if wanted.format != "nvfp4":  # which has no NaN
+        nan = wanted.data.float().isnan()
+        assert nan.any() and torch.equal(found.data.cpu().float().isnan(), nan)
+        codes, wanted_codes = codes.masked_fill(nan, 0), wanted_codes.masked_fill(nan, 0)
+    assert torch.equal(codes, wanted_codes)
 
 
 @pytest.mark.parametrize("options", [{"block": 128}, OF_V], ids=["block", "columns"])
@@ -244,20 +253,25 @@ def test_the_barrier_is_needed(options):
         cute_flash.quantize(x, **options)
 
 
-def test_what_has_an_instruction_for_8_bits():
-    """From compute capability 8.9 on; before it, integers round."""
-    problem = QuantizeProblem("bfloat16", 128, "e4m3", 128, True)
+@pytest.mark.parametrize(
+    "form, peaks, without",
+    [("e4m3", None, {"sm80", "sm86"}), ("nvfp4", "given", {"sm80", "sm86", "sm89", "sm90"})],
+    ids=["8 bits", "4 bits"],
+)
+def test_what_has_an_instruction(form, peaks, without):
+    """From compute capability 8.9 on, or 10.0; before it, integers round."""
+    problem = QuantizeProblem("bfloat16", 128, form, 128, True, peaks=peaks)
     converts = {}
     for name, device in EMULATED.items():
         (step,) = beside(problem, device, Sizes(1, 1, 1, 128, 0)).steps
         converts[name] = step.config.converts
-    assert {name for name, does in converts.items() if not does} == {"sm80", "sm86"}
+    assert {name for name, does in converts.items() if not does} == without
 
 
 @pytest.mark.parametrize(
     "problem, reason",
     [
-        (QuantizeProblem("bfloat16", 128, "nvfp4", 128, True), "format nvfp4 has elements of 4 bits"),
+        (QuantizeProblem("bfloat16", 128, "nvfp4", 128, True), "nvfp4 do not go with peaks None"),
         (QuantizeProblem("bfloat16", 72, "mxfp8", 128, True), "head_dim whole groups"),
         (QuantizeProblem("float32", 72, "e4m3", 128, True), "dtype float32 is not one of"),
         (QuantizeProblem("bfloat16", 72, "e4m3", 128, True, "seqlen"), "not along seqlen"),

@@ -131,8 +131,11 @@ def test_any_order_of_events(name, proven):
 
 def largest(device: str) -> tuple[Step, ...]:
     """What takes most registers: of the quantizing kernel a block of 128 rows, of attention rules, too."""
-    forms = (("e4m3", "head_dim"), ("mxfp8", "head_dim"), ("mxfp8", "seqlen"))
-    asked = [QuantizeProblem("bfloat16", 256, form, 128, True, axis) for form, axis in forms]
+    forms = (
+        ("e4m3", "head_dim", None), ("mxfp8", "head_dim", None), ("mxfp8", "seqlen", None),
+        ("e4m3", "head_dim", "found"), ("nvfp4", "head_dim", "given"),
+    )  # fmt: skip
+    asked = [QuantizeProblem("bfloat16", 256, form, 128, True, *rest) for form, *rest in forms]
     found = [Step(QUANTIZE, one, QUANTIZE.config(one, EMULATED[device])) for one in asked]
     for dim in {"sm90": (128,), "sm100": (128, 256)}.get(device, ()):
         kernel, window = KERNELS[device], [cute_flash.SlidingWindow(5, 5)]
