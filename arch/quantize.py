@@ -1,4 +1,4 @@
-"""Quantizing: rotation, largest magnitudes, scales and elements of a block of rows, in one pass over memory.
+"""Quantizing: rotations, largest magnitudes, scales and elements of a block of rows, in one pass over memory.
 
 A block of one head lies in the registers of one CTA between its load and its store, so that each number is
 read once and written once. Where scales depend on all of a head, a pass before finds its largest magnitude,
@@ -30,7 +30,9 @@ class QuantizeProblem(BesideAttention):
     form: a format, a key of QUANTIZATIONS. block: rows that share a scale, or that one CTA has. rotated:
     there are signs, and the Walsh–Hadamard transform. axis: along which numbers share a scale of mxfp8,
     "head_dim" or "seqlen". peaks, the largest magnitudes of heads, one for neighbours that share a scale:
-    "found", and nothing else; "given", where scales depend on them; None.
+    "found", and nothing else; "given", where scales depend on them; None. rotary_dim: how many numbers of a
+    row rotary embedding turns before anything else, a multiple of 16; 0: none. interleaved: neighbours are a
+    pair, not numbers of the first and the second half. offsets: positions of sequences do not begin at 0.
     """
 
     operation: ClassVar[str] = "quantize"
@@ -41,6 +43,9 @@ class QuantizeProblem(BesideAttention):
     rotated: bool
     axis: str = "head_dim"
     peaks: str | None = None
+    rotary_dim: int = 0
+    interleaved: bool = False
+    offsets: bool = False
 
     @property
     def quantization(self) -> Quantization:
@@ -69,6 +74,8 @@ class QuantizeProblem(BesideAttention):
             return (f"scales of {form.name} are not along seqlen",)
         if self.peaks not in PEAKS.get(form.name, (None, "found", "given")):
             return (f"scales of {form.name} do not go with peaks {self.peaks}",)
+        if self.rotary_dim % (2 * CHUNK) or self.rotary_dim > self.head_dim:
+            return (f"rotary_dim {self.rotary_dim} is no multiple of {2 * CHUNK} up to head_dim",)
         return ()
 
     def specs(self) -> QuantizeOperands:
@@ -83,6 +90,7 @@ class QuantizeProblem(BesideAttention):
             dims = ("batch", "num_heads", *atoms, "lanes", "row_quarters", "atom_groups")
             scale = Spec("uint8", dims, "contiguous", "scales, in atoms", True)
         signs = Spec("float32", ("head_dim",), "strided", "1 or -1 for each column")
+        positions = Spec("int32", ("batch",), "contiguous", "position of each sequence's first row")
         peaks = Spec("int32", heads, "contiguous", "largest magnitudes, patterns of float32", finds)
         whole = Spec("float32", heads, "contiguous", "what scales are relative to", True)
         word = f"int{CHUNK * self.quantization.element.bits}"
@@ -94,11 +102,20 @@ class QuantizeProblem(BesideAttention):
             scale=None if finds else scale,
             peaks=peaks if self.peaks else None,
             tensor_scale=whole if group and self.peaks else None,
+            rotary_cos=self._angles("cosines"),
+            rotary_sin=self._angles("sines"),
+            seqlen_offsets=positions if self.offsets else None,
         )
+
+    def _angles(self, of_what: str) -> Spec | None:
+        dims, meaning = ("seqlen_rotary", "half_rotary_dim"), f"{of_what}, by position and pair"
+        return Spec(self.dtype, dims, "strided", meaning) if self.rotary_dim else None
 
     def known_sizes(self) -> dict[str, int]:
         """The dimensions, as Specs name them, that compiled code knows."""
         columns, group = {"head_dim": self.head_dim, "words": self.head_dim // CHUNK}, self.quantization.group
+        if self.rotary_dim:
+            columns["half_rotary_dim"] = self.rotary_dim // 2
         if group is None:
             return columns
         atom = {"lanes": ATOM_ROWS // 4, "row_quarters": 4, "atom_groups": ATOM_GROUPS}
@@ -109,7 +126,8 @@ class QuantizeProblem(BesideAttention):
         """As `Problem.example_sizes`."""
         seqlen = self.block + 20
         sizes = {"batch": 2, "seqlen": seqlen, "num_heads": 2, "blocks": -(-seqlen // self.block)}
-        return sizes | ({"num_heads_kv": 1} if self.peaks else {})
+        sizes |= {"num_heads_kv": 1} if self.peaks else {}
+        return sizes | ({"seqlen_rotary": seqlen} if self.rotary_dim else {})
 
 
 class QuantizeOperands(NamedTuple):
@@ -121,6 +139,9 @@ class QuantizeOperands(NamedTuple):
     scale: Any
     peaks: Any
     tensor_scale: Any
+    rotary_cos: Any
+    rotary_sin: Any
+    seqlen_offsets: Any
 
 
 @dataclass(frozen=True)

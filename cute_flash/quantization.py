@@ -1,6 +1,7 @@
 """`quantize`: q, k or v in 8 or 4 bits, with the scales that their numbers share.
 
-    x (batch, seqlen, heads, head_dim) -> rotated -> largest magnitude of each group -> scale -> elements
+    x (batch, seqlen, heads, head_dim) -> turned by positions, rotated -> largest magnitude of each group
+        -> scale -> elements
 
 Everything is computed in float32, and a scale from the largest magnitude alone:
 
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import quantizing, scale_factors
+from . import quantizing, rotary, scale_factors
 from .arch.precision import QUANTIZATION_BLOCKS, QUANTIZATIONS, Quantization
 from .request import needs_gradient
 from .rotation import Rotation
@@ -117,6 +118,10 @@ def quantize(
     heads_kv: int | None = None,
     hadamard: bool = True,
     seed: int = 0,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = True,
+    seqlen_offsets: int | torch.Tensor = 0,
 ) -> Quantized:
     """Bring q, k or v to a format of few bits.
 
@@ -134,6 +139,11 @@ def quantize(
         sharing one, as all query heads of a KV head do; None: one for each head.
     hadamard: rotate by random signs and the Walsh–Hadamard transform first. q and k of equal head_dim and
         `seed` are rotated alike, so that q·k stays what it was. v is not summed over head_dim: False.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2), of x's dtype: rotary embedding of the first
+        rotary_dim numbers of each row, a multiple of 16, before everything else, and not rounded in between.
+        `dequantize` does not undo it.
+    rotary_interleaved: neighbours are a pair, not numbers of the first and the second half (GPT-NeoX).
+    seqlen_offsets: the position of each sequence's first row, an int or int32 (batch,).
 
     Raises TypeError, ValueError and NotImplementedError with the argument, what was given and what is
     allowed.
@@ -141,29 +151,29 @@ def quantize(
     form = _check(x, format, block, axis)
     heads_kv = _check_heads(heads_kv, x.shape[2], form, block)
     rotation = _check_rotation(x.shape[3], hadamard, seed)
+    turning = rotary.check(x, rotary_cos, rotary_sin, rotary_interleaved, seqlen_offsets)
     if quantizing.serves(x):
         signs = None if rotation is None else rotation.signs(x.device)
         scaling = quantizing.Scaling(format, block, axis, heads_kv)
-        found = quantizing.quantize(x.detach(), signs, scaling)
+        found = quantizing.quantize(x.detach(), signs, turning, scaling)
         return Quantized(format, *found, block, axis, rotation)
-    return _in_torch(x, form, (block, axis, heads_kv), rotation)
+    return _in_torch(turning.apply(x.detach().float()), form, (block, axis, heads_kv), rotation)
 
 
 def _in_torch(
-    x: torch.Tensor, form: Quantization, shared: tuple[int | None, str, int], rotation: Rotation | None
+    y: torch.Tensor, form: Quantization, shared: tuple[int | None, str, int], rotation: Rotation | None
 ) -> Quantized:
-    """`quantize`, whose block, axis and heads_kv are `shared`. What kernels are held to."""
+    """`quantize` of float32, whose block, axis and heads_kv are `shared`. What kernels are held to."""
     block, axis, heads_kv = shared
-    y = x.detach().float()
     y = y if rotation is None else rotation.apply(y)
-    grouping = _Grouping.of(form, block, axis, x.shape, heads_kv if block is None else x.shape[2])
+    grouping = _Grouping.of(form, block, axis, y.shape, heads_kv if block is None else y.shape[2])
     tiles, tensor_scale = grouping.tiles(y), None
     if form.name == "nvfp4":
-        by_head = _Grouping(heads_kv, x.shape[1], x.shape[3])
+        by_head = _Grouping(heads_kv, y.shape[1], y.shape[3])
         tensor_scale = by_head.largest(y).flatten(1).clamp(min=LEAST)
         tensor_scale /= torch.full_like(tensor_scale, 448.0 * form.largest)
     scale, inverse = _scales(form, grouping.largest(y), tensor_scale)
-    data = _round(form, grouping.whole(tiles * grouping.spread(inverse), x.shape))
+    data = _round(form, grouping.whole(tiles * grouping.spread(inverse), y.shape))
     scale = _laid_out(form, scale, block, axis)
     return Quantized(form.name, data, scale, tensor_scale, block, axis, rotation)
 

@@ -12,6 +12,7 @@ from .arch.precision import QUANTIZATIONS
 from .arch.problem import Sizes
 from .arch.quantize import ATOM_ROWS, QuantizeProblem
 from .dispatch import beside, emulation, place_of
+from .rotary import Rotary
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -37,10 +38,10 @@ def serves(x: torch.Tensor) -> bool:
 
 
 def quantize(
-    x: torch.Tensor, signs: torch.Tensor | None, scaling: Scaling
+    x: torch.Tensor, signs: torch.Tensor | None, rotary: Rotary, scaling: Scaling
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(data, scale, tensor_scale) as `Quantized` has them. signs: float32 (head_dim,), of a rotation."""
-    data, scale, tensor_scale = torch.ops.cute_flash.quantize.default(x, signs, *scaling)
+    data, scale, tensor_scale = torch.ops.cute_flash.quantize.default(x, signs, *rotary, *scaling)
     return data, scale, tensor_scale if scaling.format == "nvfp4" else None
 
 
@@ -63,38 +64,54 @@ def _new(x: torch.Tensor, scaling: Scaling) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _quantize(x, signs, *options):
-    scaling = Scaling(*options)
-    form, (batch, seqlen, heads, head_dim) = QUANTIZATIONS[scaling.format], x.shape
-    found, place = _new(x, scaling), place_of(x.device)
+    rotary, scaling = _split(options)
+    found, place, form = _new(x, scaling), place_of(x.device), QUANTIZATIONS[scaling.format]
     data, scale, tensor_scale = found
-    problem = QuantizeProblem(
-        dtype=str(x.dtype).removeprefix("torch."),
-        head_dim=head_dim,
-        form=scaling.format,
-        block=scaling.block or ATOM_ROWS,
-        rotated=signs is not None,
-        axis=scaling.axis,
-        peaks="given" if scaling.by_head else None,
-    )
     values = {
         "x": contents.as_kernels_read(x),
         "signs": signs,
         "data": data.view(torch.uint8).view(torch.int64 if form.element.bits == 8 else torch.int32),
         "scale": scale if scale.dtype is torch.float32 else scale.view(torch.uint8),
         "tensor_scale": tensor_scale,
+        "seqlen_offsets": rotary.offsets,
     }
-    passes = [problem]
+    if rotary.cos is not None:
+        values["rotary_cos"], values["rotary_sin"] = map(contents.as_kernels_read, (rotary.cos, rotary.sin))
+    batch, seqlen, heads, _ = x.shape
+    passes = [_problem(x, signs is not None, rotary, scaling)]
     if scaling.by_head:
         values["peaks"] = x.new_zeros((batch, scaling.heads_kv), dtype=torch.int32)
-        passes.insert(0, replace(problem, form="e4m3", peaks="found"))
-    for one in passes:
-        steps = beside(one, place.device, Sizes(batch, heads, heads, seqlen, 0))
+        passes.insert(0, replace(passes[0], form="e4m3", peaks="found"))
+    for problem in passes:
+        steps = beside(problem, place.device, Sizes(batch, heads, heads, seqlen, 0))
         launch.run(launch.bind(steps, place, values), values)
     return found
 
 
+def _problem(x: torch.Tensor, rotated: bool, rotary: Rotary, scaling: Scaling) -> QuantizeProblem:
+    """What is compiled, of a pass that writes elements."""
+    return QuantizeProblem(
+        dtype=str(x.dtype).removeprefix("torch."),
+        head_dim=int(x.shape[3]),
+        form=scaling.format,
+        block=scaling.block or ATOM_ROWS,
+        rotated=rotated,
+        axis=scaling.axis,
+        peaks="given" if scaling.by_head else None,
+        rotary_dim=rotary.dim,
+        interleaved=rotary.cos is not None and rotary.interleaved,
+        offsets=rotary.offsets is not None,
+    )
+
+
+def _split(options: tuple) -> tuple[Rotary, Scaling]:
+    """What the operator's arguments behind x and signs are."""
+    behind = len(Rotary._fields)
+    return Rotary(*options[:behind]), Scaling(*options[behind:])
+
+
 _SCHEMA = (
-    "quantize(Tensor x, Tensor? signs, str format, int? block, str axis, int heads_kv) -> "
-    "(Tensor data, Tensor scale, Tensor tensor_scale)"
+    "quantize(Tensor x, Tensor? signs, Tensor? cos, Tensor? sin, Tensor? offsets, bool interleaved, "
+    "str format, int? block, str axis, int heads_kv) -> (Tensor data, Tensor scale, Tensor tensor_scale)"
 )
-ops.register("quantize", _SCHEMA, _quantize, lambda x, signs, *options: _new(x, Scaling(*options)))
+ops.register("quantize", _SCHEMA, _quantize, lambda x, signs, *options: _new(x, _split(options)[1]))

@@ -223,18 +223,80 @@ def test_kernels_have_the_bits_of_torch(machine, name):
     wanted = cute_flash.quantize(x, **options)
     with where(machine, races=True) as emulation:
         found = cute_flash.quantize(moved(laid_out(x, layout), machine), **options)
-    by_head = wanted.tensor_scale is not None or wanted.scale.ndim == 2
-    assert machine == "cuda" or len(emulation.reports) == 1 + by_head
+    assert machine == "cuda" or len(emulation.reports) == passes(wanted)
+    assert_same_bits(found, wanted)
+    if wanted.format != "nvfp4":  # which has no NaN
+        assert wanted.data.float().isnan().any()
+
+
+def passes(x: Quantized) -> int:
+    """Launches that it takes: another one where scales depend on all of a head."""
+    return 2 if x.tensor_scale is not None or x.scale.ndim == 2 else 1
+
+
+def assert_same_bits(found: Quantized, wanted: Quantized) -> None:
+    """Data but for the patterns of NaN, and scales."""
     assert str(found) == str(wanted)
     assert torch.equal(found.scale.cpu().view(torch.uint8), wanted.scale.view(torch.uint8))
     if wanted.tensor_scale is not None:
         assert torch.equal(found.tensor_scale.cpu(), wanted.tensor_scale)
     codes, wanted_codes = found.data.cpu().view(torch.uint8), wanted.data.view(torch.uint8)
-    if wanted.format != "nvfp4":  # which has no NaN
+    if wanted.format != "nvfp4":
         nan = wanted.data.float().isnan()
-        assert nan.any() and torch.equal(found.data.cpu().float().isnan(), nan)
+        assert torch.equal(found.data.cpu().float().isnan(), nan)
         codes, wanted_codes = codes.masked_fill(nan, 0), wanted_codes.masked_fill(nan, 0)
     assert torch.equal(codes, wanted_codes)
+
+
+def tables(rows: int, rotary_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of random angles, with NaN around them."""
+    angles = torch.randn(rows, rotary_dim // 2) * 3
+    cos, sin = (torch.full((rows + 2, rotary_dim // 2 + 8), math.nan, dtype=dtype) for _ in range(2))
+    for table, values in ((cos, angles.cos()), (sin, angles.sin())):
+        table[1:-1, :-8] = values
+    return cos[1:-1, :-8], sin[1:-1, :-8]
+
+
+# Rotary embedding before quantizing: (shape, dtype, rotary_dim, positions of first rows, options).
+TURNED = {
+    "neighbours": ((2, 140, 2, 128), torch.bfloat16, 128, [7, 0], {"block": 128}),
+    "halves": ((1, 70, 2, 96), torch.float16, 48, 5, {"format": "mxfp8", "rotary_interleaved": False}),
+    "nvfp4": ((2, 140, 4, 64), torch.bfloat16, 64, [0, 9], {"format": "nvfp4", "rotary_interleaved": False}),
+    "heads": ((1, 70, 2, 72), torch.float16, 32, 0, {"heads_kv": 1, "hadamard": False}),
+    "columns": ((1, 140, 1, 256), torch.bfloat16, 256, 3, {**OF_V, "rotary_interleaved": False}),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_kernels_turn_as_torch_does(machine, name):
+    """Bit for bit: products of two 16-bit numbers are exact in float32, and each sum is rounded once."""
+    shape, dtype, rotary_dim, first, options = TURNED[name]
+    x = outliers(*shape, dtype=dtype)
+    cos, sin = tables(shape[1] + 9, rotary_dim, dtype)
+    offsets = torch.tensor(first, dtype=torch.int32) if isinstance(first, list) else first
+    rotary = {"rotary_cos": cos, "rotary_sin": sin, "seqlen_offsets": offsets}
+    wanted = cute_flash.quantize(x, **rotary, **options)
+    rotary = {argument: moved(value, machine) for argument, value in rotary.items()}
+    with where(machine, races=True) as emulation:
+        found = cute_flash.quantize(moved(laid_out(x, "interleaved"), machine), **rotary, **options)
+    assert machine == "cuda" or len(emulation.reports) == passes(wanted)
+    assert_same_bits(found, wanted)
+    assert not wanted.scale.float().isnan().any()
+
+
+@pytest.mark.parametrize("interleaved", [True, False], ids=["neighbours", "halves"])
+def test_turned_by_complex_numbers(interleaved):
+    """Quantizing what numpy has turned has the same bits."""
+    x, (cos, sin), first = outliers(2, 20, 3, 64), tables(30, 32, torch.bfloat16), [3, 10]
+    turned, angles = x.double().numpy().copy(), cos.double().numpy() + 1j * sin.double().numpy()
+    for b, row, pair in np.ndindex(2, 20, 16):
+        i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + 16)
+        number = (turned[b, row, :, i] + 1j * turned[b, row, :, j]) * angles[first[b] + row, pair]
+        turned[b, row, :, i], turned[b, row, :, j] = number.real, number.imag
+    offsets = torch.tensor(first, dtype=torch.int32)
+    shared = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
+    found = cute_flash.quantize(x, "nvfp4", seqlen_offsets=offsets, **shared)
+    assert_same_bits(found, cute_flash.quantize(torch.tensor(turned).float(), "nvfp4"))
 
 
 @pytest.mark.parametrize("options", [{"block": 128}, OF_V], ids=["block", "columns"])
@@ -275,8 +337,9 @@ def test_what_has_an_instruction(form, peaks, without):
         (QuantizeProblem("bfloat16", 72, "mxfp8", 128, True), "head_dim whole groups"),
         (QuantizeProblem("float32", 72, "e4m3", 128, True), "dtype float32 is not one of"),
         (QuantizeProblem("bfloat16", 72, "e4m3", 128, True, "seqlen"), "not along seqlen"),
+        (QuantizeProblem("bfloat16", 72, "e4m3", 128, True, rotary_dim=24), "rotary_dim 24 is no multiple"),
     ],
-    ids=["nvfp4", "mxfp8", "float32", "seqlen"],
+    ids=["nvfp4", "mxfp8", "float32", "seqlen", "rotary"],
 )
 def test_kernels_refuse(problem, reason):
     (kernel,) = trees.load(EMULATED["sm90"], "quantize")
@@ -284,6 +347,9 @@ def test_kernels_refuse(problem, reason):
 
 
 X = torch.randn(1, 8, 4, 48)
+COS = torch.randn(10, 16)
+INTS = torch.tensor([0, 3], dtype=torch.int32)
+ROTARY = {"rotary_cos": COS, "rotary_sin": COS}
 
 
 @pytest.mark.parametrize(
@@ -306,6 +372,23 @@ X = torch.randn(1, 8, 4, 48)
         ({"heads_kv": 2, "block": 64}, ValueError, "heads_kv is 2; allowed: None"),
         ({"hadamard": 1}, TypeError, "hadamard is 1; allowed: True, False"),
         ({"seed": -1}, ValueError, "seed is -1; allowed"),
+        ({"rotary_cos": COS}, ValueError, "rotary_cos is given without rotary_sin"),
+        ({"rotary_sin": COS}, ValueError, "rotary_sin is given without rotary_cos"),
+        ({"seqlen_offsets": 1}, ValueError, "seqlen_offsets is given without rotary_cos"),
+        ({**ROTARY, "rotary_interleaved": 1}, TypeError, "rotary_interleaved is 1; allowed: True, False"),
+        ({**ROTARY, "rotary_cos": [1.0]}, TypeError, "rotary_cos is list"),
+        ({**ROTARY, "rotary_sin": COS.half()}, TypeError, "rotary_sin has dtype torch.float16, x has"),
+        ({**ROTARY, "rotary_cos": COS[0]}, ValueError, r"rotary_cos has shape \(16,\); allowed: \(positions"),
+        ({**ROTARY, "rotary_sin": COS[1:]}, ValueError, r"rotary_sin has shape \(9, 16\), rotary_cos has"),
+        (dict.fromkeys(ROTARY, torch.randn(10, 32)), ValueError, "rotary_dim 64; allowed: .* head_dim 48"),
+        (dict.fromkeys(ROTARY, torch.randn(10, 12)), ValueError, "rotary_dim 24; allowed: multiples of 16"),
+        (dict.fromkeys(ROTARY, COS[:7]), ValueError, "seqlen_offsets is 0, and x has 8 rows; .* 0 to 6"),
+        ({**ROTARY, "seqlen_offsets": 3}, ValueError, "seqlen_offsets is 3, and x has 8 rows; .* 0 to 9"),
+        ({**ROTARY, "seqlen_offsets": -1}, ValueError, "seqlen_offsets is -1, and x has 8 rows"),
+        ({**ROTARY, "seqlen_offsets": 1.0}, TypeError, "seqlen_offsets is float; allowed: an int, or torch"),
+        ({**ROTARY, "seqlen_offsets": torch.tensor([1])}, TypeError, "seqlen_offsets has dtype torch.int64"),
+        ({**ROTARY, "seqlen_offsets": INTS}, ValueError, "seqlen_offsets has 2 numbers; allowed: 1, one for"),
+        ({**ROTARY, "seqlen_offsets": INTS[1:]}, ValueError, r"seqlen_offsets\[0\] is 3, and x has 8 rows"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

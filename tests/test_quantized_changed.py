@@ -131,11 +131,16 @@ def test_any_order_of_events(name, proven):
 
 def largest(device: str) -> tuple[Step, ...]:
     """What takes most registers: of the quantizing kernel a block of 128 rows, of attention rules, too."""
-    forms = (
-        ("e4m3", "head_dim", None), ("mxfp8", "head_dim", None), ("mxfp8", "seqlen", None),
-        ("e4m3", "head_dim", "found"), ("nvfp4", "head_dim", "given"),
+    formats = (
+        ("e4m3", {}), ("mxfp8", {}), ("mxfp8", {"axis": "seqlen"}), ("e4m3", {"peaks": "found"}),
+        ("nvfp4", {"peaks": "given"}),
     )  # fmt: skip
-    asked = [QuantizeProblem("bfloat16", 256, form, 128, True, *rest) for form, *rest in forms]
+    rotaries = ({"rotary_dim": 256, "interleaved": pairs, "offsets": True} for pairs in (False, True))
+    asked = [
+        QuantizeProblem("bfloat16", 256, form, 128, True, **options | rotary)
+        for rotary in ({}, *rotaries)
+        for form, options in formats
+    ]
     found = [Step(QUANTIZE, one, QUANTIZE.config(one, EMULATED[device])) for one in asked]
     for dim in {"sm90": (128,), "sm100": (128, 256)}.get(device, ()):
         kernel, window = KERNELS[device], [cute_flash.SlidingWindow(5, 5)]

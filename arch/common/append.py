@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, const_expr, range_constexpr
+from cutlass import Float32, Int32, Uint32, const_expr
 
 from ..append import CHUNK, AppendConfig, AppendOperands, AppendProblem
 from ..elementwise import where
 from .element import element_type
+from .rotary import turned_halves, turned_neighbours
 from .rows import rows_of
 
 
@@ -102,9 +103,8 @@ class AppendKernel:
         """Pairs (0, 1), (2, 3), … of what a lane has."""
         cos, sin = (self.chunk(table, lane, CHUNK // 2).load().to(Float32) for table in angles)
         x, turned = mine.load().to(Float32), cute.make_rmem_tensor(CHUNK, Float32)
-        for i in range_constexpr(CHUNK // 2):
-            turned[2 * i] = x[2 * i] * cos[i] - x[2 * i + 1] * sin[i]
-            turned[2 * i + 1] = x[2 * i] * sin[i] + x[2 * i + 1] * cos[i]
+        for i, number in enumerate(turned_neighbours(x, cos, sin, CHUNK // 2)):
+            turned[i] = number
         mine.store(turned.load().to(mine.element_type))
 
     @cute.jit
@@ -115,9 +115,8 @@ class AppendKernel:
         other = self.chunk(source, where(first, lane + half, lane - half)).load().to(Float32)
         cos, sin = (self.chunk(table, where(first, lane, lane - half)).load().to(Float32) for table in angles)
         x, turned = mine.load().to(Float32), cute.make_rmem_tensor(CHUNK, Float32)
-        for i in range_constexpr(CHUNK):
-            product = other[i] * sin[i]
-            turned[i] = x[i] * cos[i] + where(first, -product, product)
+        for i, number in enumerate(turned_halves(x, other, (cos, sin), first, CHUNK)):
+            turned[i] = number
         mine.store(turned.load().to(mine.element_type))
 
     @cute.jit

@@ -1,6 +1,7 @@
 """The quantizing kernel: a block of rows of one head, from 16-bit numbers to elements and scales.
 
-Some neighbouring lanes of a warp hold a row, each 8 columns of it, and 64 numbers of several rows in all. The
+Some neighbouring lanes of a warp hold a row, each 8 columns of it, and 64 numbers of several rows in all.
+Rotary embedding turns pairs of numbers, which a lane has, or two lanes of a row that exchange them. The
 Walsh–Hadamard transform is butterflies: of distances below 8 within a thread, of larger ones between lanes.
 The largest magnitude is found in a group's lanes, in the whole block, or for each column in the warps that
 hold a group of rows. Scales follow from it, or from that of a whole head, its peak, or from both; peaks are
@@ -20,6 +21,7 @@ from ..elementwise import where
 from ..quantize import ATOM_ROWS, CHUNK, QuantizeConfig, QuantizeOperands, QuantizeProblem
 from .element import element_type
 from .memory import SmemAllocator
+from .rotary import turned_halves, turned_neighbours
 from .schedule import OneTile
 
 LEAST = 2.0**-100  # what the largest magnitude of a group counts as, at least
@@ -85,6 +87,8 @@ class QuantizeKernel:
         numbers = [cute.make_rmem_tensor(CHUNK, Float32) for _ in range(self.steps)]
         for step in range_constexpr(self.steps):
             self.load(x, numbers[step], first + step * self.per_step, lane)
+            if const_expr(self.problem.rotary_dim > 0):
+                self.turn(call, numbers[step], first + step * self.per_step, at)
         if const_expr(self.problem.rotated):
             self.rotate(call.signs, numbers, lane)
         if const_expr(self.problem.peaks == "found"):
@@ -107,9 +111,38 @@ class QuantizeKernel:
         """A lane's part of a row, 0 beyond rows and columns."""
         numbers.fill(0.0)
         if row < x.shape[0] and lane * CHUNK < self.problem.head_dim:
-            found = cute.make_rmem_tensor(CHUNK, element_type(self.problem.precision))
-            cute.autovec_copy(cute.local_tile(x[row, None], (CHUNK,), (lane,)), found)
-            numbers.store(found.load().to(Float32))
+            numbers.store(self.chunk(x[row, None], lane, CHUNK).load().to(Float32))
+
+    @cute.jit
+    def turn(self, call: QuantizeOperands, x: cute.Tensor, row: Int32, at: Place):
+        """Rotary embedding of a lane's part of a row; of halves, another lane has the others."""
+        half = self.problem.rotary_dim // 2 // CHUNK
+        first, part, pairs = at.lane < half, at.lane, CHUNK // 2
+        if const_expr(not self.problem.interleaved):
+            part, pairs = where(first, at.lane, at.lane - half), CHUNK
+            other = cute.make_rmem_tensor(CHUNK, Float32)
+            partner = cute.arch.lane_idx() + where(first, half, -half)
+            for i in range_constexpr(CHUNK):
+                other[i] = cute.arch.shuffle_sync(x[i], partner)
+        if row < at.rows and at.lane < 2 * half:
+            position = row
+            if const_expr(self.problem.offsets):
+                position += call.seqlen_offsets[at.batch]
+            tables = (call.rotary_cos[position, None], call.rotary_sin[position, None])
+            cos, sin = (self.chunk(table, part, pairs).load().to(Float32) for table in tables)
+            if const_expr(self.problem.interleaved):
+                turned = turned_neighbours(x, cos, sin, pairs)
+            else:
+                turned = turned_halves(x, other, (cos, sin), first, pairs)
+            for i in range_constexpr(CHUNK):
+                x[i] = turned[i]
+
+    @cute.jit
+    def chunk(self, row: cute.Tensor, index: Int32, size: cutlass.Constexpr[int]):
+        """Part `index` of a row, in registers."""
+        registers = cute.make_rmem_tensor(size, element_type(self.problem.precision))
+        cute.autovec_copy(cute.local_tile(row, (size,), (index,)), registers)
+        return registers
 
     @cute.jit
     def rotate(self, signs: cute.Tensor, rows: list[cute.Tensor], lane: Int32):
