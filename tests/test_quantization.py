@@ -299,11 +299,15 @@ def test_turned_by_complex_numbers(interleaved):
     assert_same_bits(found, cute_flash.quantize(torch.tensor(turned).float(), "nvfp4"))
 
 
-@pytest.mark.parametrize("options", [{"block": 128}, OF_V], ids=["block", "columns"])
-def test_the_barrier_is_needed(options):
+@pytest.mark.parametrize(
+    "options, fields",
+    [({"block": 128}, ("e4m3", 128, True)), (OF_V, ("mxfp8", 128, True, "seqlen")),
+     ({"format": "nvfp4"}, ("e4m3", 128, True, "head_dim", "found"))],
+    ids=["block", "columns", "peaks"],
+)  # fmt: skip
+def test_the_barrier_is_needed(options, fields):
     """The largest magnitude of a block, and of its columns, is that of several warps."""
-    form, axis = options.get("format", "e4m3"), options.get("axis", "head_dim")
-    problem, device = QuantizeProblem("bfloat16", 128, form, 128, True, axis), EMULATED["sm90"]
+    problem, device = QuantizeProblem("bfloat16", 128, *fields), EMULATED["sm90"]
     (kernel,) = trees.load(device, "quantize")
     built = artifact(kernel, problem, kernel.config(problem, device), device)
     changed = everywhere(r"bar\.sync", "// bar.sync")(built.ptx.decode()).encode()
