@@ -316,9 +316,9 @@ def features() -> str:
     rows = [["", *EMULATED], ["---", *([":-:"] * len(EMULATED))]]
     rows.append(["dtypes", *map(dtypes, forward)])
     rows.append(["head dims", *map(_head_dims, forward)])
+    attention = [(*plain, *few) for plain, few in zip(forward, quantized, strict=True)]
     for feature, words in FEATURES.items():
-        serving = quantized if feature.startswith("scale_blocks") else forward
-        has = (any(feature in kernel.support.features for kernel in served) for served in serving)
+        has = (any(feature in kernel.support.features for kernel in served) for served in attention)
         rows.append([words, *marked(has)])
     for operation in ("append", "backward"):
         served = (_serving(device, operation) for device in EMULATED.values())

@@ -20,6 +20,7 @@ from cute_flash.arch.kernel import Kernel, Step
 from cute_flash.arch.quantize import QUANTIZE, QuantizeProblem
 from cute_flash.arch.sm90.fp8 import QUANTIZED as HOPPERS
 from cute_flash.arch.sm100.fp8 import QUANTIZED as BLACKWELLS
+from cute_flash.arch.sm100.scaled import BLOCK_SCALED
 from cute_flash.cache import Artifact
 from cute_flash.dispatch import EMULATED
 from cute_flash.emulated_kernel import EmulatedKernel
@@ -31,6 +32,7 @@ from tests.emulator.negative.trial import Launch
 from tests.test_resources import assert_in_registers, prove
 
 KERNELS: dict[str, Kernel] = {"sm90": HOPPERS, "sm100": BLACKWELLS}
+SCALED = {"mxfp8": ("mxfp8", "mxfp8"), "nvfp4": ("nvfp4", "e4m3")}  # formats of q and k, and of v, on sm100
 WATCHED = {"races": True}
 ATTEMPTS = (
     {"asynchrony": "late", **WATCHED},
@@ -55,28 +57,42 @@ HARMLESS: dict[str, dict[int, str]] = {
 
 
 @cache
-def tensors() -> tuple[cute_flash.Quantized, ...]:
-    """Four tiles of keys, the last not whole, for rows of two warpgroups, the second not whole."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 100, 1, 32), (1, 500, 1, 32), (1, 500, 1, 32))
+def tensors(name: str) -> tuple[cute_flash.Quantized, ...]:
+    """Four tiles of keys, the last not whole, for rows of two warpgroups, the second not whole.
+
+    What tensor cores scale has heads of 128, and so tiles that begin inside atoms of factors.
+    """
+    generator, dim = torch.Generator().manual_seed(0), 128 if name in SCALED else 32
+    shapes = ((1, 100, 1, dim), (1, 500, 1, dim), (1, 500, 1, dim))
     q, k, v = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
-    return quantize(q, block=128), quantize(k, block=128), quantize(v, block=128, hadamard=False)
+    if name not in SCALED:
+        return quantize(q, block=128), quantize(k, block=128), quantize(v, block=128, hadamard=False)
+    form, v_form = SCALED[name]
+    axis = "seqlen" if v_form == "mxfp8" else "head_dim"
+    return quantize(q, form), quantize(k, form), quantize(v, v_form, axis=axis, hadamard=False)
+
+
+def device_of(name: str) -> str:
+    return "sm100" if name in SCALED else name
 
 
 @cache
 def compiled(name: str = "sm90") -> Artifact:
     """The kernel that serves the call."""
-    device, code, kernel = EMULATED[name], cute_flash.rules.encode([], []).code, KERNELS[name]
-    asked = problem(dtype=torch.float8_e4m3fn, head_dim=32, code=code, lse=True, block=128)
+    device, code = EMULATED[device_of(name)], cute_flash.rules.encode([], []).code
+    kernel, element = KERNELS.get(name, BLOCK_SCALED), tensors(name)[0].data.dtype
+    more = dict(zip(("form", "v_form"), SCALED[name], strict=True)) if name in SCALED else {"block": 128}
+    asked = problem(dtype=element, head_dim=tensors(name)[0].shape[3], code=code, lse=True, **more)
     return executable.artifact(kernel, asked, kernel.config(asked, device), device)
 
 
 def run(ptx: bytes, name: str = "sm90", **options) -> torch.Tensor:
     """All results of the call, in one row, from this PTX."""
-    changed, given = EmulatedKernel(compiled(name)._replace(ptx=ptx), EMULATED[name]), tensors()
+    device = device_of(name)
+    changed = EmulatedKernel(compiled(name)._replace(ptx=ptx), EMULATED[device])
     served = mock.patch("cute_flash.launch.executable", lambda *_: changed)
-    with served, cute_flash.emulated(name, contract="ptxas", **options):
-        out, lse = flash_attn_quantized_func(*given, return_lse=True)
+    with served, cute_flash.emulated(device, contract="ptxas", **options):
+        out, lse = flash_attn_quantized_func(*tensors(name), num_splits=1, return_lse=True)
     return torch.cat([out.float().flatten(), lse.flatten()])
 
 
@@ -116,7 +132,7 @@ def test_every_change_is_noticed(change, proven):
     assert proven(trial, (*inputs(change), *texts)) == in_words(list(HARMLESS.get(change, ())))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [*KERNELS, *SCALED])
 def test_any_order_of_events(name, proven):
     """Twenty of them, and races looked for: the same bits."""
 

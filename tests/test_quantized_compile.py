@@ -12,7 +12,10 @@ from cute_flash.arch.sm90.fp8 import QUANTIZED as HOPPERS
 from cute_flash.arch.sm90.fp8 import tuning as hopper
 from cute_flash.arch.sm100.fp8 import QUANTIZED as BLACKWELLS
 from cute_flash.arch.sm100.fp8 import tuning
+from cute_flash.arch.sm100.scaled import BLOCK_SCALED
+from cute_flash.arch.sm100.scaled import tuning as scaled
 from cute_flash.dispatch import EMULATED
+from cute_flash.problems import problem
 from tests.test_resources import EXTREMES, answer_for, assert_in_registers, prove
 
 HOPPER, B200 = EMULATED["sm90"], EMULATED["sm100"]
@@ -55,6 +58,46 @@ def step_of(kernel, device: Device, asked: str, dims: tuple[int, int], block: in
     return Step(kernel, problem, kernel.config(problem, device))
 
 
+# Formats of q and k, and of v; what is asked besides; head dims.
+SCALED = (
+    (("mxfp8", "mxfp8"), "light", (192, 64)),
+    (("mxfp8", "mxfp8"), "even", (192, 64)),
+    (("mxfp8", "e4m3"), "light", (256, 128)),
+    (("mxfp8", "mxfp8"), "light", (192, 128)),
+    (("nvfp4", "e4m3"), "even", (192, 128)),
+    (("mxfp8", "mxfp8"), "light", (256, 64)),
+    (("nvfp4", "e4m3"), "light", (128, 128)),
+    (("nvfp4", "e4m3"), "even", (128, 128)),
+    (("nvfp4", "mxfp8"), "light", (256, 128)),
+    (("nvfp4", "mxfp8"), "heavy", (256, 128)),
+    (("mxfp8", "mxfp8"), "light", (256, 256)),
+    (("nvfp4", "mxfp8"), "heavy", (256, 256)),
+)  # fmt: skip
+
+
+def scaled_step(forms: tuple[str, str], asked: str, dims: tuple[int, int]) -> Step:
+    """The same rules, with factors that tensor cores apply."""
+    case = replace(ASKED[asked], dtype="float8_e4m3fn", dims=dims)
+    rules = answer_for(case, "sm100").problem
+    form, v_form = forms
+    element = {"mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn_x2"}[form]
+    plain = problem(dtype=element, head_dim=dims[0], head_dim_v=dims[1], form=form, v_form=v_form)
+    names = ("mask", "score", "gqa", "sink", "lse", "split_kv")
+    found = replace(plain, **{name: getattr(rules, name) for name in names})
+    assert BLOCK_SCALED.reasons(found, B200) == ()
+    return Step(BLOCK_SCALED, found, BLOCK_SCALED.config(found, B200))
+
+
+@pytest.mark.parametrize("forms, asked, dims", SCALED, ids=str)
+def test_scaled_kernels_do_not_spill(forms, asked, dims, tmp_path, proven):
+    step = scaled_step(forms, asked, dims)
+
+    def look() -> None:
+        assert_in_registers(step, B200, tmp_path / "kernel.cubin")
+
+    prove(proven, look, (*step.compiled, B200))
+
+
 def in_words(value: object) -> str:
     return value.target if isinstance(value, Device) else getattr(value, "name", str(value))
 
@@ -76,3 +119,5 @@ def test_every_row_is_covered():
     assert {config.tiles for config in found if config.persistent} == {1, 2}
     found = [step_of(*row).config for row in SHIPPED if row[1] is HOPPER]
     assert {config.tile_n for config in found} == {row.config.tile_n for row in hopper.TABLE.rows}
+    found = dict.fromkeys(replace(scaled_step(*row).config, persistent=False) for row in SCALED)
+    assert set(found) == {row.config for row in scaled.ROWS}

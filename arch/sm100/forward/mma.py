@@ -80,7 +80,7 @@ class Mma:
         memory, make, turn = work.memory, self.products, work.past.turns + turn
         q, k = make.q(memory.tiles.q), make.k(memory.tiles.k)
         s = make.s(memory.tensor, tile, turn)
-        self.begin_qk(work, tile, s, tile_of(q, tile, turn), tile_of(k, stage, turn))
+        self.begin_qk(work, tile, turn, (s, tile_of(q, tile, turn), tile_of(k, stage, turn)))
         work.edges.s.of(make.plan.place(tile, turn)).filled_by_mma(make.group)
 
     def begin_o(self, work: Work, tile: int, turn: Int32, stage: Int32, last: bool) -> None:
@@ -103,8 +103,9 @@ class Mma:
         if last or self.config.slots > 1:
             work.edges.o.of(tile).filled_by_mma(make.group)
 
-    def begin_qk(self, work: Work, tile: int, s: cute.Tensor, q: cute.Tensor, k: cute.Tensor) -> None:
-        begin(self.products.qk(), s, q, k, False)
+    def begin_qk(self, work: Work, tile: int, turn: Int32, operands: tuple) -> None:
+        """operands: S, Q and K of block number `turn`."""
+        begin(self.products.qk(), *operands, False)
 
     def begin_pv(
         self, work: Work, tile: int, turn: Int32, operands: tuple, adds: Boolean | bool, steps: range

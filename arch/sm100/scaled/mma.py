@@ -7,10 +7,10 @@ One thread's copies and products happen in order: the next block's factors come 
 
 from __future__ import annotations
 
-import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
-from ...block_scaled import BlockScaledProblem
+from ...block_scaled import ATOM_ROWS, BlockScaledProblem
+from ...common.order import hidden_zero
 from ..forward.job import Work
 from ..forward.mma import Mma
 from ..mma import begin
@@ -39,10 +39,10 @@ class BlockScaledMma(Mma):
             self.spread(work, "v", 0, stage, self.first_key(work, turn))
         super().begin_o(work, tile, turn, stage, last)
 
-    def begin_qk(self, work: Work, tile: int, s: cute.Tensor, q: cute.Tensor, k: cute.Tensor) -> None:
-        of_q, of_k = self.column(work, "q", tile), self.column(work, "k")
+    def begin_qk(self, work: Work, tile: int, turn: Int32, operands: tuple) -> None:
+        of_q, of_k = self.column(work, "q", tile, turn), self.column(work, "k", 0, turn)
         begin(
-            self.products.qk(), s, q, k, False,
+            self.products.qk(), *operands, False,
             factors=lambda step: (
                 of_step(self.factors["q"], of_q, step), of_step(self.factors["k"], of_k, step)
             ),
@@ -54,22 +54,27 @@ class BlockScaledMma(Mma):
         if "v" not in self.factors:
             super().begin_pv(work, tile, turn, operands, adds, steps)
             return
-        of_p, of_v, key = self.column(work, "p", tile), self.column(work, "v"), self.first_key(work, turn)
-        factors = self.factors["v"]
+        of_p, of_v = self.column(work, "p", tile, turn), self.column(work, "v", 0, turn)
+        key, factors = self.first_key(work, turn), self.factors["v"]
         begin(
             self.products.pv(), *operands, adds, steps,
             factors=lambda step: (of_step(factors, of_p, 0), of_step(factors, of_v, step, key)),
         )
 
-    def first_key(self, work: Work, turn: Int32 | int) -> Int32:
-        """Of block number `turn` of a job's."""
+    def first_key(self, work: Work, turn: Int32 | int) -> Int32 | int:
+        """Of block number `turn` of a job's, or 0 where every block begins with an atom."""
+        if self.config.tile_n % ATOM_ROWS == 0:
+            return 0
         return work.visits.block(work.visits.after(work.visits.start, turn)) * self.config.tile_n
 
-    def column(self, work: Work, operand: str, tile: int = 0) -> Int32:
-        """The first one of an operand's factors, as an address."""
-        return work.memory.tensor.toint().to(Int32) + self.products.plan.of(operand, tile)
+    def column(self, work: Work, operand: str, tile: int, turn: Int32 | int) -> Int32:
+        """The first one of an operand's factors, as an address, computed anew in block number `turn`: kept,
+        those of all steps would take more registers than the warp has.
+        """
+        column = work.memory.tensor.toint().to(Int32) + self.products.plan.of(operand, tile)
+        return column + hidden_zero(Int32(turn))
 
     def spread(self, work: Work, operand: str, tile: int, place: Int32 | int, first: Int32 | int) -> None:
         """Begin copying the factors of a tile that is in shared memory."""
         source = getattr(work.memory.factor_tiles, operand)[None, None, None, place]
-        spread(self.factors[operand], source, self.column(work, operand, tile), Int32(first))
+        spread(self.factors[operand], source, self.column(work, operand, tile, place), Int32(first))
