@@ -140,13 +140,15 @@ def own_for(name: str) -> Callable[[str], str]:
     return lambda line: re.sub(rf"mapa\.\S+ {name}, (%r\d+), %r\d+;", rf"mov.b32 {name}, \1;", line)
 
 
-def bytes_of_columns(lines: list[str]) -> list[int]:
-    """Where an address says which byte of its column a product's factors are, in its highest two bits."""
-    return [i for i, line in enumerate(lines) if re.match(r"\s*or\.b32\s.*, -?\d{10};", line)]
+def of_another_byte(lowest_bit: int) -> Callable[[str], str]:
+    """A block-scaled product whose descriptor has another scale factor ID, which begins with this bit."""
 
+    def change(line: str) -> str:
+        before, word, after = re.match(r"\s*(\S+\s+\[[^]]*\], [^,]+, [^,]+, )(%\w+)(,.*)", line).groups()
+        changed = f"xor.b32 changed, {word}, {1 << lowest_bit};"
+        return f"{{ .reg .b32 changed; {changed} {before}changed{after} }}"
 
-def of_another_byte(line: str) -> str:
-    return re.sub(r"-?\d{10}(?=;)", lambda found: str(int(found[0]) & 0xFFFFFFFF ^ 1 << 30), line)
+    return change
 
 
 def said(anything: int) -> Callable[[str], str]:
@@ -261,7 +263,8 @@ TCGEN05 = {
 }
 FACTORS = {
     "no copy of factors": Mutation(matching(r"tcgen05\.cp"), removed),
-    "factors of another byte": Mutation(bytes_of_columns, of_another_byte),
+    "factors of A of another byte": Mutation(matching(r"tcgen05\.mma\S*block_scale"), of_another_byte(29)),
+    "factors of B of another byte": Mutation(matching(r"tcgen05\.mma\S*block_scale"), of_another_byte(4)),
 }
 # CTAs that add to one sum in turns: a number is read until it is the one waited for, and passed on.
 LOOK, WORD = r"ld\.acquire", r"st\.release"

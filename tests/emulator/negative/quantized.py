@@ -74,11 +74,8 @@ LOWERED = replace(ASKED, scale=2048.0)
 # What roles tell each other, which goes on across the tiles of a CTA that takes several.
 TOLD = ("no arrival", "no fence", "no commit of a product", "no commit of a store", "no wait for a store")
 ACROSS_TILES = {name: (TMA | TCGEN05)[name] for name in TOLD}
-# Of a kernel whose roles are those of "two tiles": what brings factors, and what waits for it.
-BRINGING = FACTORS | {name: (TMA | TCGEN05)[name] for name in (
-    "no wait for an mbarrier", "half the bytes expected", "no commit of a product",
-    "no wait for a store to tensor memory", "no fence before synchronisation",
-)}  # fmt: skip
+# Of a kernel whose roles are those of others: what brings factors.
+BRINGING = FACTORS | {name: TMA[name] for name in ("half the bytes expected", "no arrival")}
 SUBJECTS = {
     "two tiles": Subject(Config(**TWO_TILES, tile_n=32), TMA | TCGEN05, (ASKED, LOWERED), 64),
     # Three tiles of one CTA: all have three blocks, or two.
