@@ -49,7 +49,7 @@ OPERATIONS = {
     "forward": "attention",
     "combine": "merging of split keys",
     "quantized": "attention in few bits",
-    "widened": "attention to a KV cache of 8 bits",
+    "widened": "attention to an FP8 KV cache",
     "append": "KV cache append and rotary",
     "quantize": "quantizing",
     "backward": "backward",

@@ -320,7 +320,7 @@ def features() -> str:
     for feature, words in FEATURES.items():
         has = (any(feature in kernel.support.features for kernel in served) for served in attention)
         rows.append([words, *marked(has)])
-    for operation in ("append", "backward"):
+    for operation in ("append", "widened", "backward"):
         served = (_serving(device, operation) for device in EMULATED.values())
         rows.append([OPERATIONS[operation], *marked(served)])
     rows.append(["FP8", *marked(quantized)])

@@ -312,7 +312,7 @@ def test_the_feature_table_is_what_kernels_declare(kernels):
     assert rows[FEATURES["varlen"]] == ["–", "–", "–", "✓", "✓", "–"]
     assert rows["dtypes"] == [*["float16"] * 3, *["float16, bfloat16"] * 2, "–"]
     assert rows["head dims"] == [*["64"] * 3, *["8…64 by 8"] * 2, "–"]
-    operations = {"KV cache append and rotary", "backward", "FP8"}
+    operations = {"KV cache append and rotary", "attention to an FP8 KV cache", "backward", "FP8"}
     assert set(rows) == {"", "---", "dtypes", "head dims", *FEATURES.values(), *operations}
 
 
