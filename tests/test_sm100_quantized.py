@@ -12,7 +12,11 @@ from tests.emulator.negative.quantized import SUBJECTS, compiled, dependencies, 
 from tests.orders import RIGHT
 
 EVERY = [(name, change) for name, subject in SUBJECTS.items() for change in subject.mutations]
-ABSENT = {("two tiles", "no arrival at a barrier")}  # only kernels that take turns arrive without a wait
+# Only kernels that take turns arrive without a wait.
+ABSENT = {(name, "no arrival at a barrier") for name in ("two tiles", "mxfp8")}
+SAME_ATOM = "the last block visited has its factors in the atom of the one before, which is there"
+ONE_ATOM = "the first block visited, the last of the keys, lies in the first of the two atoms"
+ALL_ONES = "P's factors are 1, whichever byte"
 HARMLESS: dict[tuple[str, str], dict[int, str]] = {
     ("two tiles", "no wait for an mbarrier"): dict.fromkeys((18, 19, 20), harmless.FRESH),
     ("two tiles", "one arrival more expected"): dict.fromkeys((2, 3), harmless.ONCE),
@@ -28,6 +32,13 @@ HARMLESS: dict[tuple[str, str], dict[int, str]] = {
     ("two tiles", "no fence after synchronisation"): dict.fromkeys((4, 6, 12, 13), harmless.NUMBERS),
     ("one tile", "no wait for an mbarrier"): dict.fromkeys((13, 14), harmless.FRESH),
     ("one tile", "no commit of a product"): {7: harmless.LAST},
+    ("mxfp8", "no copy of factors"): {5: SAME_ATOM},
+    ("mxfp8", "factors of A of another byte"): dict.fromkeys((8, 13, 18, 19), ALL_ONES),
+    ("nvfp4", "no copy of factors"): {**dict.fromkeys((4, 5), ONE_ATOM), **dict.fromkeys((14, 15), SAME_ATOM)},
+}
+# The roles of "mxfp8" wait, fence and tell as those of "two tiles" do, at the same sites.
+HARMLESS |= {
+    ("mxfp8", change): reasons for (name, change), reasons in list(HARMLESS.items()) if name == "two tiles"
 }
 
 

@@ -35,7 +35,6 @@ from ..common.sequence import cached_sequence_of, extent
 from ..common.softmax import LOG2_E, OnlineSoftmax, is_large
 from ..problem import Operands, Problem
 from ..scheduled import Schedule, without_schedule
-from ..widened import WidenedOperands
 from .config import Config
 from .copy import TileCopy, tile_layout
 from .job import RowBlock, Tiles, Walk, rows_of_tile_in
@@ -91,12 +90,12 @@ class ForwardKernel:
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        call: Operands | WidenedOperands,
-        schedule: OneTile | InSections | InOrder,
-        group_size: Int32,
-    ):
+    def kernel(self, call: Operands, schedule: OneTile | InSections | InOrder, group_size: Int32):
+        self.work(call, schedule, group_size)
+
+    @cute.jit
+    def work(self, call, schedule: OneTile | InSections | InOrder, group_size: Int32):
+        """What a CTA does. call: Operands, or those of a kernel that has more."""
         m_block, head, batch, split = schedule.tile(cute.arch.block_idx()[0])
         splits = schedule.splits_of(batch)
         sequence = cached_sequence_of(call, batch)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Uint8
+from cutlass import Int32, Uint8
 
 from ...common.blocks import Listed, Range
 from ...common.memory import SmemAllocator
 from ...common.rules import Rules
+from ...common.schedule import InOrder, InSections, OneTile
 from ...common.widen import Widening, of_head
 from ...widened import WidenedOperands, WidenedProblem, named
 from ..copy import tile_layout
@@ -75,6 +76,10 @@ class WidenedKernel(ForwardKernel):
     def named(self, operands: list) -> WidenedOperands:
         """The operands of a launch, in their order, by their names."""
         return named(operands)
+
+    @cute.kernel
+    def kernel(self, call: WidenedOperands, schedule: OneTile | InSections | InOrder, group_size: Int32):
+        self.work(call, schedule, group_size)
 
     def tiles(self) -> NarrowTiles:
         config, smem = self.config, SmemAllocator()

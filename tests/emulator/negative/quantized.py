@@ -71,6 +71,7 @@ class Subject:
 # is filled again; and scores so large that rows take their maximum off first, which is a path of its own.
 ASKED = Asked(140, 150)
 LOWERED = replace(ASKED, scale=2048.0)
+SPREAD = replace(ASKED, scale=0.05)  # every key has a part in every row
 # What roles tell each other, which goes on across the tiles of a CTA that takes several.
 TOLD = ("no arrival", "no fence", "no commit of a product", "no commit of a store", "no wait for a store")
 ACROSS_TILES = {name: (TMA | TCGEN05)[name] for name in TOLD}
@@ -89,13 +90,13 @@ SUBJECTS = {
     ),
     # Tiles begin at each quarter of an atom; steps of either product take each byte.
     "mxfp8": Subject(
-        ScaledConfig(**TWO_TILES, tile_n=32), TMA | TCGEN05 | FACTORS, (ASKED, LOWERED), dim=128,
+        ScaledConfig(**TWO_TILES, tile_n=32), TMA | TCGEN05 | FACTORS, (SPREAD, ASKED, LOWERED), dim=128,
         forms=("mxfp8", "mxfp8"),
     ),
     # Tiles reach into two atoms, in two groups of columns. CTAs persist: two tiles of one.
     "nvfp4": Subject(
-        ScaledConfig(**TWO_TILES, tile_n=96, persistent=True), BRINGING, (Asked(140, 300, 2),), dim=128,
-        forms=("nvfp4", "mxfp8"), multiprocessors=1,
+        ScaledConfig(**TWO_TILES, tile_n=96, persistent=True), BRINGING,
+        (replace(SPREAD, keys=300, heads=2),), dim=128, forms=("nvfp4", "mxfp8"), multiprocessors=1,
     ),
 }  # fmt: skip
 
