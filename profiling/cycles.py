@@ -282,7 +282,11 @@ def peer_name(alone: bool = False) -> str:
 
 
 def peers_of(case: Case, arch: str) -> tuple[bool, ...]:
-    """The peer's kernels for a case: whether CTAs work alone where it has pairs of them, too."""
+    """The peer's kernels for a case: whether CTAs work alone where it has pairs of them, too. None of scaled
+    ones, which it does not have.
+    """
+    if case.forms:
+        return ()
     paired = case.backward and arch == "sm100" and case.dims == (128, 128)  # below none, beyond always
     return (False, True) if paired else (False,)
 

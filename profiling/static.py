@@ -111,8 +111,8 @@ class Case:
 
     @property
     def of_peers(self) -> bool:
-        """Whether the peer is asked for it."""
-        return self.rules != "everything" and max(self.dims) <= 256
+        """Whether the peer is asked for it. It has no factors that tensor cores apply."""
+        return self.rules != "everything" and max(self.dims) <= 256 and not self.forms
 
     def peer(self) -> flash_attn_4.Case | flash_attn_4_backward.Case | flash_attn_4_fp8.Case:
         """The same problem in the peer's words. Raises Missing where it is not asked for it."""
@@ -120,8 +120,6 @@ class Case:
             raise flash_attn_4.Missing("not asked for this problem")
         if self.block is not None:
             raise flash_attn_4.Missing("it has no scales of blocks")
-        if self.forms:
-            raise flash_attn_4.Missing("it has no factors that tensor cores apply")
         dim, dim_v = self.dims
         shape = {"heads": 1, "heads_kv": 1, "dim": dim, "dim_v": None if dim_v == dim else dim_v}
         shape["causal"] = self.rules == "causal"
