@@ -47,11 +47,6 @@ ROWS = (
         why="as for 16 bits",
     ),
     Row(
-        head_dim=256, head_dim_v=256, pressure=LIGHT,
-        config=Config(tile_m=128, tile_n=64, warps=8),
-        why="as for 16 bits",
-    ),
-    Row(
         head_dim=256, head_dim_v=256, pressure=HEAVY,
         config=Config(tile_m=64, tile_n=64, warps=4),
         why="as for 16 bits",
