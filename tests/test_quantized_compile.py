@@ -60,8 +60,8 @@ def step_of(kernel, device: Device, asked: str, dims: tuple[int, int], block: in
 
 # Formats of q and k, and of v; what is asked besides; head dims.
 SCALED = (
-    (("mxfp8", "mxfp8"), "light", (192, 64)),
-    (("mxfp8", "mxfp8"), "even", (192, 64)),
+    (("mxfp8", "mxfp8"), "light", (128, 64)),
+    (("mxfp8", "mxfp8"), "even", (128, 64)),
     (("mxfp8", "e4m3"), "light", (256, 128)),
     (("mxfp8", "mxfp8"), "light", (192, 128)),
     (("nvfp4", "e4m3"), "even", (192, 128)),
