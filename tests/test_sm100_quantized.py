@@ -34,6 +34,7 @@ HARMLESS: dict[tuple[str, str], dict[int, str]] = {
     ("one tile", "no commit of a product"): {7: harmless.LAST},
     ("mxfp8", "no copy of factors"): {5: SAME_ATOM},
     ("mxfp8", "factors of A of another byte"): dict.fromkeys((8, 13, 18, 19), ALL_ONES),
+    ("nvfp4", "factors of A of another byte"): dict.fromkeys((4, 5, 6, 9, 10, 11, *range(14, 20)), ALL_ONES),
     ("nvfp4", "no copy of factors"): {
         **dict.fromkeys((4, 5), ONE_ATOM),
         **dict.fromkeys((14, 15), SAME_ATOM),
