@@ -100,8 +100,7 @@ def forward_quantized(
         )
     kv_cache.check(q, k_cache, v_cache, cache, quantized.DTYPES)
     call = _halves(q, k_cache, v_cache, cache, options)
-    if _plain(q, k_cache, v_cache, cache) and contents.can_be_read(q.device):
-        kv_contents.check_numbers(q, k_cache, cache, call.packing)
+    _check_numbers(q, k_cache, v_cache, cache, call)
     return quantized.forward(q, k_cache, v_cache, call.packing, call.options, descale)
 
 
@@ -119,10 +118,15 @@ def forward_widened(
         )
     kv_cache.check(q, k_cache, v_cache, cache, dtypes_kv=quantized.DTYPES)
     call = _halves(q, k_cache, v_cache, cache, options)
+    _check_numbers(q, k_cache, v_cache, cache, call)
+    return widened.forward(q, k_cache, v_cache, call.packing, call.options, descale)
+
+
+def _check_numbers(q: Any, k_cache: Any, v_cache: Any, cache: Cache, call: _Call) -> None:
+    """Those that find keys in a cache, where tensors are memory that may be read."""
     plain = not torch.compiler.is_compiling() and _plain(q, k_cache, v_cache, cache)
     if plain and contents.can_be_read(q.device):
         kv_contents.check_numbers(q, k_cache, cache, call.packing)
-    return widened.forward(q, k_cache, v_cache, call.packing, call.options, descale)
 
 
 def _heads_are_rows(q: Any, k_cache: Any, v_cache: Any, cache: Cache, options: Options) -> bool:

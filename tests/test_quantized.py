@@ -218,6 +218,21 @@ def test_a_cache_is_as_its_sequences_alone(kind, rows, device):
         assert all(torch.equal(one[i].cpu(), other[0]) for one, other in zip(found, wanted, strict=True))
 
 
+def test_a_cache_under_torch_compile():
+    """The same bits, without a break."""
+    _, (q, k, v) = made("heads")
+    given = {name: x.scale for name, x in (("q_descale", q), ("k_descale", k), ("v_descale", v))}
+    given["cache_seqlens"] = torch.tensor(USED, dtype=torch.int32)
+
+    def attend(q, k, v):
+        return flash_attn_with_kvcache(q, k, v, causal=True, **given)
+
+    with where("sm90"):
+        wanted = attend(q.data, k.data, v.data)
+        traced = torch.compile(attend, fullgraph=True, backend="aot_eager")(q.data, k.data, v.data)
+    assert torch.equal(traced, wanted)
+
+
 def test_packed_queries_find_keys_in_pages(device):
     """The same bits as with keys side by side."""
     _, (q, k, v) = made("heads")
