@@ -16,6 +16,7 @@ EVERY = [(name, change) for name, subject in SUBJECTS.items() for change in subj
 ABSENT = {(name, "no arrival at a barrier") for name in ("two tiles", "mxfp8")}
 SAME_ATOM = "the last block visited has its factors in the atom of the one before, which is there"
 ONE_ATOM = "the first block visited, the last of the keys, lies in the first of the two atoms"
+NOT_TAKEN = "on the path of large scores, of which this call has none; that of \"mxfp8\" is changed"
 ALL_ONES = "P's factors are 1, whichever byte"
 HARMLESS: dict[tuple[str, str], dict[int, str]] = {
     ("two tiles", "no wait for an mbarrier"): dict.fromkeys((18, 19, 20), harmless.FRESH),
@@ -35,6 +36,7 @@ HARMLESS: dict[tuple[str, str], dict[int, str]] = {
     ("mxfp8", "no copy of factors"): {5: SAME_ATOM},
     ("mxfp8", "factors of A of another byte"): dict.fromkeys((8, 13, 18, 19), ALL_ONES),
     ("nvfp4", "factors of A of another byte"): dict.fromkeys((4, 5, 6, 9, 10, 11, *range(14, 20)), ALL_ONES),
+    ("nvfp4", "no arrival"): dict.fromkeys((1, 2, 4, 5), NOT_TAKEN),
     ("nvfp4", "no copy of factors"): {
         **dict.fromkeys((4, 5), ONE_ATOM),
         **dict.fromkeys((14, 15), SAME_ATOM),
