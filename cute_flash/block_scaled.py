@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import torch
 
 from . import contents, launch, ops, request, scale_factors, schema
+from .arch.block_scaled import FORMS as FORMS
+from .arch.block_scaled import V_FORMS
 from .arch.precision import QUANTIZATIONS
 from .dispatch import place_of, plan
 from .problems import problem_of, sizes_of
 from .quantization import Quantized
 from .repeat import Result
 from .request import Call, Options
-
-FORMS = ("mxfp8", "nvfp4")  # of q and k
-V_FORMS = {"e4m3": "head_dim", "mxfp8": "seqlen"}  # of v: along which axis its numbers share factors
 
 
 class Factors(NamedTuple):
@@ -51,8 +50,10 @@ def check(tensors: dict[str, Quantized]) -> None:
     if k.format != q.format:
         raise ValueError(f"k has format {k.format}, q has {q.format}: they must be equal")
     if v.format not in V_FORMS:
-        raise NotImplementedError(f"v has format {v.format}; allowed beside q in {q.format}: e4m3, mxfp8")
-    axes = {"q": "head_dim", "k": "head_dim", "v": V_FORMS[v.format]}
+        allowed = ", ".join(V_FORMS)
+        raise NotImplementedError(f"v has format {v.format}; allowed beside q in {q.format}: {allowed}")
+    along_keys = QUANTIZATIONS[v.format].group is not None
+    axes = {"q": "head_dim", "k": "head_dim", "v": "seqlen" if along_keys else "head_dim"}
     for name, x in tensors.items():
         if x.axis != axes[name]:
             raise ValueError(f"{name} has scales along {x.axis}; allowed: {axes[name]}, the axis that its "

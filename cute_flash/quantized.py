@@ -99,6 +99,7 @@ def flash_attn_quantized_func(
     )
     if q.format in block_scaled.FORMS:
         _check_out_dtype(out_dtype)
+        _refuse_gradients(learnable_sink)
         found = block_scaled.forward(q, k, v, options, out_dtype)
     else:
         descale = Descale(*(x.scale for x in (q, k, v)), q.block, out_dtype)
@@ -146,6 +147,11 @@ def _check_shapes(q: Quantized, k: Quantized, v: Quantized) -> None:
         raise ValueError(f"v is rotated by {v.rotation}; allowed: None, quantize(v, hadamard=False)")
 
 
+def _refuse_gradients(*tensors: torch.Tensor | None) -> None:
+    if request.needs_gradient(*tensors):
+        raise NotImplementedError("a gradient is required; of q, k and v of 8 bits there is none: no_grad()")
+
+
 def _check_out_dtype(out_dtype: Any) -> None:
     if out_dtype not in OUT_DTYPES:
         raise TypeError(f"out_dtype is {out_dtype}; allowed: {_listed(OUT_DTYPES)}")
@@ -177,8 +183,7 @@ def checked(
     _check_out_dtype(out_dtype)
     if options.out is not None:
         raise NotImplementedError("out is given; allowed for q of 8 bits: None")
-    if request.needs_gradient(q, k, v, options.learnable_sink):
-        raise NotImplementedError("a gradient is required; of q, k and v of 8 bits there is none: no_grad()")
+    _refuse_gradients(q, k, v, options.learnable_sink)
     if packing is None:
         call = request.dense_of(q, k, v, options, DTYPES)
     elif packing.cached:

@@ -217,6 +217,7 @@ def test_factors_of_another_order_are_noticed(device, name):
 
 X = torch.randn(1, 40, 4, 64)
 Q, K = quantize(X, "mxfp8"), quantize(X[:, :, :2], "mxfp8")
+SINK = torch.ones(4, requires_grad=True)
 Q4, K4 = quantize(X, "nvfp4", heads_kv=2), quantize(X[:, :, :2], "nvfp4")
 X2, BYTES = X[:, :, 2:], Q.scale.view(torch.uint8)
 V, V8 = quantize(X2, hadamard=False), quantize(X2, "mxfp8", axis="seqlen", hadamard=False)
@@ -248,6 +249,7 @@ def with_byte(x: cute_flash.Quantized, byte: int) -> cute_flash.Quantized:
         ((Q4, replace(K4, tensor_scale=-K4.tensor_scale), V), {}, ValueError, "k's scale has -.*; allowed"),
         ((Q, K, V), {"out_dtype": torch.float32}, TypeError, "out_dtype is torch.float32; allowed"),
         ((Q, K, V8), {"softmax_scale": 0.0}, ValueError, "softmax_scale is 0.0"),
+        ((Q, K, V8), {"learnable_sink": SINK}, NotImplementedError, "a gradient is required; of q, k and"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
