@@ -7,6 +7,10 @@
 
 The rows that one stmatrix writes are columns 0, 2, 4, 6, 9, 11, 13, 15 of 16, or the others: the swizzle puts
 eight that differ in their last three bits into eight different groups of banks.
+
+A warp takes all keys of 16 columns. Addresses differ by little: swizzled parts begin at multiples of 1024
+bytes, 32 keys of V are whole periods of the swizzle, and so are 16 columns of the transposed tile. So a lane
+has one address on either side, and what is to be added to it or, inside a row, to be flipped is known.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import AddressSpace, Float16, Int32, pipeline
+from cutlass import AddressSpace, Float16, Int32, Uint32, pipeline
 from cutlass.cute.nvgpu import warp
 
 from ...common.job import Job, Launch, visits_of
@@ -40,12 +44,11 @@ class TransposeEnds(NamedTuple):
 
 
 class Transpose:
-    """Three warps, which share out a tile's pieces. v, transposed: the operands."""
+    """Three warps, which share out a tile's columns. v, transposed: the operands."""
 
     def __init__(self, problem: QuantizedProblem, config: Config, v: Operand, transposed: Operand):
         self.problem, self.config = problem, config
         self.v, self.transposed = v, transposed
-        self.pieces = (problem.precision.padded(problem.head_dim_v) // COLUMNS, config.tile_n // KEYS)
 
     @cute.jit
     def run(self, launch: Launch, tiles: AllTiles, ends: TransposeEnds):
@@ -60,41 +63,69 @@ class Transpose:
         rules = Rules.of(self.problem, job.call, job.sequence, job.heads.first)
         visits = visits_of(self.problem, self.config, job, rules)
         if visits.any():
+            lane = Lane.of(self.v, self.transposed)
             for turn in cutlass.range(visits.total, unroll=1):
                 slot = turn % TRANSPOSED
                 filled = ends.v.wait_and_advance()
                 ends.transposed.of(slot).wait_empty(turn // TRANSPOSED)
                 source, target = tiles.tiles.v[None, None, filled.index], tiles.transposed[None, None, slot]
-                columns, keys = self.pieces
-                for piece in cutlass.range(mine, columns * keys, TRANSPOSERS, unroll=1):
-                    self.piece(source, target, piece // keys, piece % keys)
+                pieces = self.v.columns // COLUMNS
+                for piece in cutlass.range(mine, pieces, TRANSPOSERS, unroll=1):
+                    self.columns(source.iterator, target.iterator, lane, piece)
                 ends.transposed.of(slot).warp_filled()
                 filled.release()  # all lanes have read: they have met
 
-    @cute.jit
-    def piece(self, source: cute.Tensor, target: cute.Tensor, column: Int32, key: Int32):
-        """16 columns of 32 keys."""
+    def columns(self, source: cute.Pointer, target: cute.Pointer, lane: Lane, piece: Int32) -> None:
+        """16 columns of all keys of a tile, from one that begins at `source` to one at `target`."""
+        columns = Uint32(piece * COLUMNS)  # never negative
+        rows = address(source) + columns // self.v.width * (self.v.width * self.v.rows)
+        rows = rows + (lane.source ^ columns % self.v.width)
+        places = address(target) + lane.target + columns * self.transposed.width
+        for key in range(0, self.v.rows, KEYS):
+            words, ordered = (cute.make_rmem_tensor(4, Int32) for _ in range(2))
+            _copy(warp.LdMatrix8x8x16bOp(True, 4), pointer(rows + key * self.v.width), words.iterator)
+            for h in range(2):
+                for m in range(2):
+                    ordered[2 * h + m] = Int32(cute.arch.prmt(words[2 * h], words[2 * h + 1], lane.chosen[m]))
+            part, inside = divmod(key, self.transposed.width)
+            place = (places ^ inside) + part * (self.transposed.width * self.transposed.rows)
+            _copy(warp.StMatrix8x8x16bOp(False, 4), ordered.iterator, pointer(place))
+
+
+class Lane(NamedTuple):
+    """What is a lane's for all pieces of all tiles.
+
+    source: its row of 16 bytes of the first piece of V, from the beginning of a tile. target: its row of the
+    first piece of the transposed tile. chosen: bytes of two words, for either of two matrices.
+    """
+
+    source: Int32
+    target: Int32
+    chosen: tuple[Int32, Int32]
+
+    @staticmethod
+    def of(v: Operand, transposed: Operand) -> Lane:
         lane = cute.arch.lane_idx()
         matrix, row = lane // 8, lane % 8
-        words, ordered = (cute.make_rmem_tensor(4, Int32) for _ in range(2))
-        rows = self.place(self.v, source, key * KEYS + lane, column * COLUMNS)
-        _copy(warp.LdMatrix8x8x16bOp(True, 4), rows, words.iterator)
-        crossed = lane >= 16
-        chosen = where(crossed, ODD, EVEN), where(crossed, EVEN, ODD)
-        for h in cutlass.range_constexpr(2):
-            for m in cutlass.range_constexpr(2):
-                ordered[2 * h + m] = Int32(cute.arch.prmt(words[2 * h], words[2 * h + 1], chosen[m]))
-        odd = where(row < 4, matrix % 2, 1 - matrix % 2)
-        columns = self.place(
-            self.transposed, target, column * COLUMNS + 2 * row + odd, key * KEYS + matrix // 2 * 16
+        odd, crossed = where(row < 4, matrix % 2, 1 - matrix % 2), lane >= 16
+        return Lane(
+            source=swizzled(v, lane * v.width),
+            target=swizzled(transposed, (2 * row + odd) * transposed.width + matrix // 2 * 16),
+            chosen=(where(crossed, ODD, EVEN), where(crossed, EVEN, ODD)),
         )
-        _copy(warp.StMatrix8x8x16bOp(False, 4), ordered.iterator, columns)
 
-    def place(self, operand: Operand, tile: cute.Tensor, row: Int32, column: Int32) -> cute.Pointer:
-        """16 bytes of a tile's row, where the swizzle puts them."""
-        address = tile.iterator.toint().to(Int32) + cute.crd2idx((row, column), tile.layout)
-        swizzled = address ^ (address >> 3 & operand.width - 16)
-        return cute.make_ptr(Float16, swizzled, AddressSpace.smem, assumed_align=16)
+
+def swizzled(operand: Operand, place: Int32) -> Int32:
+    """Where the swizzle puts 16 bytes of a tile's first part."""
+    return place ^ (place >> 3 & operand.width - 16)
+
+
+def address(tile: cute.Pointer) -> Int32:
+    return tile.toint().to(Int32)
+
+
+def pointer(address: Int32) -> cute.Pointer:
+    return cute.make_ptr(Float16, address, AddressSpace.smem, assumed_align=16)
 
 
 def _copy(op, source: cute.Pointer, target: cute.Pointer) -> None:
