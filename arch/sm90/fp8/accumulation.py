@@ -1,14 +1,18 @@
 """How P V is summed over the tiles of keys, as the tensor core's own sum keeps only some 14 bits.
 
     one level                  O += P V                       O *= rescale
-    two levels, of each tile   part = P V                     O = (O + part * scale of V's block) * rescale
+    two levels, of each tile   part = P V                     O = O * rescale + part * scale of V's block
     two levels, of n tiles     part += P V                    O, part *= rescale
                                after n: O += part, part = 0
 
 What the tensor core loses of a sum grows with the number of tiles in it; O += part, in fp32, loses next to
 nothing. A part of several tiles is of one maximum, as O is, so that both are rescaled for a new one.
 
-Each kind has O, `o`, and `part`, where products go: on one level that is O itself.
+A part of one tile needs to be no wider than a product: equal pieces of O's columns are multiplied one after
+another, in the same registers. Until its piece of the part is there, O owes the factor that took the
+maximum to this tile's: both are one fma.
+
+Each kind has O, `o`; `part`, where products go, on one level O itself; and how many `pieces` a tile has.
 """
 
 from __future__ import annotations
@@ -20,13 +24,15 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from ...common.fragment import rows_by_columns
-from ..mma import begin
+from ..mma import accumulator, begin
 
 
 class OneLevel(NamedTuple):
     """O is the tensor core's sum."""
 
     o: cute.Tensor
+
+    pieces = 1
 
     @property
     def part(self) -> cute.Tensor:
@@ -36,58 +42,100 @@ class OneLevel(NamedTuple):
         """Begin to add a tile's product."""
         begin(pv, self.o, p, v, accumulate=True)
 
-    def take_over(self, turn: Int32, scale: None, factors: cute.Tensor) -> None:
-        """Product `turn` is there; O is rescaled by `factors` for the next one's maximum."""
+    def take_over(self, piece: int, turn: Int32, scale: None) -> None:
+        """Product `turn` is there."""
+
+    def follow(self, factors: cute.Tensor) -> None:
+        """O is multiplied by `factors` for the next product's maximum."""
         rescale((self.o,), factors)
 
-    def finish(self, scale: None) -> None:
+    def finish(self, piece: int, scale: None) -> None:
         """The last product is there."""
 
 
-class TwoLevels(NamedTuple):
+class EachTile(NamedTuple):
+    """O, in fp32, takes over each tile's product, by pieces. owed: (rows,), O's factors for the next one."""
+
+    o: cute.Tensor
+    part: cute.Tensor
+    owed: cute.Tensor
+
+    @property
+    def pieces(self) -> int:
+        return cute.size(self.o) // cute.size(self.part)
+
+    def begin(self, pv: cute.TiledMma, p: cute.Tensor, v: cute.Tensor) -> None:
+        """Begin to multiply by a piece of V's columns."""
+        begin(pv, self.part, p, v, accumulate=False)
+
+    def take_over(self, piece: int, turn: Int32, scale: Float32 | None) -> None:
+        """A piece of product `turn`, to be multiplied by `scale`, is there."""
+        self.finish(piece, scale)
+
+    def follow(self, factors: cute.Tensor) -> None:
+        """The next product's maximum takes `factors`."""
+        for r in range(cute.size(factors)):
+            self.owed[r] = factors[r]
+
+    def finish(self, piece: int, scale: Float32 | None) -> None:
+        """As `take_over`, of the last product."""
+        size = cute.size(self.part)
+        o = cute.make_tensor(self.o.iterator + piece * size, self.part.layout)
+        add(o, self.part, scale, self.owed)
+
+
+class SeveralTiles(NamedTuple):
     """O, in fp32, takes over the tensor core's sum of every `interval` tiles."""
 
     o: cute.Tensor
     part: cute.Tensor
     interval: int
 
+    pieces = 1
+
     def begin(self, pv: cute.TiledMma, p: cute.Tensor, v: cute.Tensor) -> None:
-        """Begin to add a tile's product to the part, or to make it the part."""
-        begin(pv, self.part, p, v, accumulate=self.interval > 1)
+        """Begin to add a tile's product to the part."""
+        begin(pv, self.part, p, v, accumulate=True)
 
     @cute.jit
-    def take_over(self, turn: Int32, scale: Float32 | None, factors: cute.Tensor):
-        """Product `turn`, to be multiplied by `scale`, is there; then as on one level."""
-        if cutlass.const_expr(self.interval == 1):
-            add(self.o, self.part, scale, factors)
-        else:
-            if turn % self.interval == self.interval - 1:
-                add(self.o, self.part, None, None)
-                self.part.fill(0.0)
-            rescale((self.o, self.part), factors)
+    def take_over(self, piece: int, turn: Int32, scale: None):
+        """Product `turn` is there."""
+        if turn % self.interval == self.interval - 1:
+            add(self.o, self.part, None, None)
+            self.part.fill(0.0)
 
-    def finish(self, scale: Float32 | None) -> None:
+    def follow(self, factors: cute.Tensor) -> None:
+        """O and the part are multiplied by `factors` for the next product's maximum."""
+        rescale((self.o, self.part), factors)
+
+    def finish(self, piece: int, scale: None) -> None:
         """The last product is there, in a part of as many tiles as are left."""
-        add(self.o, self.part, scale, None)
+        add(self.o, self.part, None, None)
 
 
-def accumulation(o: cute.Tensor, promotion: int) -> OneLevel | TwoLevels:
-    """Of O, which is 0 yet. promotion: as the config's."""
+Sums = OneLevel | EachTile | SeveralTiles
+
+
+def accumulation(o: cute.Tensor, promotion: int, columns: int) -> Sums:
+    """Of O, which is 0 yet. promotion: as the config's. columns: of a product of `part`."""
     if promotion == 0:
         return OneLevel(o)
+    if promotion == 1:
+        owed = cute.make_rmem_tensor(2, Float32)
+        owed.fill(0.0)
+        return EachTile(o, accumulator(columns), owed)
     part = cute.make_rmem_tensor_like(o)
-    if promotion > 1:
-        part.fill(0.0)
-    return TwoLevels(o, part, promotion)
+    part.fill(0.0)
+    return SeveralTiles(o, part, promotion)
 
 
 def add(o: cute.Tensor, part: cute.Tensor, scale: Float32 | None, factors: cute.Tensor | None) -> None:
-    """O = (O + part * scale) * factors, row by row; without a scale, or without factors, where None."""
+    """O = O * factors + part * scale, row by row; without factors, or without a scale, where None."""
     o, part = rows_by_columns(o), rows_by_columns(part)
     for r in range(cute.size(o, mode=[0])):
         for c in range(cute.size(o, mode=[1])):
-            added = part[r, c] + o[r, c] if scale is None else cute.math.fma(part[r, c], scale, o[r, c])
-            o[r, c] = added if factors is None else added * factors[r]
+            added = part[r, c] if scale is None else part[r, c] * scale
+            o[r, c] = o[r, c] + added if factors is None else cute.math.fma(o[r, c], factors[r], added)
 
 
 @cute.jit

@@ -1,7 +1,9 @@
 """The compute role in FP8: as for 16 bits, but for what 8 bits need.
 
-    S = Q K[n-1] begun   part = P V[n] begun   wait S   S *= scales of its blocks   softmax(S)   wait part
-    O = (O + part * scale of V's block) * rescale   P = 2**8 S in 8 bits
+    S = Q K[n-1] begun   part = P V[n] begun   wait S   S *= scales of its blocks   max(S)
+    of V's columns, piece by piece: some of next P = 2**8 exp(S) in 8 bits   wait part
+                                    O = O * rescale + part * scale of V's block   the next piece begun
+    P = next P
 
 P, of 2**8 at most, uses what e4m3 holds; the row sum is that of the rounded P. The tensor core's own sum
 keeps some 14 bits, so it is taken over by O, in fp32, after every tile (two-level accumulation), or as the
@@ -14,24 +16,22 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float8E4M3FN, Float32, Int32, pipeline
+from cutlass import Float8E4M3FN, Float16, Float32, Int32, pipeline
 
-from ...common.columns import Keys
-from ...common.fragment import rows_by_columns
 from ...common.job import Job, Launch, visits_of
 from ...common.memory import Tiles
-from ...common.order import pin
+from ...common.order import compute_before_wait, pin
 from ...common.softmax import LOG2_E, OnlineSoftmax, exp2
 from ...elementwise import minimum
 from ...quantized import Scales
 from ..edge import Edge
-from ..forward.compute import Compute, Share
+from ..forward.compute import Change, Compute, Share
 from ..forward.job import job_of
-from ..forward.rows import ROW_LANES, heads_of_thread, row_of
-from ..mma import ROWS, accumulator, coordinates, wait
-from .accumulation import OneLevel, TwoLevels, accumulation
+from ..forward.rows import ROW_LANES, heads_of_thread
+from ..mma import ROWS, accumulator, wait
+from .accumulation import Sums, accumulation
 from .config import TRANSPOSED
-from .mma import operand_a, rounded, tiled_mma, to_p
+from .mma import KEYS, operand_a, rounded, tiled_mma, words
 
 LIFT = 8  # P is multiplied by 2**LIFT
 
@@ -49,17 +49,19 @@ class AllTiles(NamedTuple):
 
 
 class State(NamedTuple):
-    """As for 16 bits. v: of transposed tiles. p: in operand A's order. sums: O, and how products join it.
+    """As for 16 bits. v: of transposed tiles, pieces of their columns. p: in operand A's order.
 
+    next_p: what P will be, words of four. sums: O, and how products join it.
     scales: of the job's heads. factor: of S, or of q alone where K has one for each block.
     """
 
     q: cute.Tensor
     k: cute.Tensor
-    v: cute.Tensor
+    v: tuple[cute.Tensor, ...]
     s: cute.Tensor
     p: cute.Tensor
-    sums: OneLevel | TwoLevels
+    next_p: cute.Tensor
+    sums: Sums
     softmax: OnlineSoftmax
     shares: tuple[Share, ...]
     scales: Scales
@@ -95,10 +97,13 @@ class QuantizedCompute(Compute):
             wait(0, state.s)
             k.release()
             n, turn = visits.block(visits.start), Int32(0)
-            self.to_p(state, self.softmax(job, state, n, True, warpgroup))
+            change = self.raise_max(job, state, n, True, warpgroup)
+            self.exponentiate(state, change, 0, 1)
+            self.to_p(state, change)
             rest = visits.rest()
             # Without a mask only the first block visited is partly hidden, and that is done.
             phases = rest.phases if self.problem.mask else rest.phases[1:]
+            pieces = state.sums.pieces
             for p in cutlass.range_constexpr(len(phases)):
                 masked = phases[p].masked
                 for i in cutlass.range(phases[p].visits, unroll=1):
@@ -108,27 +113,37 @@ class QuantizedCompute(Compute):
                     self.await_turn(warpgroup)
                     self.begin_s(state, k)
                     slot.wait_full(turn // TRANSPOSED)
-                    self.begin_pv(state, turn % TRANSPOSED)
+                    self.begin_pv(state, turn % TRANSPOSED, 0)
                     self.end_turn(warpgroup)
                     wait(1, state.s)
                     k.release()
-                    rescale = self.softmax(job, state, n, masked, warpgroup)
-                    wait(0, state.sums.part)
+                    change = self.raise_max(job, state, n, masked, warpgroup)
+                    for piece in cutlass.range_constexpr(pieces):
+                        self.exponentiate(state, change, piece, pieces)
+                        compute_before_wait(state.softmax.row_sum[0], state.softmax.row_sum[1])
+                        wait(0, state.sums.part)
+                        self.take_over(state, piece, turn, before)
+                        if cutlass.const_expr(piece + 1 < pieces):
+                            self.begin_pv(state, turn % TRANSPOSED, piece + 1)
                     slot.warp_emptied()
-                    self.take_over(state, turn, before, rescale)
-                    self.to_p(state, rescale)
+                    self.to_p(state, change)
                     turn += 1
             edge.of(turn % TRANSPOSED).wait_full(turn // TRANSPOSED)
-            self.begin_pv(state, turn % TRANSPOSED)
-            wait(0, state.sums.part)
-            self.finish(state, n)
+            for piece in cutlass.range_constexpr(pieces):
+                self.begin_pv(state, turn % TRANSPOSED, piece)
+                wait(0, state.sums.part)
+                self.finish(state, piece, n)
 
     def state(self, job: Job, all_tiles: AllTiles, warpgroup: Int32) -> State:
         tiles, transposed = all_tiles
         columns = self.config.tile_n
-        qk, pv = self.qk().get_slice(0), self.pv().get_slice(0)
         s, o = accumulator(columns), accumulator(self.dim_v)
         o.fill(0.0)
+        sums = accumulation(o, self.config.promotion, self.config.piece(self.dim_v))
+        width = self.dim_v // sums.pieces
+        piece = width, columns, TRANSPOSED
+        of_pieces = [cute.local_tile(transposed, piece, (i, 0, 0)) for i in range(sums.pieces)]
+        qk, pv = self.qk().get_slice(0), self.pv(width).get_slice(0)
         scales, factor = self.scales(job, warpgroup)
         shares = tuple(self.share(job, head) for head in heads_of_thread(self.config, job, warpgroup))
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
@@ -140,10 +155,11 @@ class QuantizedCompute(Compute):
         return State(
             q=self.qk().make_fragment_A(qk.partition_A(tiles.q[None, None, warpgroup])),
             k=self.qk().make_fragment_B(qk.partition_B(tiles.k)),
-            v=self.pv().make_fragment_B(pv.partition_B(transposed)),
+            v=tuple(self.pv(width).make_fragment_B(pv.partition_B(piece)) for piece in of_pieces),
             s=s,
             p=cute.make_rmem_tensor(cute.size(s), Float8E4M3FN),
-            sums=accumulation(o, self.config.promotion),
+            next_p=cute.make_rmem_tensor(cute.size(s) // 4, Int32),
+            sums=sums,
             softmax=OnlineSoftmax.create(2, Float32(softmax_scale), ROW_LANES),
             shares=shares,
             scales=scales,
@@ -164,12 +180,14 @@ class QuantizedCompute(Compute):
     def qk(self) -> cute.TiledMma:
         return tiled_mma(self.config.tile_n, False, self.dtype, self.dtype)
 
-    def pv(self) -> cute.TiledMma:
-        return tiled_mma(self.dim_v, True, Float8E4M3FN, self.dtype)
+    def pv(self, columns: int | None = None) -> cute.TiledMma:
+        """Of so many of V's columns, or of all."""
+        return tiled_mma(columns or self.dim_v, True, Float8E4M3FN, self.dtype)
 
-    def begin_pv(self, state: State, slot: Int32) -> None:
-        """P V of the transposed V tile in `slot`."""
-        state.sums.begin(self.pv(), operand_a(state.p), state.v[None, None, None, slot])
+    def begin_pv(self, state: State, slot: Int32, piece: int) -> None:
+        """P V of a piece of the columns of the transposed V tile in `slot`."""
+        pv = self.pv(self.dim_v // state.sums.pieces)
+        state.sums.begin(pv, operand_a(state.p), state.v[piece][None, None, None, slot])
 
     def scale_scores(self, state: State, n: Int32) -> None:
         """S as if q and k had not been divided by the scales of their blocks."""
@@ -186,45 +204,51 @@ class QuantizedCompute(Compute):
         """What the product of block n is multiplied by, where V has scales of blocks."""
         return None if self.problem.block is None else state.scales.v_scale[self.scale_block(n)]
 
-    def softmax(self, job: Job, state: State, n: Int32, masked: bool, warpgroup: Int32) -> cute.Tensor:
-        """The scores of KV block n become P in fp32; what O must be multiplied by for it."""
+    def raise_max(self, job: Job, state: State, n: Int32, masked: bool, warpgroup: Int32) -> Change:
+        """As for 16 bits, of scores that are scaled."""
         self.scale_scores(state, n)
-        s, at = rows_by_columns(state.s), coordinates(self.qk(), self.config.tile_n)
-        first_key = n * self.config.tile_n
-        state.shares[0].rules.apply(
-            s,
-            lambda r: row_of(self.config, job, warpgroup, at[r, 0][0]),
-            Keys(first_key + at[0, 0][1], in_pairs=True),
-            masked,
-        )
-        rescale, shifts = state.softmax.raise_max(s), state.softmax.shifts()
-        self.lower(state.softmax, s, shifts)
-        self.exponentials(state.softmax, s, shifts)
-        return rescale
+        return super().raise_max(job, state, n, masked, warpgroup)
 
-    def exponentials(self, softmax: OnlineSoftmax, s: cute.Tensor, shifts: cute.Tensor) -> None:
-        """S becomes P, lifted, in place."""
-        for r in range(cute.size(shifts)):
-            for c in range(cute.size(s, mode=[1])):
-                s[r, c] = exp2(cute.math.fma(s[r, c], softmax.scale_log2, LIFT - shifts[r]))
+    def exponentiate(self, state: State, change: Change, part: int, parts: int) -> None:
+        """One of so many parts of S becomes the next P, and joins the row sum as it is rounded.
 
-    def to_p(self, state: State, rescale: cute.Tensor) -> None:
-        """P in 8 bits, as the next product's operand; what is multiplied joins the sum."""
-        to_p(state.s, state.p)
+        Eight rounded numbers at a time, 2**8 at most, are added up in float16 to two sums of four, which are
+        off by 2**-12 of themselves at most, up or down.
+        """
+        softmax, rescale = state.softmax, change.rescale
+        s, steps = words(state.s), self.config.tile_n // KEYS
+        begin, end = (steps * i // parts * 4 for i in (part, part + 1))
+        for r in range(cute.size(rescale)):
+            total = softmax.row_sum[r] if part else softmax.row_sum[r] * rescale[r]
+            for word in range(begin + r, end, 4):
+                halves = cute.make_rmem_tensor(2, Float16)
+                halves.store(self.word(state, s, word, change) + self.word(state, s, word + 2, change))
+                total = total + halves[0].to(Float32) + halves[1].to(Float32)
+            softmax.row_sum[r] = total
+
+    def word(self, state: State, s: cute.Tensor, word: int, change: Change) -> cute.TensorSSA:
+        """Four numbers of S, (4, words), become a word of the next P; their sum, two of two, (2,) float16."""
+        shift, p = LIFT - change.shifts[word % 2], cute.make_rmem_tensor(4, Float32)
+        for i in range(4):
+            p[i] = exp2(cute.math.fma(s[i, word], state.softmax.scale_log2, shift))
+        state.next_p[word], sums = rounded(p)
+        return sums
+
+    def to_p(self, state: State, change: Change) -> None:
+        """The next P becomes the next product's operand, and what is summed follows its maximum."""
+        p = cute.recast_tensor(state.p, Int32)
+        for i in range(cute.size(p)):
+            p[i] = state.next_p[i]
         pin(state.p)
-        row_sum = state.softmax.row_sum
-        for r in range(cute.size(row_sum)):
-            row_sum[r] = row_sum[r] * rescale[r]
-        for r, number in rounded(state.p):
-            row_sum[r] = row_sum[r] + number
+        state.sums.follow(change.rescale)
 
-    def take_over(self, state: State, turn: Int32, n: Int32, rescale: cute.Tensor) -> None:
-        """Product `turn`, of block n, joins what is summed, which then follows the maximum."""
-        state.sums.take_over(turn, self.scale_of_v(state, n), rescale)
+    def take_over(self, state: State, piece: int, turn: Int32, n: Int32) -> None:
+        """A piece of product `turn`, of block n, joins what is summed."""
+        state.sums.take_over(piece, turn, self.scale_of_v(state, n))
 
-    def finish(self, state: State, n: Int32) -> None:
-        """The last product, of block n, joins O."""
-        state.sums.finish(self.scale_of_v(state, n))
+    def finish(self, state: State, piece: int, n: Int32) -> None:
+        """A piece of the last product, of block n, joins O."""
+        state.sums.finish(piece, self.scale_of_v(state, n))
 
     def close(self, state: State) -> None:
         """Take the lift off what is summed, and put on V's scale where all of it has one."""

@@ -18,13 +18,21 @@ class Config(config.Config):
     never; O is that sum, in half of the registers. With scales of blocks of V it is 1: what is summed in one
     accumulator has one scale. It is no finer than a tile, of 128 keys at most: DeepSeek-V3 adds up as many
     at a time (DeepSeek-AI 2024, section 3.3.2), and with 16384 keys the error is 1.3 times an exact sum's.
+
+    part_columns: of V, that are multiplied at a time at most, where O takes over the sum of every tile. Half as
+    many registers of a thread hold these sums, beside O.
     """
 
     promotion: int = 1
+    part_columns: int = 64
 
     def __post_init__(self) -> None:
         if self.promotion < 0:
             raise ValueError(f"promotion is {self.promotion}; allowed: 0, never, or a number of tiles")
+
+    def piece(self, dim_v: int) -> int:
+        """Columns of a piece of P V, all equal. dim_v: of V, whole k steps."""
+        return next(columns for columns in range(self.part_columns, 0, -8) if dim_v % columns == 0)
 
     def shared_memory(self, problem: QuantizedProblem) -> int:
         """Bytes of dynamic shared memory: Q, O beside it, K and V tiles, V transposed, barriers."""

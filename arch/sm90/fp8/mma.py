@@ -7,10 +7,8 @@ multiplied in another order: place 16h + 4t + 2j + e of 32 is key 16h + 8j + 2t 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import cutlass.cute as cute
-from cutlass import Float8E4M3FN, Float32
+from cutlass import Float8E4M3FN, Float16, Float32, Int32
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from ..mma import ROWS
@@ -27,28 +25,22 @@ def tiled_mma(columns: int, a_in_registers: bool, a_dtype: type, b_dtype: type) 
     return cute.make_tiled_mma(cute.make_mma_atom(op))
 
 
-def to_p(s: cute.Tensor, p: cute.Tensor) -> None:
-    """An accumulator's numbers, (e, row, 8-column groups), rounded, in operand A's order.
+def words(s: cute.Tensor) -> cute.Tensor:
+    """An accumulator's numbers, (e, row, 8-column groups), in operand A's order: (4, words).
 
-    That is (e, j, row, h, steps).
+    That is (e, j, row, h, steps). A word has four numbers of one row, and words take turns by row.
     """
-    layout = cute.make_layout((2, 2, 2, 2, cute.size(s) // 16), stride=(1, 4, 2, 8, 16))
-    ordered = cute.make_tensor(s.iterator, layout)
-    for word in range(cute.size(p) // 4):
-        four = cute.make_rmem_tensor(4, Float32)
-        for i in range(4):
-            four[i] = ordered[4 * word + i]
-        part = cute.make_tensor(p.iterator + 4 * word, cute.make_layout(4))
-        part.store(four.load().to(Float8E4M3FN))
+    layout = cute.make_layout(((2, 2), (2, cute.size(s) // 8)), stride=((1, 4), (2, 8)))
+    return cute.make_tensor(s.iterator, layout)
 
 
-def rounded(p: cute.Tensor) -> Iterator[tuple[int, Float32]]:
-    """(row, number) of operand A's registers: what is multiplied."""
-    for word in range(cute.size(p) // 4):
-        four = cute.make_rmem_tensor(4, Float32)
-        four.store(cute.make_tensor(p.iterator + 4 * word, cute.make_layout(4)).load().to(Float32))
-        for i in range(4):
-            yield word % 2, four[i]
+def rounded(four: cute.Tensor) -> tuple[Int32, cute.TensorSSA]:
+    """Four numbers in 8 bits, as a word; the sums of two and two of what they have become, (2,) float16."""
+    narrow = cute.make_rmem_tensor(4, Float8E4M3FN)
+    narrow.store(four.load().to(Float8E4M3FN))
+    pairs = cute.make_rmem_tensor((2, 2), Float16)
+    pairs.store(narrow.load().to(Float16).reshape((2, 2)))
+    return cute.recast_tensor(narrow, Int32)[0], pairs[None, 0].load() + pairs[None, 1].load()
 
 
 def operand_a(p: cute.Tensor) -> cute.Tensor:
