@@ -98,13 +98,16 @@ def operand(x, batch: int, head: int) -> Operand:
     return Operand(x.data.float()[batch, :, head], scale)
 
 
-def assert_rows_close(out, model, lse, top) -> None:
+LSE, LSE_OF_FLOAT16 = 1e-4, 2e-4  # how close a log-sum-exp is; where sums of sixteen numbers are float16
+
+
+def assert_rows_close(out, model, lse, top, close: float = LSE) -> None:
     """Row by row, but for one in fifty: the last bit of an exponential may decide how a P is rounded."""
     sees = ~top.isneginf()
     assert torch.equal(lse.isneginf(), ~sees) and (out[~sees] == 0).all()
     apart = (out - model)[sees].square().mean(1).sqrt() / model[sees].square().mean(1).sqrt()
     assert apart.quantile(0.98) < 3e-3
-    assert (lse - top)[sees].abs().quantile(0.98) < 1e-4
+    assert (lse - top)[sees].abs().quantile(0.98) < close
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,7 +128,8 @@ def test_results_are_those_of_the_arithmetic(device, name):
         q, k, v = (operand(x, batch, h) for x, h in zip(quantized, (head, kv, kv), strict=True))
         arithmetic = scheme(device, emulation.get("fp8_accumulator", "float32"), block)
         model, top = accuracy.attention(q, k, v, dim**-0.5, arithmetic, shown)
-        assert_rows_close(out[batch, :, head], model.double(), lse[batch, head], top[:, 0].double())
+        close = LSE_OF_FLOAT16 if is_hopper(device) else LSE
+        assert_rows_close(out[batch, :, head], model.double(), lse[batch, head], top[:, 0].double(), close)
         s = (exact[0][batch, :, head].double() @ exact[1][batch, :, kv].double().T * dim**-0.5)
         s = s.masked_fill(~shown, -math.inf)
         p = s.softmax(1).nan_to_num(0.0)

@@ -1,9 +1,9 @@
 """The compute role in FP8: as for 16 bits, but for what 8 bits need.
 
     S = Q K[n-1] begun   part = P V[n] begun   wait S   S *= scales of its blocks   max(S)
-    of V's columns, piece by piece: some of next P = 2**8 exp(S) in 8 bits   wait part
+    of V's columns, piece by piece: some of the next P = 2**8 exp(S) in 8 bits   wait part
                                     O = O * rescale + part * scale of V's block   the next piece begun
-    P = next P
+    the rest of the next P   P = the next P
 
 P, of 2**8 at most, uses what e4m3 holds; the row sum is that of the rounded P. The tensor core's own sum
 keeps some 14 bits, so it is taken over by O, in fp32, after every tile (two-level accumulation), or as the
@@ -20,20 +20,23 @@ from cutlass import Float8E4M3FN, Float16, Float32, Int32, pipeline
 
 from ...common.job import Job, Launch, visits_of
 from ...common.memory import Tiles
+from ...common.operand import Operand
 from ...common.order import compute_before_wait, pin
 from ...common.softmax import LOG2_E, OnlineSoftmax, exp2
 from ...elementwise import minimum
-from ...quantized import Scales
+from ...quantized import QuantizedProblem, Scales
 from ..edge import Edge
 from ..forward.compute import Change, Compute, Share
 from ..forward.job import job_of
 from ..forward.rows import ROW_LANES, heads_of_thread
 from ..mma import ROWS, accumulator, wait
 from .accumulation import Sums, accumulation
-from .config import TRANSPOSED
-from .mma import KEYS, operand_a, rounded, tiled_mma, words
+from .config import TRANSPOSED, Config
+from .matrices import address, read, swizzled
+from .mma import KEYS, added, only, operand_a, rounded, tiled_mma, words
 
 LIFT = 8  # P is multiplied by 2**LIFT
+SUMMED = 16  # numbers of a row, that are added up in float16
 
 
 class Ends(NamedTuple):
@@ -49,7 +52,7 @@ class AllTiles(NamedTuple):
 
 
 class State(NamedTuple):
-    """As for 16 bits. v: of transposed tiles, pieces of their columns. p: in operand A's order.
+    """As for 16 bits, but q may be registers. v: (mma, pieces of columns, k, slots). p: in operand A's order.
 
     next_p: what P will be, words of four. sums: O, and how products join it.
     scales: of the job's heads. factor: of S, or of q alone where K has one for each block.
@@ -57,7 +60,7 @@ class State(NamedTuple):
 
     q: cute.Tensor
     k: cute.Tensor
-    v: tuple[cute.Tensor, ...]
+    v: cute.Tensor
     s: cute.Tensor
     p: cute.Tensor
     next_p: cute.Tensor
@@ -73,7 +76,11 @@ class State(NamedTuple):
 
 
 class QuantizedCompute(Compute):
-    """The same masks, turns and stores."""
+    """The same masks, turns and stores. q, out: the operands."""
+
+    def __init__(self, problem: QuantizedProblem, config: Config, q: Operand, out: Operand):
+        super().__init__(problem, config, out)
+        self.q = q
 
     @cute.jit
     def run(self, launch: Launch, tiles: AllTiles, ends: Ends, edge: Edge, warpgroup: Int32):
@@ -81,18 +88,20 @@ class QuantizedCompute(Compute):
         job = job_of(self.problem, self.config, launch, cute.arch.block_idx()[0])
         if job.first_row < job.sequence.q_rows:
             state = self.state(job, tiles, warpgroup)
-            self.blocks(job, state, ends, edge, warpgroup)
+            self.blocks(job, state, tiles.tiles, ends, edge, warpgroup)
             self.close(state)
             self.store.tile(job, tiles.tiles, state, warpgroup)
         self.store.finish()
         self.last_turn(warpgroup)
 
     @cute.jit
-    def blocks(self, job: Job, state: State, ends: Ends, edge: Edge, warpgroup: Int32):
+    def blocks(self, job: Job, state: State, tiles: Tiles, ends: Ends, edge: Edge, warpgroup: Int32):
         visits = visits_of(self.problem, self.config, job, state.shares[0].rules)
         if visits.any():
             ends.q.wait_and_advance()
             k = ends.k.wait_and_advance()
+            if cutlass.const_expr(self.config.keeps_q):
+                self.read_q(state, tiles.q[None, None, warpgroup])
             self.begin_s(state, k)
             wait(0, state.s)
             k.release()
@@ -103,7 +112,7 @@ class QuantizedCompute(Compute):
             rest = visits.rest()
             # Without a mask only the first block visited is partly hidden, and that is done.
             phases = rest.phases if self.problem.mask else rest.phases[1:]
-            pieces = state.sums.pieces
+            pieces, parts = state.sums.pieces, self.parts_of_p(state)
             for p in cutlass.range_constexpr(len(phases)):
                 masked = phases[p].masked
                 for i in cutlass.range(phases[p].visits, unroll=1):
@@ -119,13 +128,13 @@ class QuantizedCompute(Compute):
                     k.release()
                     change = self.raise_max(job, state, n, masked, warpgroup)
                     for piece in cutlass.range_constexpr(pieces):
-                        self.exponentiate(state, change, piece, pieces)
-                        compute_before_wait(state.softmax.row_sum[0], state.softmax.row_sum[1])
+                        self.beside(state, change, piece)
                         wait(0, state.sums.part)
                         self.take_over(state, piece, turn, before)
                         if cutlass.const_expr(piece + 1 < pieces):
                             self.begin_pv(state, turn % TRANSPOSED, piece + 1)
                     slot.warp_emptied()
+                    self.exponentiate(state, change, parts - 1, parts)
                     self.to_p(state, change)
                     turn += 1
             edge.of(turn % TRANSPOSED).wait_full(turn // TRANSPOSED)
@@ -140,10 +149,7 @@ class QuantizedCompute(Compute):
         s, o = accumulator(columns), accumulator(self.dim_v)
         o.fill(0.0)
         sums = accumulation(o, self.config.promotion, self.config.piece(self.dim_v))
-        width = self.dim_v // sums.pieces
-        piece = width, columns, TRANSPOSED
-        of_pieces = [cute.local_tile(transposed, piece, (i, 0, 0)) for i in range(sums.pieces)]
-        qk, pv = self.qk().get_slice(0), self.pv(width).get_slice(0)
+        qk, pv = self.qk(), self.pv(self.dim_v // sums.pieces)
         scales, factor = self.scales(job, warpgroup)
         shares = tuple(self.share(job, head) for head in heads_of_thread(self.config, job, warpgroup))
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
@@ -153,9 +159,9 @@ class QuantizedCompute(Compute):
         elif self.problem.block is None:
             softmax_scale = softmax_scale * factor
         return State(
-            q=self.qk().make_fragment_A(qk.partition_A(tiles.q[None, None, warpgroup])),
-            k=self.qk().make_fragment_B(qk.partition_B(tiles.k)),
-            v=tuple(self.pv(width).make_fragment_B(pv.partition_B(piece)) for piece in of_pieces),
+            q=self.q_operand(tiles.q[None, None, warpgroup]),
+            k=qk.make_fragment_B(qk.get_slice(0).partition_B(tiles.k)),
+            v=pv.make_fragment_B(pv.get_slice(0).partition_B(transposed)),
             s=s,
             p=cute.make_rmem_tensor(cute.size(s), Float8E4M3FN),
             next_p=cute.make_rmem_tensor(cute.size(s) // 4, Int32),
@@ -177,8 +183,25 @@ class QuantizedCompute(Compute):
         block = (job.first_row + warpgroup * ROWS) // self.problem.block
         return Scales(q, k, v), q[minimum(block, q.shape[0] - 1)]
 
+    def q_operand(self, tile: cute.Tensor) -> cute.Tensor:
+        """Q as products take it: its tile, or registers for it."""
+        if self.config.keeps_q:
+            return operand_a(cute.make_rmem_tensor(self.q.columns * ROWS // 128, self.dtype))
+        return self.qk().make_fragment_A(self.qk().get_slice(0).partition_A(tile))
+
+    def read_q(self, state: State, tile: cute.Tensor) -> None:
+        """Q's tile to registers: 16 rows of each warp."""
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx() % 4
+        row, width = warp * 16 + lane % 16, self.q.width
+        rows = swizzled(self.q, row * width + lane // 16 * 16)
+        words = cute.recast_tensor(cute.make_tensor(state.q.iterator, cute.size(state.q)), Int32)
+        for column in range(0, self.q.columns, KEYS):
+            part, inside = divmod(column, width)
+            of_step = cute.make_tensor(words.iterator + column // KEYS * 4, cute.make_layout(4))
+            read(address(tile) + part * (width * ROWS) + (rows ^ inside), of_step, transposed=False)
+
     def qk(self) -> cute.TiledMma:
-        return tiled_mma(self.config.tile_n, False, self.dtype, self.dtype)
+        return tiled_mma(self.config.tile_n, self.config.keeps_q, self.dtype, self.dtype)
 
     def pv(self, columns: int | None = None) -> cute.TiledMma:
         """Of so many of V's columns, or of all."""
@@ -187,7 +210,7 @@ class QuantizedCompute(Compute):
     def begin_pv(self, state: State, slot: Int32, piece: int) -> None:
         """P V of a piece of the columns of the transposed V tile in `slot`."""
         pv = self.pv(self.dim_v // state.sums.pieces)
-        state.sums.begin(pv, operand_a(state.p), state.v[piece][None, None, None, slot])
+        state.sums.begin(pv, operand_a(state.p), only(state.v[None, piece, None, slot]))
 
     def scale_scores(self, state: State, n: Int32) -> None:
         """S as if q and k had not been divided by the scales of their blocks."""
@@ -209,29 +232,46 @@ class QuantizedCompute(Compute):
         self.scale_scores(state, n)
         return super().raise_max(job, state, n, masked, warpgroup)
 
+    def parts_of_p(self, state: State) -> int:
+        """Parts that P is computed in: one beside each piece of a product but the first of several, which is
+        there when max(S) is, and one after all.
+        """
+        return max(state.sums.pieces, 2)
+
+    def beside(self, state: State, change: Change, piece: int) -> None:
+        """What is computed beside a piece of a product."""
+        parts = self.parts_of_p(state)
+        part = piece - (state.sums.pieces - parts + 1)
+        if part >= 0:
+            self.exponentiate(state, change, part, parts)
+            compute_before_wait(state.softmax.row_sum[0], state.softmax.row_sum[1])
+
     def exponentiate(self, state: State, change: Change, part: int, parts: int) -> None:
         """One of so many parts of S becomes the next P, and joins the row sum as it is rounded.
 
-        Eight rounded numbers at a time, 2**8 at most, are added up in float16 to two sums of four, which are
-        off by 2**-12 of themselves at most, up or down.
+        SUMMED rounded numbers at a time, 2**8 at most, are added up in float16, to two sums: each addition is
+        off by 2**-12 of its sum at most, up or down.
         """
-        softmax, rescale = state.softmax, change.rescale
-        s, steps = words(state.s), self.config.tile_n // KEYS
+        s, rescale, row_sum = words(state.s), change.rescale, state.softmax.row_sum
+        steps, together, last = self.config.tile_n // KEYS, 2 * SUMMED // 4, part == parts - 1
         begin, end = (steps * i // parts * 4 for i in (part, part + 1))
         for r in range(cute.size(rescale)):
-            total = softmax.row_sum[r] if part else softmax.row_sum[r] * rescale[r]
-            for word in range(begin + r, end, 4):
-                halves = cute.make_rmem_tensor(2, Float16)
-                halves.store(self.word(state, s, word, change) + self.word(state, s, word + 2, change))
-                total = total + halves[0].to(Float32) + halves[1].to(Float32)
-            softmax.row_sum[r] = total
+            total = row_sum[r] if part else row_sum[r] * rescale[r]
+            for first in range(begin, end, together):
+                of_row = range(first + r, min(first + together, end), 2)
+                pair = cute.make_rmem_tensor(2, Float16)
+                pair.store(added([self.word(state, s, word, change, merged=last) for word in of_row]))
+                total = total + pair[0].to(Float32) + pair[1].to(Float32)
+            row_sum[r] = total
 
-    def word(self, state: State, s: cute.Tensor, word: int, change: Change) -> cute.TensorSSA:
-        """Four numbers of S, (4, words), become a word of the next P; their sum, two of two, (2,) float16."""
-        shift, p = LIFT - change.shifts[word % 2], cute.make_rmem_tensor(4, Float32)
-        for i in range(4):
-            p[i] = exp2(cute.math.fma(s[i, word], state.softmax.scale_log2, shift))
-        state.next_p[word], sums = rounded(p)
+    def word(self, state: State, s: cute.Tensor, word: int, change: Change, merged: bool) -> cute.TensorSSA:
+        """Four numbers of S, (4, words), become a word of the next P; (2,) float16: sums of two and two.
+
+        merged: at once; it may not while a product reads the P that is.
+        """
+        shift, scale = LIFT - change.shifts[word % 2], state.softmax.scale_log2
+        p = [exp2(cute.math.fma(s[i, word], scale, shift)) for i in range(4)]
+        state.next_p[word], sums = rounded(p, merged)
         return sums
 
     def to_p(self, state: State, change: Change) -> None:

@@ -19,16 +19,24 @@ class Config(config.Config):
     accumulator has one scale. It is no finer than a tile, of 128 keys at most: DeepSeek-V3 adds up as many
     at a time (DeepSeek-AI 2024, section 3.3.2), and with 16384 keys the error is 1.3 times an exact sum's.
 
-    part_columns: of V, that are multiplied at a time at most, where O takes over the sum of every tile. Half as
-    many registers of a thread hold these sums, beside O.
+    part_columns: of V, that are multiplied at a time at most, where O takes over the sum of every tile. Their
+    sums are in half as many registers of a thread, beside O.
+    q_in_registers: Q is read from shared memory once, not for every tile, if sums of several tiles leave it
+    room.
     """
 
     promotion: int = 1
     part_columns: int = 64
+    q_in_registers: bool = False
 
     def __post_init__(self) -> None:
         if self.promotion < 0:
             raise ValueError(f"promotion is {self.promotion}; allowed: 0, never, or a number of tiles")
+
+    @property
+    def keeps_q(self) -> bool:
+        """Whether Q is in registers."""
+        return self.q_in_registers and self.promotion < 2
 
     def piece(self, dim_v: int) -> int:
         """Columns of a piece of P V, all equal. dim_v: of V, whole k steps."""

@@ -74,7 +74,7 @@ class QuantizedKernel(ForwardKernel):
         channels_ready()
         load = Load(self.problem, config, self.q, self.k, self.v)
         transpose = Transpose(self.problem, config, self.v, self.transposed)
-        compute = QuantizedCompute(self.problem, config, self.out)
+        compute = QuantizedCompute(self.problem, config, self.q, self.out)
         producers = LoadEnds(q.producer, k.producer, v.producer)
         every, consumers = AllTiles(tiles, transposed), Ends(q.consumer, k.consumer)
         arguments = launch, every, producers, TransposeEnds(v.consumer, edge)

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import cutlass.cute as cute
 from cutlass import Float8E4M3FN, Float16, Float32, Int32
+from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
 from ..mma import ROWS
 
 KEYS = 32  # of a step
+PACK = """{
+.reg .b16 low, high;
+cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+mov.b32 $0, {low, high};
+}"""
 
 
 def tiled_mma(columns: int, a_in_registers: bool, a_dtype: type, b_dtype: type) -> cute.TiledMma:
@@ -34,15 +41,39 @@ def words(s: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(s.iterator, layout)
 
 
-def rounded(four: cute.Tensor) -> tuple[Int32, cute.TensorSSA]:
-    """Four numbers in 8 bits, as a word; the sums of two and two of what they have become, (2,) float16."""
-    narrow = cute.make_rmem_tensor(4, Float8E4M3FN)
-    narrow.store(four.load().to(Float8E4M3FN))
-    pairs = cute.make_rmem_tensor((2, 2), Float16)
+def rounded(four: list[Float32], merged: bool) -> tuple[Int32, cute.TensorSSA]:
+    """Four numbers in 8 bits, as a word; the sums of two and two of what they have become, (2,) float16.
+
+    merged: the second conversion makes the word. Otherwise its halves meet where it is used.
+    """
+    narrow, pairs = cute.make_rmem_tensor(4, Float8E4M3FN), cute.make_rmem_tensor((2, 2), Float16)
+    word = cute.recast_tensor(narrow, Int32)
+    if merged:
+        values = [x.ir_value() for x in four]
+        word[0] = Int32(llvm.inline_asm(Int32.mlir_type, values, PACK, "=r,f,f,f,f", has_side_effects=False))
+    else:
+        wide = cute.make_rmem_tensor(4, Float32)
+        for i in range(4):
+            wide[i] = four[i]
+        narrow.store(wide.load().to(Float8E4M3FN))
     pairs.store(narrow.load().to(Float16).reshape((2, 2)))
-    return cute.recast_tensor(narrow, Int32)[0], pairs[None, 0].load() + pairs[None, 1].load()
+    return word[0], pairs[None, 0].load() + pairs[None, 1].load()
+
+
+def added(sums: list[cute.TensorSSA]) -> cute.TensorSSA:
+    """Their sum, of two and two."""
+    while len(sums) > 1:
+        sums = [sums[i] + sums[i + 1] for i in range(0, len(sums) - 1, 2)] + sums[len(sums) & ~1 :]
+    return sums[0]
 
 
 def operand_a(p: cute.Tensor) -> cute.Tensor:
     """Registers in A's order: ((4, 2, 2), 1, steps)."""
     return cute.make_tensor(p.iterator, cute.make_layout(((4, 2, 2), 1, cute.size(p) // 16)))
+
+
+def only(piece: cute.Tensor) -> cute.Tensor:
+    """(mma, k) of one piece of an operand's rows, as an operand that has no others: (mma, 1, k)."""
+    mma, k = piece.layout.shape, piece.layout.stride
+    layout = cute.make_layout((mma[0], 1, mma[1]), stride=(k[0], 0, k[1]))
+    return cute.make_tensor(piece.iterator, layout)

@@ -8,9 +8,8 @@
 The rows that one stmatrix writes are columns 0, 2, 4, 6, 9, 11, 13, 15 of 16, or the others: the swizzle puts
 eight that differ in their last three bits into eight different groups of banks.
 
-A warp takes all keys of 16 columns. Addresses differ by little: swizzled parts begin at multiples of 1024
-bytes, 32 keys of V are whole periods of the swizzle, and so are 16 columns of the transposed tile. So a lane
-has one address on either side, and what is to be added to it or, inside a row, to be flipped is known.
+A warp takes all keys of 16 columns. 32 keys of V are whole periods of the swizzle, and so are 16 columns of
+the transposed tile: a lane has one address on either side, and what is added to it or flipped is known.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import AddressSpace, Float16, Int32, Uint32, pipeline
-from cutlass.cute.nvgpu import warp
+from cutlass import Int32, Uint32, pipeline
 
 from ...common.job import Job, Launch, visits_of
 from ...common.operand import Operand
@@ -31,6 +29,7 @@ from ..edge import Edge
 from ..forward.job import job_of
 from .compute import AllTiles
 from .config import TRANSPOSED, Config
+from .matrices import address, read, swizzled, write
 from .mma import KEYS
 from .topology import TRANSPOSERS
 
@@ -71,25 +70,24 @@ class Transpose:
                 source, target = tiles.tiles.v[None, None, filled.index], tiles.transposed[None, None, slot]
                 pieces = self.v.columns // COLUMNS
                 for piece in cutlass.range(mine, pieces, TRANSPOSERS, unroll=1):
-                    self.columns(source.iterator, target.iterator, lane, piece)
+                    self.columns(source, target, lane, piece)
                 ends.transposed.of(slot).warp_filled()
                 filled.release()  # all lanes have read: they have met
 
-    def columns(self, source: cute.Pointer, target: cute.Pointer, lane: Lane, piece: Int32) -> None:
-        """16 columns of all keys of a tile, from one that begins at `source` to one at `target`."""
+    def columns(self, source: cute.Tensor, target: cute.Tensor, lane: Lane, piece: Int32) -> None:
+        """16 columns of all keys of a tile, to the transposed one."""
         columns = Uint32(piece * COLUMNS)  # never negative
-        rows = address(source) + columns // self.v.width * (self.v.width * self.v.rows)
-        rows = rows + (lane.source ^ columns % self.v.width)
-        places = address(target) + lane.target + columns * self.transposed.width
+        source_part = address(source) + columns // self.v.width * (self.v.width * self.v.rows)
+        rows, places = lane.source ^ columns % self.v.width, address(target) + columns * self.transposed.width
         for key in range(0, self.v.rows, KEYS):
             words, ordered = (cute.make_rmem_tensor(4, Int32) for _ in range(2))
-            _copy(warp.LdMatrix8x8x16bOp(True, 4), pointer(rows + key * self.v.width), words.iterator)
+            read(source_part + key * self.v.width + rows, words, transposed=True)
             for h in range(2):
                 for m in range(2):
                     ordered[2 * h + m] = Int32(cute.arch.prmt(words[2 * h], words[2 * h + 1], lane.chosen[m]))
             part, inside = divmod(key, self.transposed.width)
-            place = (places ^ inside) + part * (self.transposed.width * self.transposed.rows)
-            _copy(warp.StMatrix8x8x16bOp(False, 4), ordered.iterator, pointer(place))
+            place = places + part * (self.transposed.width * self.transposed.rows)
+            write(ordered, (lane.target ^ inside) + place)
 
 
 class Lane(NamedTuple):
@@ -113,23 +111,3 @@ class Lane(NamedTuple):
             target=swizzled(transposed, (2 * row + odd) * transposed.width + matrix // 2 * 16),
             chosen=(where(crossed, ODD, EVEN), where(crossed, EVEN, ODD)),
         )
-
-
-def swizzled(operand: Operand, place: Int32) -> Int32:
-    """Where the swizzle puts 16 bytes of a tile's first part."""
-    return place ^ (place >> 3 & operand.width - 16)
-
-
-def address(tile: cute.Pointer) -> Int32:
-    return tile.toint().to(Int32)
-
-
-def pointer(address: Int32) -> cute.Pointer:
-    return cute.make_ptr(Float16, address, AddressSpace.smem, assumed_align=16)
-
-
-def _copy(op, source: cute.Pointer, target: cute.Pointer) -> None:
-    """16 bytes, or four words, as eight 16-bit numbers."""
-    layout = cute.make_layout(((8, 1),))
-    sides = (cute.make_tensor(cute.recast_ptr(side, dtype=Float16), layout) for side in (source, target))
-    cute.copy(cute.make_copy_atom(op, Float16), *sides)

@@ -37,7 +37,7 @@ TABLE = Table(
     rows=(
         Row(
             head_dim=128, head_dim_v=128, pressure=LIGHT,
-            config=Config(**SIZES, tile_n=128),
+            config=Config(**SIZES, tile_n=128, q_in_registers=True),
             why="208 registers of 232",
         ),
         Row(
