@@ -29,14 +29,21 @@ ASKED = {
     "packed": EXTREMES["light"],
     "packed_heavy": replace(EXTREMES["heavy"], dropout=0.0, splits=3),
     "heavy": replace(EXTREMES["heavy"], varlen=False, used="", dropout=0.0),
+    "documents": replace(EXTREMES["heavy"], score="softcap", dropout=0.0, splits=3),
+    "positions": replace(EXTREMES["light"], score="own_softcap"),
+    "slopes": replace(EXTREMES["light"], varlen=False, used="", score="softcap_alibi"),
 }
 SHIPPED = (
-    (HOPPERS, HOPPER, "plain", (64, 64), 128),
-    (HOPPERS, HOPPER, "plain", (128, 128), 128),
-    (HOPPERS, HOPPER, "light", (128, 128), 128),
-    (HOPPERS, HOPPER, "heavy", (128, 128), 64),
-    (HOPPERS, HOPPER, "packed", (128, 128), None),
-    (HOPPERS, HOPPER, "packed_heavy", (128, 128), None),
+    *((HOPPERS, HOPPER, *asked) for asked in (  # what is asked, head dims, block
+        ("plain", (128, 128), 128), ("light", (192, 128), 128), ("packed", (192, 128), None),
+        ("documents", (192, 128), None), ("light", (256, 128), 128), ("documents", (256, 128), None),
+        ("light", (192, 192), 128), ("packed", (192, 192), None), ("documents", (192, 192), None),
+        ("light", (256, 256), None), ("packed", (256, 256), None), ("documents", (256, 256), None),
+        ("light", (192, 192), 64), ("heavy", (192, 192), 64), ("slopes", (192, 192), 128),
+        ("positions", (192, 192), None), ("packed_heavy", (192, 192), None), ("light", (256, 256), 128),
+        ("heavy", (256, 256), 64), ("slopes", (256, 256), 128), ("positions", (256, 256), None),
+        ("packed_heavy", (256, 256), None),
+    )),
     (BLACKWELLS, B200, "light", (128, 128), 64),
     (BLACKWELLS, B200, "heavy", (128, 128), 64),
     (BLACKWELLS, B200, "light", (192, 128), 64),
@@ -118,6 +125,6 @@ def test_every_row_is_covered():
     assert list(alone) == [row.config for row in tuning.ROWS]
     assert {config.tiles for config in found if config.persistent} == {1, 2}
     found = [step_of(*row).config for row in SHIPPED if row[1] is HOPPER]
-    assert {config.tile_n for config in found} == {row.config.tile_n for row in hopper.TABLE.rows}
+    assert {replace(config, longest_first=False) for config in found} == {r.config for r in hopper.TABLE.rows}
     found = dict.fromkeys(replace(scaled_step(*row).config, persistent=False) for row in SCALED)
     assert set(found) == {row.config for row in scaled.ROWS}

@@ -14,7 +14,7 @@ QUANTIZED = Kernel(
     support=Support(
         capabilities=((9, 0), (9, 0)),
         dtypes=DTYPES,
-        head_dims=range(32, 129, 32),
+        head_dims=range(16, 257, 16),
         features=frozenset(
             (
                 "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "sink", "lse", "split_kv",

@@ -22,7 +22,7 @@ class Config(config.Config):
     part_columns: of V, that are multiplied at a time at most, where O takes over the sum of every tile. Their
     sums are in half as many registers of a thread, beside O.
     q_in_registers: Q is read from shared memory once, not for every tile, if sums of several tiles leave it
-    room.
+    room. Otherwise O takes its place in shared memory.
     """
 
     promotion: int = 1
@@ -43,8 +43,8 @@ class Config(config.Config):
         return next(columns for columns in range(self.part_columns, 0, -8) if dim_v % columns == 0)
 
     def shared_memory(self, problem: QuantizedProblem) -> int:
-        """Bytes of dynamic shared memory: Q, O beside it, K and V tiles, V transposed, barriers."""
+        """Bytes of dynamic shared memory: Q, O beside or over it, K and V tiles, V transposed, barriers."""
         dim, dim_v = map(problem.precision.padded, (problem.head_dim, problem.head_dim_v))
         tiles = self.stages * (dim + dim_v) + TRANSPOSED * dim_v
-        out = problem.out_precision.nbytes(self.tile_m * dim_v)
-        return self.tile_m * dim + out + self.tile_n * tiles + 1024
+        q, out = self.tile_m * dim, problem.out_precision.nbytes(self.tile_m * dim_v)
+        return (q + out if self.keeps_q else max(q, out)) + self.tile_n * tiles + 1024

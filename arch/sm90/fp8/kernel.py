@@ -12,6 +12,7 @@ A tile is 128 rows of a query head, with all keys or one split of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import cutlass
@@ -46,12 +47,17 @@ class QuantizedKernel(ForwardKernel):
             )
         self.problem, self.config, self.topology = problem, config, topology(config)
         precision, dim, dim_v = problem.precision, problem.head_dim, problem.head_dim_v
+        columns = precision.padded(dim_v)  # of a product: of the result those beyond its own are not written
         self.q = Operand.of(precision, ROWS, dim, config.consumers, problem.varlen)
-        self.out = Operand.of(problem.out_precision, ROWS, dim_v, config.consumers, problem.varlen)
+        self.out = Operand.of(problem.out_precision, ROWS, columns, config.consumers, problem.varlen)
+        if not config.keeps_q:
+            # A warpgroup's O takes the place of its own Q.
+            nbytes = max(self.q.bytes, self.out.bytes)
+            self.q, self.out = (replace(x, pitch=nbytes * 8 // x.precision.bits) for x in (self.q, self.out))
         k = Operand.of(precision, config.tile_n, dim, config.stages, problem.ragged_k)
         v = Operand.of(precision, config.tile_n, dim_v, config.stages, problem.ragged_k)
         self.k, self.v = k.in_pages(problem.page_size), v.in_pages(problem.page_size)
-        self.transposed = Operand.of(precision, precision.padded(dim_v), config.tile_n, TRANSPOSED, False)
+        self.transposed = Operand.of(precision, columns, config.tile_n, TRANSPOSED, False)
 
     def named(self, operands: list) -> QuantizedOperands:
         """With elements for the bytes that tensors of 8 bits are passed as."""
@@ -92,7 +98,7 @@ class QuantizedKernel(ForwardKernel):
         """The tiles, V transposed, and the barriers of all links."""
         smem = SmemAllocator()
         barriers = smem.allocate_array(cutlass.Int64, self.topology.count)
-        tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=True)
+        tiles = Tiles.allocate(smem, self.q, self.k, self.v, self.out, apart=self.config.keeps_q)
         return tiles, allocate(smem, self.transposed), barriers
 
 
