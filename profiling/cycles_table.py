@@ -160,8 +160,8 @@ def _in_fp8(rows: list[Row | NotYet]) -> Iterator[str]:
         "## FP8", "",
         "Clocks per 128 × 128 scores; of peak: of FP8's, twice that of bf16, of NVFP4's with Q K's at four",
         "times. mxfp8: both products; nvfp4: Q K, and P V in FP8. FlashAttention-3's line is",
-        "arithmetic on its published tiles (`profiling/fp8.py`); – is what only machine code tells, and its",
-        "ceiling is without. alu and issue are with the warps that transpose V on Hopper. Conversions to 8",
+        "arithmetic on its published tiles (`profiling/fp8.py`); fma, alu and issue are then what no such",
+        "kernel does without. alu and issue are with the warps that transpose V on Hopper. Conversions to 8",
         "bits have the rate of others, but on GB300, where somebody measured it (`profiling/rates.py`).", "",
     )  # fmt: skip
     yield from head(["GPU", *TITLES[:-1]])
@@ -180,6 +180,7 @@ def _in_fp8(rows: list[Row | NotYet]) -> Iterator[str]:
 
 
 FLASH_ATTENTION_3 = "FlashAttention-3's tiles"
+CODE = ("fma", "alu", "issue")  # units of which machine code tells
 
 
 def _fp8_line(name: str, case: str, kernel: str, tile: tuple[int, int], cost: Cost) -> str:
@@ -206,20 +207,25 @@ def _told_beyond_published(row: Row) -> str:
     tile, _ = fp8.flash_attention_3(CASES[row.case].dims)
     clocks = row.cost.cycles(GPUS[PUBLISHED_FP8_GPU])
     binds, more = max(clocks, key=clocks.__getitem__), beyond_published(row)
+    kinds = [unit for unit in more if unit in CODE], [unit for unit in more if unit not in CODE]
+    in_code, by_tile = (", ".join(f"{unit} {more[unit]:.2f} ×" for unit in units) for units in kinds)
     told = []
-    if more:
-        ratios = ", ".join(f"{unit} {ratio:.2f} ×" for unit, ratio in more.items())
+    if by_tile:
         shapes = ["{} × {}".format(*shape) for shape in (row.tile, tile)]
         told.append(
-            f"{ratios}: tiles of {shapes[0]}, not {shapes[1]}, for a block of scales is a tile, and one "
-            "config serves all head dims, whose registers hold O twice at 128, summed in two levels"
+            f"{by_tile}: tiles of {shapes[0]}, not {shapes[1]}, for a block of scales is a tile, and O is "
+            "there beside a part that it takes over"
+        )
+    if in_code:
+        told.append(
+            f"{in_code} what no kernel of these tiles does without: P is read back as it was rounded, to be "
+            "summed, and loops, descriptors and waits count"
         )
     if binds == "issue":
         share = row.transposing / row.cost.issue
         told.append(
             f"issue binds with {per_work(row) * clocks[binds]:.0f} clocks, {share:.0%} of them for the warps "
-            "that transpose V; in the others P is read back as it was rounded, to be summed, and O's second "
-            "level takes an addition for each of its numbers"
+            "that transpose V"
         )
     return f"* {row.case}, {row.kernel}, of FlashAttention-3's tiles: {'; '.join(told)}." if told else ""
 

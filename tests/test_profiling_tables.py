@@ -183,7 +183,7 @@ def test_the_arithmetic_of_fp8_tiles_is_what_the_emulator_counts_of_ours():
     rows = in_fp8("sm_90a", "sm90.fp8")
     assert {row.case for row in rows} == set(cycles.FP8)
     for row in rows:
-        found = fp8.cost(row.tile, CASES[row.case].dims)
+        found = fp8.cost(row.tile, CASES[row.case].dims, q_kept="q_in_registers=True" in row.config)
         assert (row.cost.flops, row.cost.mufu, row.cost.shared) == (found.flops, found.mufu, found.shared)
         assert 0 < row.transposing < row.cost.issue / 3
 
@@ -194,9 +194,9 @@ def test_hoppers_fp8_beside_flash_attention_3_s_tiles(name):
     told = cycles_table.JSON.with_suffix(".md").read_text()
     (row,) = (row for row in in_fp8("sm_90a", "sm90.fp8") if row.case == name)
     more = cycles_table.beyond_published(row)
-    assert more.keys() <= {"mufu", "shared"}
+    assert more.keys() <= {"mufu", "shared", *cycles_table.CODE}
     for unit, ratio in more.items():
-        assert re.search(rf"^\* {name}, sm90.fp8, .*\b{unit} {ratio:.2f} ×.*: tiles of", told, re.MULTILINE)
+        assert re.search(rf"^\* {name}, sm90.fp8, .*\b{unit} {ratio:.2f} ×", told, re.MULTILINE)
 
 
 @pytest.mark.parametrize("gpu", ["B200", "GB300"])

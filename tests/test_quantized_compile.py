@@ -35,6 +35,7 @@ ASKED = {
 }
 SHIPPED = (
     *((HOPPERS, HOPPER, *asked) for asked in (  # what is asked, head dims, block
+        ("light", (64, 64), None), ("packed", (64, 64), None), ("documents", (64, 64), None),
         ("plain", (128, 128), 128), ("light", (192, 128), 128), ("packed", (192, 128), None),
         ("documents", (192, 128), None), ("light", (256, 128), 128), ("documents", (256, 128), None),
         ("light", (192, 192), 128), ("packed", (192, 192), None), ("documents", (192, 192), None),

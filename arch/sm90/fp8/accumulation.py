@@ -8,11 +8,12 @@
 What the tensor core loses of a sum grows with the number of tiles in it; O += part, in fp32, loses next to
 nothing. A part of several tiles is of one maximum, as O is, so that both are rescaled for a new one.
 
-A part of one tile needs to be no wider than a product: equal pieces of O's columns are multiplied one after
-another, in the same registers. Until its piece of the part is there, O owes the factor that took the
-maximum to this tile's: both are one fma.
+A part of one tile needs to be no wider than a product: equal pieces of it, by O's columns and by spans of
+keys, are multiplied one after another, in the same registers. Until the first of its pieces is there, O owes
+the factor that took the maximum to this tile's: both are one fma.
 
-Each kind has O, `o`; `part`, where products go, on one level O itself; and how many `pieces` a tile has.
+Each kind has O, `o`; `part`, where products go, on one level O itself; how many `pieces` a tile's product
+has, and how many of these `spans` have the same columns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from ...common.fragment import rows_by_columns
-from ..mma import accumulator, begin
+from ..mma import accumulator, begin_sum
 
 
 class OneLevel(NamedTuple):
@@ -32,15 +33,15 @@ class OneLevel(NamedTuple):
 
     o: cute.Tensor
 
-    pieces = 1
+    pieces = spans = 1
 
     @property
     def part(self) -> cute.Tensor:
         return self.o
 
-    def begin(self, pv: cute.TiledMma, p: cute.Tensor, v: cute.Tensor) -> None:
-        """Begin to add a tile's product."""
-        begin(pv, self.o, p, v, accumulate=True)
+    def begin(self, pv: cute.TiledMma, steps: list[tuple[cute.Tensor, cute.Tensor]]) -> None:
+        """Begin to add a tile's product. steps: of P and V."""
+        begin_sum(pv, self.o, steps, 1, accumulate=True)
 
     def take_over(self, piece: int, turn: Int32, scale: None) -> None:
         """Product `turn` is there."""
@@ -59,14 +60,15 @@ class EachTile(NamedTuple):
     o: cute.Tensor
     part: cute.Tensor
     owed: cute.Tensor
+    spans: int
 
     @property
     def pieces(self) -> int:
-        return cute.size(self.o) // cute.size(self.part)
+        return cute.size(self.o) // cute.size(self.part) * self.spans
 
-    def begin(self, pv: cute.TiledMma, p: cute.Tensor, v: cute.Tensor) -> None:
-        """Begin to multiply by a piece of V's columns."""
-        begin(pv, self.part, p, v, accumulate=False)
+    def begin(self, pv: cute.TiledMma, steps: list[tuple[cute.Tensor, cute.Tensor]]) -> None:
+        """Begin a piece of a tile's product. steps: of P and V."""
+        begin_sum(pv, self.part, steps, 1)
 
     def take_over(self, piece: int, turn: Int32, scale: Float32 | None) -> None:
         """A piece of product `turn`, to be multiplied by `scale`, is there."""
@@ -79,9 +81,9 @@ class EachTile(NamedTuple):
 
     def finish(self, piece: int, scale: Float32 | None) -> None:
         """As `take_over`, of the last product."""
-        size = cute.size(self.part)
-        o = cute.make_tensor(self.o.iterator + piece * size, self.part.layout)
-        add(o, self.part, scale, self.owed)
+        columns, span = divmod(piece, self.spans)
+        o = cute.make_tensor(self.o.iterator + columns * cute.size(self.part), self.part.layout)
+        add(o, self.part, scale, None if span else self.owed)
 
 
 class SeveralTiles(NamedTuple):
@@ -91,11 +93,11 @@ class SeveralTiles(NamedTuple):
     part: cute.Tensor
     interval: int
 
-    pieces = 1
+    pieces = spans = 1
 
-    def begin(self, pv: cute.TiledMma, p: cute.Tensor, v: cute.Tensor) -> None:
-        """Begin to add a tile's product to the part."""
-        begin(pv, self.part, p, v, accumulate=True)
+    def begin(self, pv: cute.TiledMma, steps: list[tuple[cute.Tensor, cute.Tensor]]) -> None:
+        """Begin to add a tile's product to the part. steps: of P and V."""
+        begin_sum(pv, self.part, steps, 1, accumulate=True)
 
     @cute.jit
     def take_over(self, piece: int, turn: Int32, scale: None):
@@ -116,14 +118,14 @@ class SeveralTiles(NamedTuple):
 Sums = OneLevel | EachTile | SeveralTiles
 
 
-def accumulation(o: cute.Tensor, promotion: int, columns: int) -> Sums:
-    """Of O, which is 0 yet. promotion: as the config's. columns: of a product of `part`."""
+def accumulation(o: cute.Tensor, promotion: int, columns: int, spans: int) -> Sums:
+    """Of O, which is 0 yet. promotion: as the config's. columns: of a piece. spans: of a tile's keys."""
     if promotion == 0:
         return OneLevel(o)
     if promotion == 1:
         owed = cute.make_rmem_tensor(2, Float32)
         owed.fill(0.0)
-        return EachTile(o, accumulator(columns), owed)
+        return EachTile(o, accumulator(columns), owed, spans)
     part = cute.make_rmem_tensor_like(o)
     part.fill(0.0)
     return SeveralTiles(o, part, promotion)

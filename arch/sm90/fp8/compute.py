@@ -1,7 +1,7 @@
 """The compute role in FP8: as for 16 bits, but for what 8 bits need.
 
     S = Q K[n-1] begun   part = P V[n] begun   wait S   S *= scales of its blocks   max(S)
-    of V's columns, piece by piece: some of the next P = 2**8 exp(S) in 8 bits   wait part
+    piece by piece of V's columns: some of the next P = 2**8 exp(S) in 8 bits   wait part
                                     O = O * rescale + part * scale of V's block   the next piece begun
     the rest of the next P   P = the next P
 
@@ -33,7 +33,7 @@ from ..mma import ROWS, accumulator, wait
 from .accumulation import Sums, accumulation
 from .config import TRANSPOSED, Config
 from .matrices import address, read, swizzled
-from .mma import KEYS, added, only, operand_a, rounded, tiled_mma, words
+from .mma import KEYS, added, operand_a, rounded, step, tiled_mma, words
 
 LIFT = 8  # P is multiplied by 2**LIFT
 SUMMED = 16  # numbers of a row, that are added up in float16
@@ -148,8 +148,8 @@ class QuantizedCompute(Compute):
         columns = self.config.tile_n
         s, o = accumulator(columns), accumulator(self.dim_v)
         o.fill(0.0)
-        sums = accumulation(o, self.config.promotion, self.config.piece(self.dim_v))
-        qk, pv = self.qk(), self.pv(self.dim_v // sums.pieces)
+        sums = accumulation(o, self.config.promotion, self.config.piece(self.dim_v), self.config.spans)
+        qk, pv = self.qk(), self.pv(self.columns_of(sums))
         scales, factor = self.scales(job, warpgroup)
         shares = tuple(self.share(job, head) for head in heads_of_thread(self.config, job, warpgroup))
         # A score rule takes scaled scores, so that only the change of base is left to the softmax.
@@ -207,10 +207,18 @@ class QuantizedCompute(Compute):
         """Of so many of V's columns, or of all."""
         return tiled_mma(columns or self.dim_v, True, Float8E4M3FN, self.dtype)
 
+    def columns_of(self, sums: Sums) -> int:
+        """Columns of a piece of a product."""
+        return self.dim_v * sums.spans // sums.pieces
+
     def begin_pv(self, state: State, slot: Int32, piece: int) -> None:
-        """P V of a piece of the columns of the transposed V tile in `slot`."""
-        pv = self.pv(self.dim_v // state.sums.pieces)
-        state.sums.begin(pv, operand_a(state.p), only(state.v[None, piece, None, slot]))
+        """A piece of P V, of the transposed V tile in `slot`."""
+        columns, span = divmod(piece, state.sums.spans)
+        steps, v = self.config.tile_n // KEYS, state.v[None, columns, None, slot]
+        begin, end = (steps * i // state.sums.spans for i in (span, span + 1))
+        state.sums.begin(
+            self.pv(self.columns_of(state.sums)), [step(state.p, v, k) for k in range(begin, end)]
+        )
 
     def scale_scores(self, state: State, n: Int32) -> None:
         """S as if q and k had not been divided by the scales of their blocks."""

@@ -8,6 +8,7 @@ from ...quantized import QuantizedProblem
 from .. import config
 
 TRANSPOSED = 2  # tiles of transposed V: one is multiplied while the next is made
+MOST_SUMMED = 128  # keys, by the tensor core, where O takes over the sum of every tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,9 @@ class Config(config.Config):
 
     promotion: after so many tiles of keys O, in fp32, takes over the tensor core's sum, which is short. 0:
     never; O is that sum, in half of the registers. With scales of blocks of V it is 1: what is summed in one
-    accumulator has one scale. It is no finer than a tile, of 128 keys at most: DeepSeek-V3 adds up as many
-    at a time (DeepSeek-AI 2024, section 3.3.2), and with 16384 keys the error is 1.3 times an exact sum's.
+    accumulator has one scale. A sum of one tile is of 128 keys at most, or of equal spans of it: DeepSeek-V3
+    adds up as many at a time (DeepSeek-AI 2024, section 3.3.2), and with 16384 keys the error is 1.3 times an
+    exact sum's.
 
     part_columns: of V, that are multiplied at a time at most, where O takes over the sum of every tile. Their
     sums are in half as many registers of a thread, beside O.
@@ -37,6 +39,11 @@ class Config(config.Config):
     def keeps_q(self) -> bool:
         """Whether Q is in registers."""
         return self.q_in_registers and self.promotion < 2
+
+    @property
+    def spans(self) -> int:
+        """Equal spans of a tile's keys, each of which O takes over by itself."""
+        return -(-self.tile_n // MOST_SUMMED)
 
     def piece(self, dim_v: int) -> int:
         """Columns of a piece of P V, all equal. dim_v: of V, whole k steps."""

@@ -72,8 +72,8 @@ def operand_a(p: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(p.iterator, cute.make_layout(((4, 2, 2), 1, cute.size(p) // 16)))
 
 
-def only(piece: cute.Tensor) -> cute.Tensor:
-    """(mma, k) of one piece of an operand's rows, as an operand that has no others: (mma, 1, k)."""
-    mma, k = piece.layout.shape, piece.layout.stride
-    layout = cute.make_layout((mma[0], 1, mma[1]), stride=(k[0], 0, k[1]))
-    return cute.make_tensor(piece.iterator, layout)
+def step(p: cute.Tensor, v: cute.Tensor, k: int) -> tuple[cute.Tensor, cute.Tensor]:
+    """One step's operands, (mma, 1, 1) each, of P's registers and of (mma, steps) of V."""
+    layout = cute.make_layout((v.layout.shape[0], 1, 1), stride=(v.layout.stride[0], 0, 0))
+    of_p = cute.make_tensor(p.iterator + 16 * k, cute.make_layout(((4, 2, 2), 1, 1)))
+    return of_p, cute.make_tensor(v[None, k].iterator, layout)

@@ -4,8 +4,7 @@ A thread holds S (tile_n / 2 registers), P (tile_n / 8), O (head_dim_v / 2), a p
 added to it (half of part_columns at most), and where it is kept Q (head_dim / 8). For 128 x 128 scores an SM
 needs 1024 clocks for exponentials, 4 * (head_dim + head_dim_v) for products, and for shared memory
 3 * head_dim of K, 5 * head_dim_v of V, and of Q, unless it is kept, as many as 128 * head_dim / tile_n. A
-block of scales has whole tiles: one number scales all of a tile's scores. No tile has more than 128 keys,
-with which the tensor core's sums are good (config.py).
+block of scales has whole tiles: one number scales all of a tile's scores.
 """
 
 from __future__ import annotations
@@ -34,6 +33,11 @@ def fitted(config: Config, problem: QuantizedProblem, device: Device) -> Config 
 
 TABLE = Table(
     rows=(
+        Row(
+            head_dim=64, head_dim_v=64, pressure=LIGHT,
+            config=Config(**SIZES, tile_n=192),
+            why="exponentials bind, of which four for each row and tile are of factors",
+        ),
         Row(
             head_dim=192, head_dim_v=128, pressure=LIGHT,
             config=Config(**SIZES, tile_n=128, q_in_registers=True),
