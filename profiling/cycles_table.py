@@ -213,13 +213,13 @@ def _told_beyond_published(row: Row) -> str:
     if by_tile:
         shapes = ["{} × {}".format(*shape) for shape in (row.tile, tile)]
         told.append(
-            f"{by_tile}: tiles of {shapes[0]}, not {shapes[1]}, for a block of scales is a tile, and O is "
-            "there beside a part that it takes over"
+            f"{by_tile}: tiles of {shapes[0]}, not {shapes[1]}, for registers hold the part that O takes "
+            "over, too"
         )
     if in_code:
         told.append(
-            f"{in_code} what no kernel of these tiles does without: P is read back as it was rounded, to be "
-            "summed, and loops, descriptors and waits count"
+            f"{in_code} of what no kernel of these tiles does without: P is read back as it was rounded, to "
+            "be summed, and loops, descriptors and waits count"
         )
     if binds == "issue":
         share = row.transposing / row.cost.issue

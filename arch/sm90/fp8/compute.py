@@ -1,8 +1,8 @@
 """The compute role in FP8: as for 16 bits, but for what 8 bits need.
 
-    S = Q K[n-1] begun   part = P V[n] begun   wait S   S *= scales of its blocks   max(S)
-    piece by piece of V's columns: some of the next P = 2**8 exp(S) in 8 bits   wait part
-                                    O = O * rescale + part * scale of V's block   the next piece begun
+    S = Q K[n-1] begun   part = P V[n], first piece, begun   wait S   S *= scales of its blocks   max(S)
+    piece by piece: some of the next P = 2**8 exp(S) in 8 bits   wait part
+                    O = O * rescale + part * scale of V's block   the next piece begun
     the rest of the next P   P = the next P
 
 P, of 2**8 at most, uses what e4m3 holds; the row sum is that of the rounded P. The tensor core's own sum
@@ -124,24 +124,24 @@ class QuantizedCompute(Compute):
                     slot.wait_full(turn // TRANSPOSED)
                     self.begin_pv(state, turn % TRANSPOSED, 0)
                     self.end_turn(warpgroup)
+                    scale = self.scale_of_v(state, before)
                     wait(1, state.s)
                     k.release()
                     change = self.raise_max(job, state, n, masked, warpgroup)
                     for piece in cutlass.range_constexpr(pieces):
                         self.beside(state, change, piece)
                         wait(0, state.sums.part)
-                        self.take_over(state, piece, turn, before)
-                        if cutlass.const_expr(piece + 1 < pieces):
-                            self.begin_pv(state, turn % TRANSPOSED, piece + 1)
+                        self.take_over(state, piece, turn, scale)
                     slot.warp_emptied()
                     self.exponentiate(state, change, parts - 1, parts)
                     self.to_p(state, change)
                     turn += 1
             edge.of(turn % TRANSPOSED).wait_full(turn // TRANSPOSED)
+            last_scale = self.scale_of_v(state, n)
             for piece in cutlass.range_constexpr(pieces):
                 self.begin_pv(state, turn % TRANSPOSED, piece)
                 wait(0, state.sums.part)
-                self.finish(state, piece, n)
+                self.finish(state, piece, last_scale)
 
     def state(self, job: Job, all_tiles: AllTiles, warpgroup: Int32) -> State:
         tiles, transposed = all_tiles
@@ -290,13 +290,15 @@ class QuantizedCompute(Compute):
         pin(state.p)
         state.sums.follow(change.rescale)
 
-    def take_over(self, state: State, piece: int, turn: Int32, n: Int32) -> None:
-        """A piece of product `turn`, of block n, joins what is summed."""
-        state.sums.take_over(piece, turn, self.scale_of_v(state, n))
+    def take_over(self, state: State, piece: int, turn: Int32, scale: Float32 | None) -> None:
+        """A piece of product `turn`, to be multiplied by `scale`, joins what is summed; the next is begun."""
+        state.sums.take_over(piece, turn, scale)
+        if piece + 1 < state.sums.pieces:
+            self.begin_pv(state, turn % TRANSPOSED, piece + 1)
 
-    def finish(self, state: State, piece: int, n: Int32) -> None:
-        """A piece of the last product, of block n, joins O."""
-        state.sums.finish(piece, self.scale_of_v(state, n))
+    def finish(self, state: State, piece: int, scale: Float32 | None) -> None:
+        """A piece of the last product joins O."""
+        state.sums.finish(piece, scale)
 
     def close(self, state: State) -> None:
         """Take the lift off what is summed, and put on V's scale where all of it has one."""
