@@ -2,7 +2,8 @@
 
     S = q_scale k_scale softmax_scale · Q K -> mask -> softmax -> P rounded to 8 bits -> O = P V v_scale
 
-A scale is one float32 for all rows of a KV head's sequence, or one for each block of rows of a head.
+A scale is one float32 for all rows of a KV head's sequence, or one for each block of rows of a head. Blocks
+are counted from a sequence's first row, packed or not; of keys in a cache from the first in use.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from .precision import QUANTIZATION_BLOCKS, QUANTIZATIONS, Precision
 from .problem import Operands, Problem, Spec, forward_specs
+from .scheduled import Schedule, schedule_specs
 
 FORMATS = {QUANTIZATIONS[name].element.name: QUANTIZATIONS[name] for name in ("e4m3", "e5m2")}
 DTYPES = tuple(FORMATS)
@@ -40,7 +42,7 @@ class QuantizedProblem(Problem):
     def features(self) -> tuple[str, ...]:
         """As `Problem.features`."""
         scales = {128: ("scale_blocks",), 64: ("scale_blocks_64",)}
-        return super().features() + scales.get(self.block, ())
+        return super().features() + scales.get(self.block, ()) + (("schedule",) if self.scheduled else ())
 
     def conflicts(self) -> tuple[str, ...]:
         """Why no kernel can serve it, whatever its features."""
@@ -49,8 +51,6 @@ class QuantizedProblem(Problem):
             found += ("out_dtype None: results are not of 8 bits",)
         if self.block not in (None, *QUANTIZATION_BLOCKS):
             found += (f"no scales of blocks of {self.block} rows: allowed are {QUANTIZATION_BLOCKS}",)
-        if self.block and (self.varlen or self.cache):
-            found += ("no scales of blocks of rows for packed sequences or a cache",)
         return found
 
     def specs(self) -> QuantizedOperands:
@@ -63,14 +63,23 @@ class QuantizedProblem(Problem):
             of_head, blocks = scales.get(name, scales["k"])
             dims = ("batch", of_head, *((blocks,) if self.block else ()))
             asked[f"{name}_scale"] = Spec("float32", dims, "contiguous", f"scales of {name}", values="is 1")
-        return QuantizedOperands(**asked)
+        schedule = schedule_specs(self.split_kv) if self.scheduled else Schedule(None, None)
+        return QuantizedOperands(**asked, **schedule._asdict())
 
     def example_sizes(self) -> dict[str, int]:
         """As `Problem.example_sizes`."""
         sizes = super().example_sizes()
         if self.block:
-            sizes |= {f"{x}_scale_blocks": -(-sizes[f"seqlen_{x}"] // self.block) for x in "qk"}
+            rows = {x: sizes.get(f"seqlen_{x}", sizes.get(f"total_{x}")) for x in "qk"}
+            sizes |= {f"{x}_scale_blocks": -(-of_one // self.block) for x, of_one in rows.items()}
         return sizes
+
+
+@dataclass(frozen=True)
+class ScheduledQuantizedProblem(QuantizedProblem):
+    """The same with a schedule, as a `ScheduledProblem` has it."""
+
+    scheduled: ClassVar[bool] = True
 
 
 class Scales(NamedTuple):
@@ -82,6 +91,11 @@ class Scales(NamedTuple):
 
 
 # Everything a kernel is launched with, in launch order; None where there is none.
-QuantizedOperands = NamedTuple(  # noqa: UP014 - made of the fields of two others
-    "QuantizedOperands", [(name, Any) for name in (*Operands._fields, *Scales._fields)]
+QuantizedOperands = NamedTuple(  # noqa: UP014 - made of the fields of three others
+    "QuantizedOperands", [(name, Any) for of in (Operands, Scales, Schedule) for name in of._fields]
 )
+
+
+def named(operands: list[Any]) -> QuantizedOperands:
+    """The operands of a launch, in their order, by their names, without a schedule."""
+    return QuantizedOperands(*operands)._replace(sequence_splits=None, sequence_order=None)

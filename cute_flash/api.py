@@ -101,8 +101,8 @@ def flash_attn_func(
     q_descale, k_descale, v_descale: of q, k and v of float8_e4m3fn or float8_e5m2, all three of one, what
         their numbers are multiplied by, above 0: float32 (batch, heads_kv), of which q's is for all heads
         that share a KV head; or with a quantization_block of 64 or 128 rows a number for each: (batch, heads
-        or heads_kv, blocks). None: 1. Without gradients, dropout, block_mask, out and return_attn_probs.
-    out_dtype: of the result for such q, k and v: bfloat16, also if None, or float16.
+        or heads_kv, blocks). None: 1. Without gradients, dropout and return_attn_probs.
+    out_dtype: of the result for such q, k and v: bfloat16 or float16; if None out's, or bfloat16.
 
     Returns out, (batch, seqlen_q, heads, head_dim_v) in q's dtype; (out, lse) with return_lse, lse the
     natural log of the softmax's sum, float32 (batch, heads, seqlen_q); (out, lse, S_dmask) with
@@ -169,7 +169,10 @@ def flash_attn_varlen_func(
         else cu_seqlens_k, says how many keys a sequence has; one of both may be None. Nothing else is used:
         neither a page's rows beyond the last key nor the table's numbers there. No gradients.
     block_mask: for dense batches only: NotImplementedError unless None.
-    quantization_block: None, for q of 8 bits: a scale is for all rows of a sequence.
+    q_descale, k_descale, v_descale, with a quantization_block: (batch, heads or heads_kv, blocks), as many
+        blocks as max_seqlen_q or max_seqlen_k rows have, counted from the first row of each sequence; of
+        pages, as many as the block_table has room for.
+    q of 16 bits beside pages of 8: as in `flash_attn_with_kvcache`.
     All others: as in `flash_attn_func`; alibi_slopes (heads,) or (batch, heads); tables of rules by
     sequence and position inside it. return_attn_probs: NotImplementedError if True.
 
@@ -191,6 +194,8 @@ def flash_attn_varlen_func(
         block_table is not None, None, None, block_table,
     )  # fmt: skip
     descale = Descale(q_descale, k_descale, v_descale, quantization_block, out_dtype)
+    if block_table is not None and widened.is_meant(q, k, v):
+        return _result(widened.forward(q, k, v, packing, options, descale), return_lse)
     if quantized.is_meant(q, descale):
         return _result(quantized.forward(q, k, v, packing, options, descale), return_lse)
     return _result(repeat.forward(q, k, v, packing, options), return_lse)
@@ -374,6 +379,7 @@ def flash_attn_with_kvcache(
     q_descale: torch.Tensor | None = None,
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
+    quantization_block: int | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention to the keys of a cache, after new ones are appended to it, in place: prefill and decoding.
@@ -413,10 +419,13 @@ def flash_attn_with_kvcache(
     scheduler_metadata: from `get_scheduler_metadata`, made for calls like this one: in how many parts the
         keys of each sequence are taken, and in which order, by lengths on the device. Beside it num_splits is
         left open or its own. Without it all sequences have as many parts, which the cache's room decides.
-    q_descale, k_descale, v_descale, out_dtype: of q and a cache of float8_e4m3fn or float8_e5m2, all of one,
-        as in `flash_attn_func`, with a scale for each sequence and KV head; nothing is appended then.
+    q_descale, k_descale, v_descale, quantization_block, out_dtype: of q and a cache of float8_e4m3fn or
+        float8_e5m2, all of one, as in `flash_attn_func`, with a scale for each sequence and KV head or for
+        each block of a sequence's rows, counted from its first query and its first key in use: (batch, heads
+        or heads_kv, blocks), as many as seqlen_q or max_seqlen_q rows have, and as the cache has room for.
+        Nothing is appended then.
         With q of 16 bits beside such a cache k and v are widened to its dtype, exactly, and multiplied as
-        they are of 16 bits; q_descale is None, and the result has q's dtype.
+        they are of 16 bits; q_descale and quantization_block are None, and the result has q's dtype.
     All others: as in `flash_attn_func`.
 
     Returns out, shaped as q with head_dim_v; (out, lse) with return_softmax_lse, lse float32 (batch, heads,
@@ -443,7 +452,7 @@ def flash_attn_with_kvcache(
         0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         return_softmax_lse, out, num_splits=num_splits,
     )
-    descale = quantized.Descale(q_descale, k_descale, v_descale, None, out_dtype)
+    descale = quantized.Descale(q_descale, k_descale, v_descale, quantization_block, out_dtype)
     if widens:
         found = decoding.forward_widened(q, k_cache, v_cache, cache, options, descale)
     elif quantized.is_meant(q, descale):

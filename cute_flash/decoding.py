@@ -34,8 +34,7 @@ from .quantized import Descale
 from .repeat import Result
 from .request import Options, Packing
 
-NOT_WIDENED = ("k", "v", "rotary_cos", "rotary_sin", "rotary_seqlens")
-NOT_QUANTIZED = ("k", "v", "rotary_cos", "rotary_sin", "rotary_seqlens", "scheduler_metadata")
+OF_NEW_KEYS = ("k", "v", "rotary_cos", "rotary_sin", "rotary_seqlens")
 KEYS_OF_A_PART = 1024  # where a sequence's bits must not depend on how many CTAs there are
 _DECIDED: dict[Hashable, _Decided] = repeat.decisions()
 
@@ -92,12 +91,7 @@ def forward_quantized(
     descale: Descale,
 ) -> Result:
     """The same of q and a cache of 8 bits, to which nothing is appended."""
-    refused = [name for name in NOT_QUANTIZED if getattr(cache, name) is not None]
-    if refused:
-        raise NotImplementedError(
-            f"{', '.join(refused)} are given beside q of 8 bits; allowed: None. What is appended would need "
-            "scales of its own, and parts of the keys are of one length"
-        )
+    _refuse_new_keys("q", cache)
     kv_cache.check(q, k_cache, v_cache, cache, quantized.DTYPES)
     call = _halves(q, k_cache, v_cache, cache, options)
     _check_numbers(q, k_cache, v_cache, cache, call)
@@ -110,16 +104,20 @@ def forward_widened(
 ) -> Result:
     """The same of q of 16 bits and a cache of 8, to which nothing is appended."""
     (q,) = request.as_autocast_has_it(q)
-    refused = [name for name in NOT_WIDENED if getattr(cache, name) is not None]
-    if refused:
-        raise NotImplementedError(
-            f"{', '.join(refused)} are given beside a cache of 8 bits; allowed: None. What is appended would "
-            "need scales of its own"
-        )
+    _refuse_new_keys("a cache", cache)
     kv_cache.check(q, k_cache, v_cache, cache, dtypes_kv=quantized.DTYPES)
     call = _halves(q, k_cache, v_cache, cache, options)
     _check_numbers(q, k_cache, v_cache, cache, call)
     return widened.forward(q, k_cache, v_cache, call.packing, call.options, descale)
+
+
+def _refuse_new_keys(beside: str, cache: Cache) -> None:
+    """What is to be appended, and how. beside: what is of 8 bits."""
+    if refused := [name for name in OF_NEW_KEYS if getattr(cache, name) is not None]:
+        raise NotImplementedError(
+            f"{', '.join(refused)} are given beside {beside} of 8 bits; allowed: None. What is appended "
+            "would need scales of its own"
+        )
 
 
 def _check_numbers(q: Any, k_cache: Any, v_cache: Any, cache: Cache, call: _Call) -> None:

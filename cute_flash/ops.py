@@ -37,8 +37,9 @@ def probabilities(call: Call) -> torch.Tensor:
     return torch.ops.cute_flash.probabilities.default(*call)
 
 
-def _new_out(call: Call) -> torch.Tensor:
-    return call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
+def new_out(call: Call, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Where a kernel puts the result. dtype: q's if None."""
+    return call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]), dtype=dtype)
 
 
 def new_lse(q: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -64,11 +65,16 @@ class Answer(NamedTuple):
     bound: Bound | None
 
 
-def answer(call: Call, out: torch.Tensor | None, launched: Callable | None = None) -> Answer:
-    """What the operators do. out: where the user wants the result. launched: see `_launch`."""
+def answer(
+    call: Call, out: torch.Tensor | None, launched: Callable | None = None, dtype: torch.dtype | None = None
+) -> Answer:
+    """What the operators do. out: where the user wants the result. launched: see `_launch`.
+
+    dtype: of a result that nobody has given a place; q's if None.
+    """
     given, launched = out, launched or _launch
     if out is None:
-        out = _new_out(call)
+        out = new_out(call, dtype)
         if has_no_sequence(call):
             out.zero_()
     else:
@@ -105,7 +111,7 @@ def has_no_sequence(call: Call) -> bool:
 
 
 def _forward_fake(*arguments):
-    return _new_out(Call(*arguments)), _forward_out_fake(None, *arguments)
+    return new_out(Call(*arguments)), _forward_out_fake(None, *arguments)
 
 
 def _forward_out_fake(out, *arguments):

@@ -10,7 +10,7 @@ import torch
 from . import rules
 from .arch.block_scaled import BlockScaledProblem
 from .arch.problem import KvCache, Problem, Sizes
-from .arch.quantized import DTYPES, QuantizedProblem
+from .arch.quantized import DTYPES, QuantizedProblem, ScheduledQuantizedProblem
 from .arch.scheduled import ScheduledProblem
 from .arch.widened import ScheduledWidenedProblem, WidenedProblem
 from .latent import is_latent
@@ -37,7 +37,8 @@ def problem(
     name = str(dtype).removeprefix("torch.")
     kind = ScheduledProblem if scheduled else Problem
     if name in DTYPES or "form" in features:
-        kind = BlockScaledProblem if "form" in features else QuantizedProblem
+        of_8_bits = ScheduledQuantizedProblem if scheduled else QuantizedProblem
+        kind = BlockScaledProblem if "form" in features else of_8_bits
         features = {"out_dtype": "bfloat16", **features}
     elif "kv_dtype" in features:
         kind = ScheduledWidenedProblem if scheduled else WidenedProblem

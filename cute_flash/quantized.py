@@ -1,17 +1,19 @@
 """Attention on q, k and v of 8 bits: `flash_attn_quantized_func`, what `flash_attn_func` and
-`flash_attn_varlen_func` do with such tensors, and the operator, `forward_quantized`.
+`flash_attn_varlen_func` do with such tensors, and the operators, `forward_quantized` and
+`forward_quantized_out`.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 
-from . import block_scaled, cached, contents, launch, ops, request, schema
-from .arch.precision import QUANTIZATION_BLOCKS
+from . import block_scaled, cached, contents, launch, ops, request, scalars, scheduling, schema
 from .arch.quantized import DTYPES as NAMES
 from .dispatch import place_of, plan
+from .launch import Bound
 from .problems import problem_of, sizes_of
 from .quantization import Quantized
 from .repeat import Result
@@ -160,7 +162,11 @@ def _check_out_dtype(out_dtype: Any) -> None:
 def forward(q: Any, k: Any, v: Any, packing: Packing | None, options: Options, descale: Descale) -> Result:
     """Attention on tensors of 8 bits, from the user's arguments."""
     call, scaling = checked(q, k, v, packing, options, descale)
-    out, lse = torch.ops.cute_flash.forward_quantized.default(*call, *scaling)
+    if options.out is None:
+        out, lse = torch.ops.cute_flash.forward_quantized.default(*call, *scaling)
+    else:
+        out = options.out
+        lse = torch.ops.cute_flash.forward_quantized_out.default(out, *call, *scaling)
     return Result(out, lse if options.lse else None)
 
 
@@ -179,24 +185,25 @@ def checked(
     q: Any, k: Any, v: Any, packing: Packing | None, options: Options, descale: Descale
 ) -> tuple[Call, Scaling]:
     """A call and its scales, by all checks of those of 16 bits and what 8 bits need."""
-    out_dtype = torch.bfloat16 if descale.out_dtype is None else descale.out_dtype
+    out, out_dtype = options.out, descale.out_dtype
+    if out_dtype is None:
+        given = getattr(out, "dtype", None)
+        out_dtype = given if given in OUT_DTYPES else torch.bfloat16
     _check_out_dtype(out_dtype)
-    if options.out is not None:
-        raise NotImplementedError("out is given; allowed for q of 8 bits: None")
-    _refuse_gradients(q, k, v, options.learnable_sink)
+    _refuse_gradients(q, k, v, options.learnable_sink, out)
+    options = options._replace(out=None)
     if packing is None:
         call = request.dense_of(q, k, v, options, DTYPES)
     elif packing.cached:
         call = cached.checked_of(q, k, v, packing, options, DTYPES)
     else:
         call = request.varlen_of(q, k, v, packing, options, DTYPES)
+    request.check_out(out, q, v, out_dtype)
     return call, _scaling(call, descale, out_dtype)
 
 
 def _scaling(call: Call, descale: Descale, out_dtype: torch.dtype) -> Scaling:
-    block, sizes = descale.block, sizes_of(call)
-    if block is not None and (type(block) is not int or block not in QUANTIZATION_BLOCKS):
-        raise ValueError(f"quantization_block is {block!r}; allowed: None, {_listed(QUANTIZATION_BLOCKS)}")
+    block, sizes = scalars.quantization_block(descale.block), sizes_of(call)
     shape_q = shape_k = (sizes.batch, sizes.heads_kv)
     if block is not None:
         shape_q = (sizes.batch, sizes.heads_q, -(-sizes.seqlen_q // block))
@@ -228,38 +235,55 @@ def _parted(arguments: tuple) -> tuple[Call, Scaling]:
     return Call(*arguments[:count]), Scaling(*arguments[count:])
 
 
-def _new(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
+def _answer(out: torch.Tensor | None, arguments: tuple) -> ops.Answer:
     call, scaling = _parted(arguments)
-    out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]), dtype=scaling.out_dtype)
-    return out, ops.new_lse(call.q, ops.lse_shape(call))
-
-
-def _forward(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    (call, scaling), (out, lse) = _parted(arguments), _new(*arguments)
     contents.check_scales(dict(zip(NAMED, scaling[:3], strict=False)))
-    if ops.has_no_sequence(call):
-        contents.check(call, out)
-        out.zero_()
-        lse.fill_(-torch.inf)
-    elif out.numel():
-        _launch(call, scaling, out, lse)
+    return ops.answer(call, out, functools.partial(_launch, scaling), scaling.out_dtype)
+
+
+def _forward(*arguments):
+    out, lse, _ = _answer(None, arguments)
     return out, lse
 
 
-def _launch(call: Call, scaling: Scaling, out: torch.Tensor, lse: torch.Tensor) -> None:
+def _forward_out(out, *arguments):
+    return _answer(out, arguments).lse
+
+
+def _forward_fake(*arguments):
+    call, scaling = _parted(arguments)
+    return ops.new_out(call, scaling.out_dtype), _forward_out_fake(None, *arguments)
+
+
+def _forward_out_fake(out, *arguments):
+    call, _ = _parted(arguments)
+    return ops.new_lse(call.q, ops.lse_shape(call))
+
+
+def _launch(scaling: Scaling, call: Call, out: torch.Tensor, lse: torch.Tensor) -> Bound:
     out_dtype = str(out.dtype).removeprefix("torch.")
     asked = problem_of(call, out_dtype=out_dtype, block=scaling.block or None)
     place = place_of(call.q.device)
     planned = plan(asked, place.device, sizes_of(call), call.num_splits)
+    scheduling.check_plan(call, planned)
     contents.check(call, out)
     values = ops.values_of(call, out, lse) | scaling._asdict()
     values |= {name: values[name].view(torch.uint8) for name in "qkv"}
-    launch.run(launch.bind(planned, place, values), values)
+    bound = launch.bind(planned, place, values)
+    launch.run(bound, values)
+    return bound
 
 
+_ARGUMENTS = f"{schema.arguments(Call)}, {schema.arguments(Scaling)}"
 ops.register(
     "forward_quantized",
-    f"forward_quantized({schema.arguments(Call)}, {schema.arguments(Scaling)}) -> (Tensor out, Tensor lse)",
+    f"forward_quantized({_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     _forward,
-    _new,
+    _forward_fake,
+)
+ops.register(
+    "forward_quantized_out",
+    f"forward_quantized_out(Tensor(a!) out, {_ARGUMENTS}) -> Tensor lse",
+    _forward_out,
+    _forward_out_fake,
 )

@@ -229,7 +229,7 @@ def checked(q, k, v, packing: Packing, options: Options, sizes: Sizes) -> Call:
     if encoded.tensors:
         for rule in (*masks, *scores):
             _check_tables(rule, q, sizes)
-    _check_out(options.out, q, v)
+    check_out(options.out, q, v, q.dtype)
     _check_derivatives(q, k, v, options)
     sink = _sink(options.learnable_sink, q, sizes.heads)
     rng_state = draw_rng_state(q.device) if dropout_p > 0.0 else None
@@ -433,13 +433,14 @@ def _sink(sink: Any, q: torch.Tensor, heads: int) -> torch.Tensor | None:
     return sink.float()
 
 
-def _check_out(out: Any, q: torch.Tensor, v: torch.Tensor) -> None:
+def check_out(out: Any, q: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> None:
+    """Where the result of a call is written, if that is given. dtype: of the result."""
     if out is None:
         return
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"out is {type(out).__name__}; allowed: torch.Tensor")
-    if out.dtype != q.dtype:
-        raise TypeError(f"out has dtype {out.dtype}, q has {q.dtype}: they must be equal")
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}; allowed: {dtype}, the result's")
     _check_beside("out", out, q)
     wanted = (*q.shape[:-1], v.shape[-1])
     if tuple(out.shape) != wanted:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .arch.expression import LARGEST_POSITION
+from .arch.precision import QUANTIZATION_BLOCKS
 from .arch.rule import Rule
 
 INT32 = -(2**31), 2**31 - 1
@@ -92,6 +93,14 @@ def _number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (*_NUMBERS, numbers.Real)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); allowed: a number")
     return value if isinstance(value, _NUMBERS) else float(value)
+
+
+def quantization_block(value: Any) -> int | None:
+    """Rows that share a scale, or None: all of a sequence do."""
+    if value is not None and (type(value) is not int or value not in QUANTIZATION_BLOCKS):
+        allowed = ", ".join(map(str, (None, *QUANTIZATION_BLOCKS)))
+        raise ValueError(f"quantization_block is {value!r}; allowed: {allowed}")
+    return value
 
 
 def num_splits(given: Any, deterministic: bool) -> Any:

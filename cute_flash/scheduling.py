@@ -64,6 +64,7 @@ def get_scheduler_metadata(
     score: Any = None,
     latent: bool = False,
     kv_dtype: torch.dtype | None = None,
+    quantization_block: int | None = None,
     out: SchedulerMetadata | None = None,
 ) -> SchedulerMetadata:
     """Share out the keys of `flash_attn_with_kvcache` among CTAs, by lengths that stay on the device.
@@ -75,7 +76,8 @@ def get_scheduler_metadata(
     of FlashAttention-3's function; parts of keys: Dao et al. 2023, "Flash-Decoding".
 
     batch_size, max_seqlen_q, num_heads_q, num_heads_kv, headdim, headdim_v (headdim if None), qkv_dtype: of
-        q and the cache. max_seqlen_q: queries of a sequence, of the longest if packed.
+        q and the cache, of 16 bits or float8_e4m3fn or float8_e5m2. max_seqlen_q: queries of a sequence, of
+        the longest if packed.
     max_seqlen_k: keys that a sequence may have, new ones included: what the cache has room for, or fewer.
     cache_seqlens: int32 (batch,), keys in the cache before `max_seqlen_k_new` new ones are appended.
     cu_seqlens_q: int32 (batch + 1,), of packed q. cache_leftpad: int32 (batch,). page_size: keys of a page.
@@ -83,6 +85,7 @@ def get_scheduler_metadata(
     latent: v_cache is the beginning of k_cache's rows, of more than 256 numbers, headdim; headdim_v is a
         multiple of 64. Of single queries the calls then have no sinks.
     kv_dtype: of the cache, float8_e4m3fn or float8_e5m2, where it is not qkv_dtype.
+    quantization_block: as the call has it, beside a qkv_dtype of 8 bits.
     num_splits: an upper bound for the parts of one sequence's keys, 1 to 128; 0 or None: as many as a single
         sequence of max_seqlen_k keys is split in to fill the GPU. Workspace grows with it:
         num_splits * batch * seqlen_q * heads * (head_dim_v + 1) numbers in float32.
@@ -97,9 +100,7 @@ def get_scheduler_metadata(
             "get_scheduler_metadata is traced by torch.compile; allowed: calls outside of it"
         )
     sizes = _sizes(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv)
-    if qkv_dtype not in request.DTYPES:
-        raise TypeError(f"qkv_dtype is {qkv_dtype}; allowed: {', '.join(map(str, request.DTYPES))}")
-    widened = _widened(kv_dtype, qkv_dtype)
+    of_bits = _of_bits(qkv_dtype, kv_dtype, quantization_block)
     new, numbers = scalars.length("max_seqlen_k_new", max_seqlen_k_new), (sizes.batch,)
     _check_numbers("cache_seqlens", cache_seqlens, cache_seqlens, numbers)
     for name, given, shape in (
@@ -134,7 +135,7 @@ def get_scheduler_metadata(
         gqa=sizes.heads_q != sizes.heads_kv,
         cache=KvCache(page_size=page_size, leftpad=cache_leftpad is not None, latent=bool(latent)),
         scheduled=True,
-        **widened,
+        **of_bits,
     )
     device, bound = place_of(cache_seqlens.device).device, scalars.num_splits(num_splits, False)
     if not bound:
@@ -164,14 +165,26 @@ def _shared_out(keys: torch.Tensor, planned: Steps, device: Device, sizes: Sizes
     return splits.int(), torch.argsort(blocks, descending=True, stable=True).int()
 
 
-def _widened(kv_dtype: Any, qkv_dtype: torch.dtype) -> dict[str, str]:
-    """What a problem is told of a cache of another dtype than q's, if it is."""
+def _of_bits(qkv_dtype: Any, kv_dtype: Any, block: Any) -> dict[str, Any]:
+    """What a problem is told of q or a cache of 8 bits, if there is one."""
+    narrow = {getattr(torch, name): name for name in DTYPES}
+    if qkv_dtype not in (*request.DTYPES, *narrow):
+        raise TypeError(f"qkv_dtype is {qkv_dtype}; allowed: {_listed(*request.DTYPES, *narrow)}")
+    if qkv_dtype in narrow:
+        if kv_dtype not in (None, qkv_dtype):
+            raise TypeError(f"kv_dtype is {kv_dtype}; allowed beside {qkv_dtype}: None, {qkv_dtype}")
+        return {"block": scalars.quantization_block(block)}
+    if block is not None:
+        raise ValueError(f"quantization_block is {block!r}; allowed beside {qkv_dtype}: None")
     if kv_dtype in (None, qkv_dtype):
         return {}
-    named = {getattr(torch, name): name for name in DTYPES}
-    if kv_dtype not in named:
-        raise TypeError(f"kv_dtype is {kv_dtype}; allowed: None, {qkv_dtype}, {', '.join(map(str, named))}")
-    return {"kv_dtype": named[kv_dtype]}
+    if kv_dtype not in narrow:
+        raise TypeError(f"kv_dtype is {kv_dtype}; allowed: {_listed(None, qkv_dtype, *narrow)}")
+    return {"kv_dtype": narrow[kv_dtype]}
+
+
+def _listed(*values: Any) -> str:
+    return ", ".join(map(str, values))
 
 
 def _sizes(batch: Any, seqlen_q: Any, seqlen_k: Any, heads_q: Any, heads_kv: Any) -> Sizes:

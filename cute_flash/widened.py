@@ -44,8 +44,11 @@ def checked(
     q: Any, k: Any, v: Any, packing: Packing, options: Options, descale: Descale
 ) -> tuple[Call, Scaling]:
     """A call and its scales, by all checks of a cache of 16 bits and what one of 8 needs."""
+    (q,) = request.as_autocast_has_it(q)
     if descale.q is not None:
         raise TypeError(f"q_descale is given, q is of {q.dtype}; allowed beside it: None")
+    if descale.block is not None:
+        raise TypeError(f"quantization_block is given, q is of {q.dtype}; allowed beside it: None")
     if descale.out_dtype not in (None, q.dtype):
         raise TypeError(f"out_dtype is {descale.out_dtype}; allowed: None or q's, {q.dtype}")
     call = cached.checked_of(q, k, v, packing, options, request.DTYPES, dtypes_kv=quantized.DTYPES)
@@ -77,7 +80,7 @@ def _forward_out(out, *arguments):
 
 def _forward_fake(*arguments):
     call, _ = _parted(arguments)
-    return call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1])), _forward_out_fake(None, *arguments)
+    return ops.new_out(call), _forward_out_fake(None, *arguments)
 
 
 def _forward_out_fake(out, *arguments):

@@ -225,7 +225,8 @@ def _quantized_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: 
     lengths = {"q": rows, "k": keys, "v": keys}
     blocks = {x: () if block is None else (-(-length // block),) for x, length in lengths.items()}
     scales = {f"{x}_scale": torch.ones(1, 1, *blocks[x]) for x in "qkv"}
-    return QuantizedOperands(**of_16._asdict() | bytes_of | scales)
+    absent = dict.fromkeys(QuantizedOperands._fields)
+    return QuantizedOperands(**absent | of_16._asdict() | bytes_of | scales)
 
 
 def _scaled_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> BlockScaledOperands:
@@ -247,7 +248,8 @@ def _scaled_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int
     one = torch.ones(1, 1)
     scales = {f"{x}_scale": one if found[x].tensor_scale is None else found[x].tensor_scale for x in "qk"}
     scales["v_scale"] = one if problem.v_group else found["v"].scale
-    return BlockScaledOperands(**of_16._asdict() | given | scales)
+    absent = dict.fromkeys(BlockScaledOperands._fields)
+    return BlockScaledOperands(**absent | of_16._asdict() | given | scales)
 
 
 def peers(case: Case, target: str, alone: bool = False) -> Tile:

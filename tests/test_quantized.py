@@ -12,10 +12,12 @@ import torch
 
 import cute_flash
 from cute_flash import (
+    create_block_mask,
     flash_attn_func,
     flash_attn_quantized_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
+    get_scheduler_metadata,
     quantize,
 )
 from cute_flash.arch.sm90.fp8 import QUANTIZED
@@ -177,9 +179,10 @@ def test_tensors_and_what_they_are_multiplied_by(device):
     assert (out.cpu().double() - wanted).square().mean() < 0.03**2 * wanted.square().mean()
 
 
-def test_packed_sequences_are_as_they_are_alone(device):
-    """Bit for bit, with used lengths and a scale for each sequence."""
-    _, (q, k, v) = made("heads")
+@pytest.mark.parametrize("name", ["heads", "blocks of 64"])
+def test_packed_sequences_are_as_they_are_alone(name, device):
+    """Bit for bit, with used lengths, and scales of each sequence, or of blocks of its own rows."""
+    _, (q, k, v) = made(name)
     starts = [torch.arange(3, dtype=torch.int32) * x.shape[1] for x in (q, k)]
     used = torch.tensor([0, 130], dtype=torch.int32)
     lengths = {"seqused_k": moved(used, device)}
@@ -187,12 +190,16 @@ def test_packed_sequences_are_as_they_are_alone(device):
     out, lse = called((q, k, v), device, flash_attn_varlen_func, *starts, *longest, causal=True, **lengths)
     out = out.unflatten(0, (2, -1))
     assert (out[0] == 0).all() and lse[:, : q.shape[1]].isneginf().all()
-    alone = [
-        cute_flash.Quantized(x.format, x.data[1:, :rows], x.scale[1:], None, None, x.axis, None)
-        for x, rows in ((q, q.shape[1]), (k, 130), (v, 130))
-    ]
+    alone = [beginning(x, 1, rows) for x, rows in ((q, q.shape[1]), (k, 130), (v, 130))]
     wanted, top = called(alone, device, causal=True)
     assert torch.equal(out[1], wanted[0]) and torch.equal(lse[:, q.shape[1] :], top[0])
+
+
+def beginning(x: cute_flash.Quantized, sequence: int, rows: int) -> cute_flash.Quantized:
+    """Some rows of one sequence, and the scales that are theirs."""
+    data, scale = x.data[sequence, None, :rows], x.scale[sequence, None]
+    scale = scale if x.block is None else scale[..., : -(-rows // x.block)]
+    return cute_flash.Quantized(x.format, data, scale, None, x.block, x.axis, None)
 
 
 USED = (200, 130)  # keys of two sequences in a cache
@@ -211,28 +218,91 @@ def placed(kind: str) -> tuple[list[torch.Tensor], tuple[int, int], dict[str, to
     return [torch.stack([row.expand(len(n)), n + pad], 1) for row, pad, n in placed], (3, 230), told
 
 
-@pytest.mark.parametrize("rows", [70, 3])
-@pytest.mark.parametrize("kind", ["rows", "pages"])
-def test_a_cache_is_as_its_sequences_alone(kind, rows, device):
-    """Bit for bit, with NaN around the keys in use."""
-    _, (q, k, v) = made("heads")
+def in_cache(name: str, kind: str, rows: int) -> tuple[tuple[cute_flash.Quantized, ...], dict]:
+    """(q, k, v) of a case, and what a call is given that finds the keys in use in a cache, between NaNs."""
+    _, (q, k, v) = made(name)
     places, sizes, given = placed(kind)
-    given |= {f"{name}_descale": x.scale for name, x in (("q", q), ("k", k), ("v", v))}
-    given["q"] = q.data[:, :rows]
+    room, block = (sizes[1] if kind == "rows" else 13 * sizes[1]), q.block
+    given |= {"q": q.data[:, :rows], "q_descale": q.scale, "quantization_block": block}
+    given |= {f"{name}_descale": x.scale for name, x in (("k", k), ("v", v))}
+    if block:
+        given["q_descale"] = q.scale[..., : -(-rows // block)]
+        blocks = -(-room // block)
+        for name, x in (("k", k), ("v", v)):  # beyond the keys in use they have no part in anything
+            found = torch.full((*x.scale.shape[:2], blocks), 1e30)
+            for scale, theirs, used in zip(found, x.scale, USED, strict=True):
+                scale[:, : -(-used // block)] = theirs[:, : -(-used // block)]
+            given[f"{name}_descale"] = found
     for name, x in (("k_cache", k), ("v_cache", v)):
         given[name] = torch.full((*sizes, *x.shape[2:]), math.nan).to(x.data.dtype)
         for keys, at in zip(x.data, places, strict=True):
             given[name][at[:, 0].long(), at[:, 1].long()] = keys[: len(at)]
-    given = {name: moved(x, device) for name, x in given.items()}
+    return (q, k, v), given
+
+
+def on_device(given: dict, device: str) -> dict:
+    return {name: moved(x, device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+
+
+@pytest.mark.parametrize("rows", [70, 3])
+@pytest.mark.parametrize("kind", ["rows", "pages"])
+@pytest.mark.parametrize("name", ["heads", "blocks of 64"])
+def test_a_cache_is_as_its_sequences_alone(name, kind, rows, device):
+    """Bit for bit, with NaN around the keys in use; blocks of scales begin at the first in use."""
+    (q, k, v), given = in_cache(name, kind, rows)
+    given = on_device(given, device)
     with where(device):
         found = flash_attn_with_kvcache(**given, causal=True, num_splits=1, return_softmax_lse=True)
     for i, keys in enumerate(USED):
-        alone = [
-            cute_flash.Quantized(x.format, x.data[i, None, :n], x.scale[i, None], None, None, x.axis, None)
-            for x, n in ((q, rows), (k, keys), (v, keys))
-        ]
+        alone = [beginning(x, i, n) for x, n in ((q, rows), (k, keys), (v, keys))]
         wanted = called(alone, device, causal=True)
         assert all(torch.equal(one[i].cpu(), other[0]) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["heads", "blocks of 64"])
+def test_parts_by_metadata(name, device):
+    """As without, but for the order of the sum; a schedule of another block or dtype is refused."""
+    _, given = in_cache(name, "rows", 3)
+    (_, _, heads, dim), (*_, heads_kv, dim_v) = given["q"].shape, given["v_cache"].shape
+    sizes = (2, 3, given["k_cache"].shape[1], heads, heads_kv, dim)
+    given, block = on_device(given, device), given["quantization_block"]
+    asked = {"qkv_dtype": torch.float8_e4m3fn, "headdim_v": dim_v, "quantization_block": block}
+    asked |= {"cache_leftpad": given["cache_leftpad"], "causal": True, "num_splits": 3}
+    with where(device):
+        metadata = get_scheduler_metadata(*sizes, given["cache_seqlens"], **asked)
+        found = flash_attn_with_kvcache(**given, causal=True, scheduler_metadata=metadata)
+        whole = flash_attn_with_kvcache(**given, causal=True, num_splits=1)
+        assert metadata.splits.max() > 1
+        others = get_scheduler_metadata(*sizes, given["cache_seqlens"], **asked | {"num_splits": 2})
+        given["scheduler_metadata"] = others._replace(num_splits=3)
+        with pytest.raises(ValueError, match="scheduler_metadata is for .* num_splits 2; allowed: for .* 3"):
+            flash_attn_with_kvcache(**given, causal=True)
+    apart = (found.float() - whole.float()).square().mean() / whole.float().square().mean()
+    assert apart.sqrt() < 0.03
+
+
+def test_blocks_of_a_mask(device):
+    """Those of a causal mask give its result, bit for bit; others that of a mask that shows as much."""
+    _, quantized = made("blocks of 64")
+    (batch, rows, heads, _), keys = quantized[0].shape, quantized[1].shape[1]
+    for rule, exactly in ((cute_flash.Causal(), True), (lambda q, k: q // 256 * 0 + k // 128 != 1, False)):
+        blocks = create_block_mask(rule, batch, heads, rows, keys, block_size=(256, 128))
+        out, lse = called(quantized, device, block_mask=moved(blocks, device))
+        wanted, top = called(quantized, device, **({"causal": True} if exactly else {"mask": rule}))
+        assert not exactly or torch.equal(out, wanted) and torch.equal(lse, top)
+        apart = (out.float() - wanted.float()).square().mean() / wanted.float().square().mean()
+        assert apart.sqrt() < 0.05 and (lse - top).nan_to_num(0.0).abs().max() < 0.02
+
+
+def test_where_the_result_is_written(device):
+    """The bits that a call without `out` returns, in its dtype."""
+    _, quantized = made("heads")
+    (batch, rows, heads, _), dim_v = quantized[0].shape, quantized[2].shape[3]
+    for dtype in (torch.bfloat16, torch.float16):
+        place = moved(torch.full((batch, rows, heads, dim_v), torch.nan, dtype=dtype), device)
+        out, lse = called(quantized, device, out=place)
+        wanted, top = called(quantized, device, out_dtype=dtype)
+        assert torch.equal(out, wanted) and torch.equal(place.cpu(), wanted) and torch.equal(lse, top)
 
 
 def test_a_cache_under_torch_compile():
@@ -342,7 +412,9 @@ STARTS = torch.tensor([0, 20], dtype=torch.int32)
         ({"quantization_block": 64}, ValueError, r"q_descale has shape \(1, 2\); allowed: \(1, 4, 1\)"),
         ({"quantization_block": 32}, ValueError, "quantization_block is 32; allowed: None, 64, 128"),
         ({"out_dtype": torch.float32}, TypeError, "out_dtype is torch.float32; allowed"),
-        ({"out": X.half()}, NotImplementedError, "out is given; allowed for q of 8 bits: None"),
+        ({"out": X}, TypeError, "out has dtype torch.float32; allowed: torch.bfloat16, the result's"),
+        ({"out": X.half(), "out_dtype": torch.bfloat16}, TypeError, "out has dtype torch.float16; allowed: "),
+        ({"out": X.half()[:, 1:]}, ValueError, r"out has shape \(1, 19, 4, 64\); allowed: \(1, 20, 4, 64\)"),
         ({"return_attn_probs": True}, NotImplementedError, "return_attn_probs is True; allowed for q of 8 b"),
         ({"learnable_sink": SINK}, NotImplementedError, "a gradient is required; of q, k and"),
         ({"dropout_p": 0.5}, NotImplementedError, "no dropout"),
@@ -356,15 +428,19 @@ def test_tensors_that_are_refused(changed, error, words):
 
 
 def test_packed_tensors_that_are_refused():
-    """Blocks of rows, which sequences are not made of, and new keys, whose scales nobody knows."""
+    """Scales of other blocks than sequences have, and new keys, whose scales nobody knows."""
     q, k, v = (x.data.flatten(0, 1) for x in (Q, K, V))
     appended = {"k": K.data[:, :1], "v": V.data[:, :1], "cache_seqlens": 3}
     with cute_flash.emulated("sm90"), pytest.raises(NotImplementedError, match="k, v are given beside q of"):
         flash_attn_with_kvcache(Q.data, K.data, V.data, **appended)
     with cute_flash.emulated("sm90"), pytest.raises(TypeError, match="q_descale is given, q is of torch.f"):
         flash_attn_with_kvcache(X.half(), X.half(), X.half(), q_descale=Q.scale)
-    with cute_flash.emulated("sm100"), pytest.raises(NotImplementedError, match="blocks of rows for packed"):
-        flash_attn_varlen_func(q, k, v, STARTS, STARTS, 20, 20, quantization_block=64)
+    words = r"k_descale has shape \(1, 2\); allowed: \(1, 2, 2\)"
+    given = {"k_descale": K.scale, "quantization_block": 64}
+    with cute_flash.emulated("sm100"), pytest.raises(ValueError, match=words):
+        flash_attn_varlen_func(q, k, v, STARTS, STARTS, 20, 100, **given)
+    with cute_flash.emulated("sm90"), pytest.raises(ValueError, match=r"allowed: \(1, 2, 1\)"):
+        flash_attn_with_kvcache(Q.data, K.data, V.data, **given)
 
 
 def test_no_kernel():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash import flash_attn_with_kvcache, get_scheduler_metadata
+from cute_flash import flash_attn_varlen_func, flash_attn_with_kvcache, get_scheduler_metadata
 from tests.accuracy import assert_accurate
 from tests.harness import call_of, moved, where
 from tests.orders import hold
@@ -117,6 +117,28 @@ def test_another_kernels_schedule_is_refused():
         scheduled("sm80", kv_dtype=torch.int8)
 
 
+def test_packed_queries_beside_pages(machine):
+    """By either function the same bits, and into `out`."""
+    starts, lengths = (torch.tensor(x, dtype=torch.int32) for x in ((0, 5, 9), (40, 61)))
+    q = torch.randn(9, 4, 64, dtype=torch.float16)
+    k, v = (torch.randn(8, 16, 2, 64).to(FORMATS[0]) for _ in range(2))
+    given = {"k_descale": torch.rand(2, 2) + 0.5, "v_descale": torch.rand(2, 2) + 0.5}
+    given["block_table"] = torch.randperm(8).reshape(2, 4).int()
+    given = {name: moved(x, machine) for name, x in given.items()}
+    q, k, v, starts, lengths = (moved(x, machine) for x in (q, k, v, starts, lengths))
+    place = torch.full_like(q, torch.nan)
+    with where(machine):
+        wanted = flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=lengths, cu_seqlens_q=starts, max_seqlen_q=5, causal=True, num_splits=1,
+            **given,
+        )  # fmt: skip
+        for out in (None, place):
+            found = flash_attn_varlen_func(
+                q, k, v, starts, None, 5, 64, causal=True, seqused_k=lengths, num_splits=1, out=out, **given
+            )
+            assert torch.equal(found, wanted) and (out is None or found is out)
+
+
 Q = torch.randn(2, 3, 4, 64, dtype=torch.float16)
 K, V = (torch.randn(2, 30, 2, 64).to(torch.float8_e4m3fn) for _ in range(2))
 NEW = torch.randn(2, 1, 2, 64).to(torch.float8_e4m3fn)
@@ -140,6 +162,7 @@ def call(**changed):
         ({"qv": Q}, NotImplementedError, "qv is given beside a cache of 8 bits; allowed: None"),
         ({"q_descale": SCALE}, TypeError, "q_descale is given, q is of torch.float16; allowed beside"),
         ({"out_dtype": torch.bfloat16}, TypeError, "out_dtype is torch.bfloat16; allowed: None or q's, "),
+        ({"quantization_block": 64}, TypeError, "quantization_block is given, q is of torch.float16; all"),
         ({"v_cache": V.to(torch.float8_e5m2)}, TypeError, "v_cache has dtype .*e5m2, k_cache has .*e4m3fn"),
         ({"v_cache": V.half()}, TypeError, "v_cache has dtype torch.float16; allowed: torch.float8_e4m3fn"),
         ({"k_cache": K.half()}, TypeError, "k_cache has dtype torch.float16; allowed: torch.float8_e4m3fn"),
@@ -147,7 +170,7 @@ def call(**changed):
         ({"k_descale": torch.ones(2, 4)}, ValueError, r"k_descale has shape \(2, 4\); allowed: \(2, 2\)"),
         ({"v_descale": SCALE.half()}, TypeError, "v_descale has dtype torch.float16; allowed: torch.float32"),
         ({"v_descale": SCALE * math.nan}, ValueError, "v_descale has nan; allowed: finite numbers above 0"),
-        ({"out": torch.empty(2, 3, 4, 64)}, TypeError, "out has dtype torch.float32, q has torch.float16"),
+        ({"out": torch.empty(2, 3, 4, 64)}, TypeError, "out has dtype torch.float32; allowed: torch.float16"),
         ({"k_cache": K[..., :40], "q": Q[..., :40]}, NotImplementedError, "head_dim 40 is not in 16…256"),
         ({"quantization_block": 64}, TypeError, "quantization_block"),
     ],

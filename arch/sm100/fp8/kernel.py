@@ -7,7 +7,7 @@ bits, too, tcgen05 takes a B whose columns are contiguous. P takes a quarter of 
 from __future__ import annotations
 
 from ...common.element import element_type, elements
-from ...quantized import QuantizedOperands
+from ...quantized import QuantizedOperands, named
 from ..forward.kernel import ForwardKernel
 from .softmax import QuantizedSoftmax
 
@@ -19,6 +19,6 @@ class QuantizedKernel(ForwardKernel):
 
     def named(self, operands: list) -> QuantizedOperands:
         """With elements for the bytes that tensors of 8 bits are passed as."""
-        call, dtype = QuantizedOperands(*operands), element_type(self.problem.precision)
+        call, dtype = named(operands), element_type(self.problem.precision)
         q, k, v = (elements(x, dtype) for x in (call.q, call.k, call.v))
         return call._replace(q=q, k=k, v=v)

@@ -32,12 +32,14 @@ SMALLEST = 2.0**-126  # unit of an O that is 0
 class Scales(NamedTuple):
     """Of a KV head. k, v: (blocks,), or what they are in one block of keys, for each block of scales in it.
 
-    unit: (1,), of O: times what is in tensor memory. first_key: where that block of keys begins.
+    unit: (1,), of O: times what is in tensor memory. last: the last block of scales that has keys.
+    first_key: where that block of keys begins.
     """
 
     k: cute.Tensor | tuple[Float32, ...] | None
     v: cute.Tensor | tuple[Float32, ...]
     unit: cute.Tensor
+    last: Int32 | None = None
     first_key: Int32 | None = None
 
 
@@ -60,7 +62,7 @@ class QuantizedSoftmax(Softmax):
             factor = q[minimum(row.number // block, q.shape[0] - 1)]
             unit[0] = Float32(SMALLEST)
             k, v = (x[batch, job.heads.kv, None] for x in (call.k_scale, call.v_scale))
-            scales = Scales(k, v, unit)
+            scales = Scales(k, v, unit, (job.sequence.seqlen_k - 1) // block)
         softmax, rules = row.softmax, row.rules
         if self.problem.score:
             rules = rules._replace(scale=rules.scale * factor)
@@ -73,8 +75,8 @@ class QuantizedSoftmax(Softmax):
         block = self.problem.block
         if block is None:
             return row
-        last = row.scales.k.shape[0] - 1
-        places = [minimum((first_key + c) // block, last) for c in range(0, self.config.tile_n, block)]
+        steps = range(0, self.config.tile_n, block)
+        places = [minimum((first_key + c) // block, row.scales.last) for c in steps]
         k, v = (tuple(x[place] for place in places) for x in row.scales[:2])
         return row._replace(scales=row.scales._replace(k=k, v=v, first_key=first_key))
 

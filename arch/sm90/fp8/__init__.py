@@ -17,8 +17,8 @@ QUANTIZED = Kernel(
         head_dims=range(16, 257, 16),
         features=frozenset(
             (
-                "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "score", "sink", "lse", "split_kv",
-                "scale_blocks", "scale_blocks_64", "kv_cache", "paged_kv",
+                "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "sink",
+                "lse", "split_kv", "scale_blocks", "scale_blocks_64", "kv_cache", "paged_kv", "schedule",
             )
         ),
         page_sizes=PAGE_STEP,

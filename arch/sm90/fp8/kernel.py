@@ -25,7 +25,7 @@ from ...common.job import Launch
 from ...common.memory import SmemAllocator, Tiles, allocate
 from ...common.operand import Operand
 from ...common.roles import Role, warp_specialize
-from ...quantized import QuantizedOperands, QuantizedProblem
+from ...quantized import QuantizedOperands, QuantizedProblem, named
 from ..edge import Edge
 from ..forward.kernel import ForwardKernel
 from ..forward.load import Load, LoadEnds
@@ -61,7 +61,7 @@ class QuantizedKernel(ForwardKernel):
 
     def named(self, operands: list) -> QuantizedOperands:
         """With elements for the bytes that tensors of 8 bits are passed as."""
-        call, dtype = QuantizedOperands(*operands), element_type(self.problem.precision)
+        call, dtype = named(operands), element_type(self.problem.precision)
         q, k, v = (elements(x, dtype) for x in (call.q, call.k, call.v))
         return call._replace(q=q, k=k, v=v)
 
