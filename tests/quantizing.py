@@ -1,0 +1,192 @@
+"""Cases in FP8: as those of tests/cases.py and tests/serving.py with q, k and v of 8 bits and scales beside
+them, through the functions that users call, and the accuracy that rounding P to 8 bits allows.
+
+The oracle has the numbers that are stored, times their scales. Scales of blocks without rows are wild.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import cute_flash
+from cute_flash.arch.problem import KvCache
+from tests import harness
+from tests.cases import SIZED, pairwise
+from tests.harness import Call, moved, where
+from tests.reference import attention
+from tests.serving import EVERYTHING, Cached, CachedCall
+
+E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
+WILD = 1e30  # a scale that no row has
+# P is rounded by up to 2**-4 of itself, and so may the sum of what is rounded be; on average by far less.
+RELATIVE, ON_AVERAGE = 2.0**-3, 0.04
+LEAST = 2.0**-14  # of a row's largest weight: by how much one is rounded that is too small for 8 bits
+LSE = {"sm90": 0.06, "sm100": 1e-3}  # of weights as they are rounded, or before
+
+
+@dataclass(frozen=True)
+class Quantized(Cached):
+    """kind: of q, k and v. block: rows that share a scale. dtype: of the result. cache: may be None."""
+
+    cache: KvCache | None = None
+    used: str = ""
+    kind: str = E4M3
+    block: int | None = None
+
+
+class QuantizedCall(CachedCall):
+    """A case as tensors, `tensors` being the oracle's. stored: q, k and v of 8 bits; scales: of each."""
+
+    stored: dict[str, torch.Tensor]
+    scales: dict[str, torch.Tensor]
+
+    @classmethod
+    def make(cls, case: Quantized, seed: int = 0) -> QuantizedCall:
+        """Fresh normal inputs and scales; NaN beyond the rows in use."""
+        if case.cache:
+            call = super().make(case, seed)
+        else:
+            of_16 = Call.make(case, seed)
+            call = cls(case, of_16.tensors, of_16.arguments)
+        generator = torch.Generator().manual_seed(seed + 7)
+        call.stored = {name: x.to(getattr(torch, case.kind)) for name, x in call.tensors.items()}
+        call.tensors = {name: x.double() for name, x in call.stored.items()}
+        call.scales = {name: call._scaled(name, generator) for name in "qkv"}
+        return call
+
+    def _scaled(self, name: str, generator: torch.Generator) -> torch.Tensor:
+        """Of all sequences, float32 as users give them; the oracle's numbers are multiplied by them."""
+        case, side = self.case, int(name != "q")
+        lengths = [pair[side] for pair in case.seqlens]
+        sequences, scales = harness._sequences(case, self.tensors[name], lengths), []
+        for rows, length in zip(sequences, lengths, strict=True):
+            scale = self._scale(name, length, generator)
+            scales.append(scale)
+            of_head = scale.repeat_interleave(case.heads[side] // len(scale), 0).double()
+            if case.block:
+                of_head = of_head.repeat_interleave(case.block, 1)[:, : len(rows)].mT
+            rows *= of_head[..., None]
+        return torch.stack(scales)
+
+    def _scale(self, name: str, length: int, generator: torch.Generator) -> torch.Tensor:
+        """Of one sequence: (KV heads,), or (heads, blocks), as many as the call tells of."""
+        case, side = self.case, int(name != "q")
+        shape = (case.heads[1],)
+        if case.block:
+            longest = max(pair[side] for pair in case.seqlens)
+            if case.cache and side:
+                page = case.cache.page_size or 1
+                longest = -(-(longest + case.room) // page) * page
+            shape = (case.heads[side], -(-longest // case.block))
+        scale = torch.rand(shape, generator=generator) + 0.5
+        if name == "v":
+            scale *= 2.0 ** torch.randint(-3, 4, shape, generator=generator)
+        if case.block:
+            scale[:, -(-length // case.block) :] = WILD
+        return scale
+
+    def run(self, device: str, **emulator_options: Any):
+        """(out, lse) of cute_flash on `device`, from and into poisoned surroundings, on the CPU."""
+        case, tensors = self.case, dict(self.stored)
+        if case.cache:
+            function, told = cute_flash.flash_attn_with_kvcache, {"return_softmax_lse": True}
+            tensors |= self._cache(told)
+        else:
+            function, told = self._function(device)
+            for name in ("dropout_p", "deterministic"):
+                del told[name]
+        told |= {f"{name}_descale": scale for name, scale in self.scales.items()}
+        told |= {"quantization_block": case.block, "num_splits": case.splits}
+        told = {name: moved(value, device) for name, value in told.items()}
+        blank = (*tensors["q"].shape[:-1], case.dims[1])
+        tensors["out"] = torch.full(blank, math.nan, dtype=getattr(torch, case.dtype))
+        placed = self._placed(tensors, device)
+        with harness.unchanged({name: placed[name] for name in "qkv"}), where(device, **emulator_options):
+            views = (placed[name].view for name in "qkv")
+            out, lse = function(*views, out=placed["out"].view, **told)
+        placed["out"].assert_surroundings_untouched()
+        return out.cpu(), lse.cpu()
+
+    def _cache(self, told: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """k and v as a cache; what finds keys there joins what a call is told."""
+        stored = CachedCall(self.case, self.stored, self.arguments)
+        k, v, packing = stored.cache()
+        if not (self.case.cache.batch_idx or self.case.cache.page_size):
+            k, v = k[: len(self.case.seqlens)], v[: len(self.case.seqlens)]
+        lengths = ("cu_seqlens", "seqused")
+        told |= {name: x for name, x in self.arguments.items() if not name.startswith(lengths)}
+        told |= {name: getattr(packing, name) for name in PLACES}
+        told["cache_seqlens"] = packing.seqused_k
+        if self.case.varlen:
+            told["max_seqlen_q"] = packing.max_seqlen_q
+        return {"k": k, "v": v}
+
+    def check(self, device: str, **emulator_options: Any) -> None:
+        """Run, and hold the result to what 8 bits allow: of every number, and on average."""
+        out, lse = (x.double() for x in self.run(device, **emulator_options))
+        q, k, v = self.tensors.values()
+        exact, top = attention(q, k, v, **self.arguments)
+        spread, _ = attention(q, k, v.abs(), **self.arguments)  # what weights multiply, whatever its sign
+        error, keys = (out - exact).abs(), max(pair[1] for pair in self.case.seqlens)
+        least = LEAST * keys * v.nan_to_num(0.0).abs().max() if v.numel() else 0.0
+        assert (error <= RELATIVE * spread + least).all(), f"out: off by up to {error.max():.3e}"
+        rms, allowed = error.square().mean().sqrt(), ON_AVERAGE * spread.square().mean().sqrt()
+        assert rms <= allowed, f"out: on average off by {rms:.3e}; allowed: {allowed:.3e}"
+        assert torch.equal(lse.isneginf(), top.isneginf())
+        off = (lse - top).masked_fill(top.isneginf(), 0.0).abs()
+        assert (off <= LSE.get(device, LSE["sm90"])).all(), f"lse: off by up to {off.max():.3e}"
+
+
+PLACES = ("cache_batch_idx", "cache_leftpad", "block_table", "cu_seqlens_q")
+harness.MAKERS[Quantized] = QuantizedCall
+
+# Where rows lie -> fields of a case.
+ROWS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "blocks": {},  # of a mask
+    "varlen": {"varlen": True},
+    "used": {"varlen": True, "used": "qk"},
+    "cache": {"cache": EVERYTHING, "used": "k"},
+    "pages": {"cache": KvCache(16), "used": "k"},
+    "packed_pages": {"cache": KvCache(24), "used": "k", "varlen": True},
+}
+# Mask -> the block mask that takes its place.
+BLOCKS = {
+    "full": "random", "causal": "causal", "window": "large", "document_causal": "document", "own": "function",
+}  # fmt: skip
+PAIRED: dict[str, tuple[Any, ...]] = {
+    "rows": tuple(ROWS),
+    "dims": ((64, 64), (128, 128), (192, 128), (48, 80), (256, 256)),
+    "mask": tuple(BLOCKS),
+    "block": (None, 64, 128),
+    "score": ("plain", "softcap", "alibi", "own_softcap"),
+    "heads": ((2, 2), (4, 2), (3, 1)),
+    "size": ("wide", "tall", "ragged", "few"),
+    "splits": (None, 3),
+    "sink": (False, True),
+    "kind": (E4M3, E5M2),
+    "dtype": ("bfloat16", "float16"),
+}
+
+
+def pairs() -> Iterator[Quantized]:
+    """Cases in which every two values of PAIRED meet."""
+    for i, chosen in enumerate(pairwise(PAIRED)):
+        words = [str(value).strip("()").replace(", ", "_") for value in chosen.values()]
+        rows, size = chosen.pop("rows"), chosen.pop("size")
+        if rows == "blocks":
+            chosen |= {"blocks": BLOCKS[chosen["mask"]], "mask": "full"}
+        lengths = SIZED[size][ROWS[rows].get("varlen", False)]
+        case = Quantized(f"{i}_" + "_".join(words), lengths, **ROWS[rows], **chosen)
+        if case.cache and case.cache.page_size:  # whole pages, for which tables of rules have room
+            page = case.cache.page_size
+            case = replace(case, room=2 * page - max(keys for _, keys in lengths) % page)
+        yield case
+
+
+PAIRS = {case.name: case for case in pairs()}
