@@ -16,7 +16,7 @@ import torch
 import cute_flash
 from cute_flash.arch.problem import KvCache
 from tests import harness
-from tests.cases import SIZED, pairwise
+from tests.cases import SIZED, Case, pairwise
 from tests.harness import Call, moved, where
 from tests.reference import attention
 from tests.serving import EVERYTHING, Cached, CachedCall
@@ -37,6 +37,13 @@ class Quantized(Cached):
     used: str = ""
     kind: str = E4M3
     block: int | None = None
+
+
+@dataclass(frozen=True)
+class Scaled(Case):
+    """Factors that tensor cores apply. forms: of q and k, and of v."""
+
+    forms: tuple[str, str] = ("mxfp8", "e4m3")
 
 
 class QuantizedCall(CachedCall):
@@ -127,23 +134,68 @@ class QuantizedCall(CachedCall):
         return {"k": k, "v": v}
 
     def check(self, device: str, **emulator_options: Any) -> None:
-        """Run, and hold the result to what 8 bits allow: of every number, and on average."""
-        out, lse = (x.double() for x in self.run(device, **emulator_options))
-        q, k, v = self.tensors.values()
-        exact, top = attention(q, k, v, **self.arguments)
-        spread, _ = attention(q, k, v.abs(), **self.arguments)  # what weights multiply, whatever its sign
-        error, keys = (out - exact).abs(), max(pair[1] for pair in self.case.seqlens)
-        least = LEAST * keys * v.nan_to_num(0.0).abs().max() if v.numel() else 0.0
-        assert (error <= RELATIVE * spread + least).all(), f"out: off by up to {error.max():.3e}"
-        rms, allowed = error.square().mean().sqrt(), ON_AVERAGE * spread.square().mean().sqrt()
-        assert rms <= allowed, f"out: on average off by {rms:.3e}; allowed: {allowed:.3e}"
-        assert torch.equal(lse.isneginf(), top.isneginf())
-        off = (lse - top).masked_fill(top.isneginf(), 0.0).abs()
-        assert (off <= LSE.get(device, LSE["sm90"])).all(), f"lse: off by up to {off.max():.3e}"
+        """Run, and hold the result to what 8 bits allow."""
+        hold(self, *self.run(device, **emulator_options), LSE.get(device, LSE["sm90"]))
+
+
+class ScaledCall(Call):
+    """A case as tensors, `tensors` being the oracle's. quantized: q, k and v."""
+
+    quantized: tuple[cute_flash.Quantized, ...]
+
+    @classmethod
+    def make(cls, case: Scaled, seed: int = 0) -> ScaledCall:
+        """Fresh normal inputs, q and k rotated alike."""
+        call, (form, v_form) = super().make(case, seed), case.forms
+        told = {"q": (form, {"seed": seed}), "k": (form, {"seed": seed}), "v": (v_form, {"hadamard": False})}
+        if v_form == "mxfp8":
+            told["v"][1]["axis"] = "seqlen"
+        for name, (kind, options) in told.items():
+            if kind != "mxfp8":
+                options["heads_kv"] = case.heads[1]
+            told[name] = cute_flash.quantize(call.tensors[name], kind, **options)
+        call.quantized = tuple(told.values())
+        call.tensors = {name: x.dequantize(torch.float64, rotated=True) for name, x in told.items()}
+        return call
+
+    def run(self, device: str, **emulator_options: Any):
+        """(out, lse) of cute_flash on `device`, on the CPU."""
+        told = {name: moved(value, device) for name, value in self.arguments.items()}
+        told |= {"num_splits": self.case.splits, "out_dtype": getattr(torch, self.case.dtype)}
+        with where(device, **emulator_options):
+            given = (placed(x, device) for x in self.quantized)
+            out, lse = cute_flash.flash_attn_quantized_func(*given, return_lse=True, **told)
+        assert out.dtype is told["out_dtype"]
+        return out.cpu(), lse.cpu()
+
+    def check(self, device: str, **emulator_options: Any) -> None:
+        """As of FP8."""
+        hold(self, *self.run(device, **emulator_options), LSE["sm100"])
+
+
+def placed(x: cute_flash.Quantized, device: str) -> cute_flash.Quantized:
+    """A quantized tensor where calls of a test run."""
+    names = ("data", "scale", "tensor_scale")
+    return replace(x, **{name: moved(getattr(x, name), device) for name in names})
+
+
+def hold(call: Call, out: torch.Tensor, lse: torch.Tensor, lse_atol: float) -> None:
+    """Assert that results are what 8 bits of P allow: every number, and on average."""
+    (q, k, v), told = call.tensors.values(), call.arguments
+    exact, top = attention(q, k, v, **told)
+    spread, _ = attention(q, k, v.abs(), **told)  # what weights multiply, whatever its sign
+    error, keys = (out.double() - exact).abs(), max(pair[1] for pair in call.case.seqlens)
+    least = LEAST * keys * v.nan_to_num(0.0).abs().max()
+    assert (error <= RELATIVE * spread + least).all(), f"out: off by up to {error.max():.3e}"
+    rms, allowed = error.square().mean().sqrt(), ON_AVERAGE * spread.square().mean().sqrt()
+    assert rms <= allowed, f"out: on average off by {rms:.3e}; allowed: {allowed:.3e}"
+    assert torch.equal(lse.isneginf(), top.isneginf())
+    off = (lse.double() - top).masked_fill(top.isneginf(), 0.0).abs()
+    assert (off <= lse_atol).all(), f"lse: off by up to {off.max():.3e}"
 
 
 PLACES = ("cache_batch_idx", "cache_leftpad", "block_table", "cu_seqlens_q")
-harness.MAKERS[Quantized] = QuantizedCall
+harness.MAKERS |= {Quantized: QuantizedCall, Scaled: ScaledCall}
 
 # Where rows lie -> fields of a case.
 ROWS: dict[str, dict[str, Any]] = {
@@ -159,34 +211,45 @@ ROWS: dict[str, dict[str, Any]] = {
 BLOCKS = {
     "full": "random", "causal": "causal", "window": "large", "document_causal": "document", "own": "function",
 }  # fmt: skip
-PAIRED: dict[str, tuple[Any, ...]] = {
-    "rows": tuple(ROWS),
-    "dims": ((64, 64), (128, 128), (192, 128), (48, 80), (256, 256)),
+RULES: dict[str, tuple[Any, ...]] = {
     "mask": tuple(BLOCKS),
-    "block": (None, 64, 128),
     "score": ("plain", "softcap", "alibi", "own_softcap"),
     "heads": ((2, 2), (4, 2), (3, 1)),
     "size": ("wide", "tall", "ragged", "few"),
     "splits": (None, 3),
     "sink": (False, True),
-    "kind": (E4M3, E5M2),
     "dtype": ("bfloat16", "float16"),
+}
+PAIRED: dict[str, tuple[Any, ...]] = {
+    "rows": tuple(ROWS),
+    "dims": ((64, 64), (128, 128), (192, 128), (48, 80), (256, 256)),
+    "block": (None, 64, 128),
+    "kind": (E4M3, E5M2),
+    **RULES,
+}
+PAIRED_SCALED: dict[str, tuple[Any, ...]] = {
+    "rows": ("dense", "blocks"),
+    "dims": ((64, 64), (128, 128), (192, 128), (32, 96), (256, 256)),
+    "forms": (("mxfp8", "e4m3"), ("mxfp8", "mxfp8"), ("nvfp4", "e4m3"), ("nvfp4", "mxfp8")),
+    **RULES,
 }
 
 
-def pairs() -> Iterator[Quantized]:
-    """Cases in which every two values of PAIRED meet."""
-    for i, chosen in enumerate(pairwise(PAIRED)):
-        words = [str(value).strip("()").replace(", ", "_") for value in chosen.values()]
+def pairs(kind: type[Case], paired: dict[str, tuple[Any, ...]]) -> Iterator[Case]:
+    """Cases in which every two values of `paired` meet."""
+    for i, chosen in enumerate(pairwise(paired)):
+        words = (str(value).translate(str.maketrans(" ", " ", "()',")) for value in chosen.values())
+        name = "_".join((str(i), *words)).replace(" ", "_")
         rows, size = chosen.pop("rows"), chosen.pop("size")
         if rows == "blocks":
             chosen |= {"blocks": BLOCKS[chosen["mask"]], "mask": "full"}
         lengths = SIZED[size][ROWS[rows].get("varlen", False)]
-        case = Quantized(f"{i}_" + "_".join(words), lengths, **ROWS[rows], **chosen)
+        case = kind(name, lengths, **ROWS[rows], **chosen)
         if case.cache and case.cache.page_size:  # whole pages, for which tables of rules have room
             page = case.cache.page_size
             case = replace(case, room=2 * page - max(keys for _, keys in lengths) % page)
         yield case
 
 
-PAIRS = {case.name: case for case in pairs()}
+PAIRS = {case.name: case for case in pairs(Quantized, PAIRED)}
+SCALED_PAIRS = {case.name: case for case in pairs(Scaled, PAIRED_SCALED)}
