@@ -31,8 +31,12 @@ from tests.emulator.negative.mutations import TMA, WGMMA
 from tests.emulator.negative.trial import Launch
 from tests.test_resources import assert_in_registers, prove
 
-KERNELS: dict[str, Kernel] = {"sm90": HOPPERS, "sm100": BLACKWELLS}
 SCALED = {"mxfp8": ("mxfp8", "mxfp8"), "nvfp4": ("nvfp4", "e4m3")}  # formats of q and k, and of v, on sm100
+SPANS = "sm90 spans"  # Hopper's with tiles of 192 keys, whose products have two spans
+KERNELS: dict[str, Kernel] = {"sm90": HOPPERS, SPANS: HOPPERS, "sm100": BLACKWELLS}
+BLOCKS = {"sm90": 128, "sm100": 128, SPANS: None}
+# Of q and k, and of v. On Hopper two pieces of V's columns; tiles of sm100's factors begin inside atoms.
+DIMS = {"sm90": (32, 128), SPANS: (32, 32), "sm100": (32, 32), **dict.fromkeys(SCALED, (128, 128))}
 WATCHED = {"races": True}
 ATTEMPTS = (
     {"asynchrony": "late", **WATCHED},
@@ -58,35 +62,35 @@ HARMLESS: dict[str, dict[int, str]] = {
 
 @cache
 def tensors(name: str) -> tuple[cute_flash.Quantized, ...]:
-    """Four tiles of keys, the last not whole, for rows of two warpgroups, the second not whole.
-
-    What tensor cores scale has heads of 128, and so tiles that begin inside atoms of factors.
-    """
-    generator, dim = torch.Generator().manual_seed(0), 128 if name in SCALED else 32
-    shapes = ((1, 100, 1, dim), (1, 500, 1, dim), (1, 500, 1, dim))
+    """Three or four tiles of keys, the last not whole, for rows of two warpgroups, the second not whole."""
+    generator, (dim, dim_v) = torch.Generator().manual_seed(0), DIMS[name]
+    shapes = ((1, 100, 1, dim), (1, 500, 1, dim), (1, 500, 1, dim_v))
     q, k, v = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
     if name not in SCALED:
-        return quantize(q, block=128), quantize(k, block=128), quantize(v, block=128, hadamard=False)
+        block = BLOCKS[name]
+        return quantize(q, block=block), quantize(k, block=block), quantize(v, block=block, hadamard=False)
     form, v_form = SCALED[name]
     axis = "seqlen" if v_form == "mxfp8" else "head_dim"
     return quantize(q, form), quantize(k, form), quantize(v, v_form, axis=axis, hadamard=False)
 
 
 def device_of(name: str) -> str:
-    return "sm100" if name in SCALED else name
+    return "sm100" if name in SCALED else name.split()[0]
 
 
 @cache
-def compiled(name: str = "sm90") -> Artifact:
+def compiled(name: str) -> Artifact:
     """The kernel that serves the call."""
     device, code = EMULATED[device_of(name)], cute_flash.rules.encode([], []).code
     kernel, element = KERNELS.get(name, BLOCK_SCALED), tensors(name)[0].data.dtype
-    more = dict(zip(("form", "v_form"), SCALED[name], strict=True)) if name in SCALED else {"block": 128}
-    asked = problem(dtype=element, head_dim=tensors(name)[0].shape[3], code=code, lse=True, **more)
+    more, (dim, dim_v) = {"block": BLOCKS.get(name)}, DIMS[name]
+    if name in SCALED:
+        more = dict(zip(("form", "v_form"), SCALED[name], strict=True))
+    asked = problem(dtype=element, head_dim=dim, head_dim_v=dim_v, code=code, lse=True, **more)
     return executable.artifact(kernel, asked, kernel.config(asked, device), device)
 
 
-def run(ptx: bytes, name: str = "sm90", **options) -> torch.Tensor:
+def run(ptx: bytes, name: str, **options) -> torch.Tensor:
     """All results of the call, in one row, from this PTX."""
     device = device_of(name)
     changed = EmulatedKernel(compiled(name)._replace(ptx=ptx), EMULATED[device])
@@ -96,17 +100,17 @@ def run(ptx: bytes, name: str = "sm90", **options) -> torch.Tensor:
     return torch.cat([out.float().flatten(), lse.flatten()])
 
 
-def is_noticed(ptx: str, right: torch.Tensor) -> bool:
+def is_noticed(ptx: str, name: str, right: torch.Tensor) -> bool:
     for options in ATTEMPTS:
         try:
-            if not torch.equal(run(ptx.encode(), **options), right):
+            if not torch.equal(run(ptx.encode(), name, **options), right):
                 return True
         except EmulatorError:
             return True
     return False
 
 
-def inputs(change: str, name: str = "sm90") -> Iterator[bytes]:
+def inputs(change: str, name: str) -> Iterator[bytes]:
     """What an outcome depends on, besides the changed texts."""
     yield from proofs.emulator()
     yield proofs.meaning(Path(__file__))
@@ -119,17 +123,18 @@ def in_words(found: list[int]) -> str:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_change_is_noticed(change, proven):
+@pytest.mark.parametrize("name", ["sm90", SPANS])
+def test_every_change_is_noticed(name, change, proven):
     """Site by site."""
 
-    mutants = list(CHANGES[change].mutants(compiled().ptx.decode()))
+    mutants = list(CHANGES[change].mutants(compiled(name).ptx.decode()))
 
     def trial() -> str:
-        right = run(compiled().ptx)
-        return in_words([number for number, _, text in mutants if not is_noticed(text, right)])
+        right = run(compiled(name).ptx, name)
+        return in_words([number for number, _, text in mutants if not is_noticed(text, name, right)])
 
     texts = (text.encode() for _, _, text in mutants)
-    assert proven(trial, (*inputs(change), *texts)) == in_words(list(HARMLESS.get(change, ())))
+    assert proven(trial, (*inputs(change, name), *texts)) == in_words(list(HARMLESS.get(change, ())))
 
 
 @pytest.mark.parametrize("name", [*KERNELS, *SCALED])
