@@ -62,9 +62,10 @@ HARMLESS: dict[str, dict[int, str]] = {
 
 @cache
 def tensors(name: str) -> tuple[cute_flash.Quantized, ...]:
-    """Three or four tiles of keys, the last not whole, for rows of two warpgroups, the second not whole."""
+    """Four tiles of keys, the last not whole, for rows of two warpgroups, the second not whole."""
     generator, (dim, dim_v) = torch.Generator().manual_seed(0), DIMS[name]
-    shapes = ((1, 100, 1, dim), (1, 500, 1, dim), (1, 500, 1, dim_v))
+    keys = 700 if name == SPANS else 500
+    shapes = ((1, 100, 1, dim), (1, keys, 1, dim), (1, keys, 1, dim_v))
     q, k, v = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
     if name not in SCALED:
         block = BLOCKS[name]
