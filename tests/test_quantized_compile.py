@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from cute_flash.arch.kernel import Step
-from cute_flash.arch.problem import Device
+from cute_flash.arch.problem import Device, KvCache
+from cute_flash.arch.quantized import ScheduledQuantizedProblem
 from cute_flash.arch.sm90.fp8 import QUANTIZED as HOPPERS
 from cute_flash.arch.sm90.fp8 import tuning as hopper
 from cute_flash.arch.sm100.fp8 import QUANTIZED as BLACKWELLS
@@ -16,12 +17,21 @@ from cute_flash.arch.sm100.scaled import BLOCK_SCALED
 from cute_flash.arch.sm100.scaled import tuning as scaled
 from cute_flash.dispatch import EMULATED
 from cute_flash.problems import problem
+from tests.cases import Case
+from tests.serving import Cached
 from tests.test_resources import EXTREMES, answer_for, assert_in_registers, prove
 
 HOPPER, B200 = EMULATED["sm90"], EMULATED["sm100"]
 GB300 = replace(B200, capability=(10, 3))
-# The most that can be asked for: with scales of blocks rows hold one more number for each, and what is packed
-# has none. CTAs persist where rows see evenly. On GB300 loads bring the maximum.
+
+
+def in_pages(case: Case) -> Cached:
+    """The same with keys in pages, which a warp that copies looks up."""
+    return Cached(**vars(case) | {"used": "k", "cache": KvCache(16)})
+
+
+# The most that can be asked for: with scales of blocks rows hold one more number for each. CTAs persist where
+# rows see evenly. On GB300 loads bring the maximum. Keys in pages are shared out on the device.
 ASKED = {
     "plain": replace(EXTREMES["plain"], varlen=False, used="", sink=False),
     "light": replace(EXTREMES["light"], varlen=False, used="", score="softcap"),
@@ -31,6 +41,10 @@ ASKED = {
     "heavy": replace(EXTREMES["heavy"], varlen=False, used="", dropout=0.0),
     "documents": replace(EXTREMES["heavy"], score="softcap", dropout=0.0, splits=3),
     "positions": replace(EXTREMES["light"], score="own_softcap"),
+    "paged": in_pages(EXTREMES["light"]),
+    "paged_heavy": in_pages(replace(EXTREMES["heavy"], dropout=0.0, splits=3)),
+    "listed": replace(EXTREMES["blocks_light"], score="softcap"),
+    "listed_heavy": replace(EXTREMES["blocks_heavy"], dropout=0.0, splits=3),
     "slopes": replace(EXTREMES["light"], varlen=False, used="", score="softcap_alibi"),
 }
 SHIPPED = (
@@ -43,7 +57,10 @@ SHIPPED = (
         ("light", (192, 192), 64), ("heavy", (192, 192), 64), ("slopes", (192, 192), 128),
         ("positions", (192, 192), None), ("packed_heavy", (192, 192), None), ("light", (256, 256), 128),
         ("heavy", (256, 256), 64), ("slopes", (256, 256), 128), ("positions", (256, 256), None),
-        ("packed_heavy", (256, 256), None),
+        ("packed_heavy", (256, 256), None), ("packed", (192, 128), 128), ("packed_heavy", (192, 192), 64),
+        ("paged", (192, 128), 128), ("paged", (256, 256), 64), ("paged_heavy", (192, 192), 128),
+        ("paged_heavy", (256, 256), 64), ("listed", (64, 64), None), ("listed", (192, 128), 128),
+        ("listed_heavy", (256, 256), 64),
     )),
     (BLACKWELLS, B200, "light", (128, 128), 64),
     (BLACKWELLS, B200, "heavy", (128, 128), 64),
@@ -55,6 +72,11 @@ SHIPPED = (
     (BLACKWELLS, B200, "even", (128, 128), 64),
     (BLACKWELLS, B200, "even", (256, 256), 64),
     (BLACKWELLS, GB300, "packed", (128, 128), None),
+    *((BLACKWELLS, B200, *asked) for asked in (
+        ("packed", (128, 128), 64), ("packed_heavy", (256, 256), 64), ("paged", (128, 128), 64),
+        ("paged_heavy", (128, 128), 64), ("paged", (256, 256), 64), ("paged_heavy", (256, 256), 64),
+        ("listed", (256, 256), 64), ("listed_heavy", (256, 256), 64),
+    )),
 )
 
 
@@ -62,6 +84,8 @@ def step_of(kernel, device: Device, asked: str, dims: tuple[int, int], block: in
     case = replace(ASKED[asked], dtype="float8_e4m3fn", dims=dims)
     name = "sm90" if device is HOPPER else "sm100"
     problem = replace(answer_for(case, name).problem, block=block)
+    if problem.cache:
+        problem = ScheduledQuantizedProblem(**vars(problem))
     assert kernel.reasons(problem, device) == ()
     return Step(kernel, problem, kernel.config(problem, device))
 
