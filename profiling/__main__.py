@@ -23,8 +23,8 @@ WHAT = {
     "readme": "write README's performance section from the newest results",
 }
 # What the first finds, the second prints and keeps.
-TABLES = {"static": "static_table", "cycles": "cycles_table", "timing": "timing.table"}
-TABLES |= {"timeline": "timing.timeline", "tune": "timing.tune"}
+TABLES = {"static": "static_table", "cycles": "cycles_table", "accuracy": "accuracy_table"}
+TABLES |= {"timing": "timing.table", "timeline": "timing.timeline", "tune": "timing.tune"}
 
 
 def main(arguments: list[str]) -> int:

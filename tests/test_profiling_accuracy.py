@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from profiling import accuracy
+from profiling import accuracy, accuracy_table, gradient_accuracy
 from profiling.accuracy import ACCUMULATORS, SCHEMES, Scheme
 
-DATA = json.loads(accuracy.JSON.read_text())
+DATA = json.loads(accuracy_table.JSON.read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,10 +48,11 @@ def test_the_accumulators_are_the_models():
 
 
 def test_pages():
-    assert accuracy.JSON.with_suffix(".md").read_text() == accuracy.markdown(DATA)
-    assert accuracy.JSON.with_suffix(".svg").read_text() == accuracy.picture(DATA)
+    assert accuracy_table.JSON.with_suffix(".md").read_text() == accuracy_table.markdown(DATA)
+    assert accuracy_table.JSON.with_suffix(".svg").read_text() == accuracy_table.picture(DATA)
     assert {row["scheme"] for row in DATA["schemes"]} == set(SCHEMES)
     assert {row["accumulator"] for row in DATA["accumulators"]} == set(ACCUMULATORS)
+    assert {row["scheme"] for row in DATA["gradients"]} == set(gradient_accuracy.SCHEMES)
 
 
 def test_what_is_published():
@@ -81,3 +82,25 @@ def test_lifting_is_what_keeps_small_weights(monkeypatch):
     lifted, _ = accuracy.error(Scheme(), made, 64)
     monkeypatch.setattr(accuracy, "LIFT", 0)
     assert accuracy.error(Scheme(), made, 64)[0] > 1.5 * lifted
+
+
+def gradients(inputs: str, scheme: str) -> dict[str, float]:
+    rows = (row for row in DATA["gradients"] if (row["inputs"], row["scheme"]) == (inputs, scheme))
+    return {row["gradient"]: row["relative"] for row in rows}
+
+
+@pytest.mark.parametrize("scheme", gradient_accuracy.SCHEMES)
+def test_the_table_of_gradients_is_the_models(scheme):
+    found = gradient_accuracy.errors("dominated", scheme)
+    assert found == pytest.approx(gradients("dominated", scheme), rel=0.05)
+
+
+def test_what_decides_about_gradients():
+    """That dP and delta have the same dO; not dS's format: a scale for each tile does as well as MXFP8."""
+    wide, given, mxfp8, tiles = list(gradient_accuracy.SCHEMES)[1:]
+    for inputs in gradient_accuracy.INPUTS:
+        least = gradients(inputs, wide)
+        for scheme in (mxfp8, tiles):
+            assert all(error < 1.15 * least[name] for name, error in gradients(inputs, scheme).items())
+    for name in ("dq", "dk"):
+        assert gradients("dominated", given)[name] > 5 * gradients("dominated", wide)[name]

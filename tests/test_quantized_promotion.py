@@ -26,7 +26,7 @@ from cute_flash.cache import Artifact
 from cute_flash.emulated_kernel import EmulatedKernel
 from cute_flash.emulator import EmulatorError
 from cute_flash.problems import problem
-from profiling import accuracy
+from profiling import accuracy, accuracy_table
 from profiling.accuracy import Operand, Scheme
 from tests.emulator.negative.mutations import WGMMA
 from tests.harness import where
@@ -34,7 +34,7 @@ from tests.test_quantized_compile import HOPPER, step_of
 from tests.test_resources import assert_in_registers
 
 INTERVALS = (0, 2, 3)
-DATA = json.loads(accuracy.JSON.read_text())
+DATA = json.loads(accuracy_table.JSON.read_text())
 
 
 @pytest.fixture
