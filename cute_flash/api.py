@@ -423,7 +423,8 @@ def flash_attn_with_kvcache(
         float8_e5m2, all of one, as in `flash_attn_func`, with a scale for each sequence and KV head or for
         each block of a sequence's rows, counted from its first query and its first key in use: (batch, heads
         or heads_kv, blocks), as many as seqlen_q or max_seqlen_q rows have, and as the cache has room for.
-        Nothing is appended then.
+        k and v are then of the cache's dtype, divided by its scales, and written as they are: nothing is
+        rotated.
         With q of 16 bits beside such a cache k and v are widened to its dtype, exactly, and multiplied as
         they are of 16 bits; q_descale and quantization_block are None, and the result has q's dtype.
     All others: as in `flash_attn_func`.

@@ -6,6 +6,7 @@ A call like an earlier one is not decided again, as in repeat.py, whose key is p
 from __future__ import annotations
 
 from collections.abc import Hashable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from .quantized import Descale
 from .repeat import Result
 from .request import Options, Packing
 
-OF_NEW_KEYS = ("k", "v", "rotary_cos", "rotary_sin", "rotary_seqlens")
+ROTARY = ("rotary_cos", "rotary_sin", "rotary_seqlens")
 KEYS_OF_A_PART = 1024  # where a sequence's bits must not depend on how many CTAs there are
 _DECIDED: dict[Hashable, _Decided] = repeat.decisions()
 
@@ -90,34 +91,56 @@ def forward_quantized(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache: Cache, options: Options,
     descale: Descale,
 ) -> Result:
-    """The same of q and a cache of 8 bits, to which nothing is appended."""
-    _refuse_new_keys("q", cache)
+    """The same of q and a cache of 8 bits."""
+    _refuse_rotation("q", cache)
     kv_cache.check(q, k_cache, v_cache, cache, quantized.DTYPES)
-    call = _halves(q, k_cache, v_cache, cache, options)
-    _check_numbers(q, k_cache, v_cache, cache, call)
-    return quantized.forward(q, k_cache, v_cache, call.packing, call.options, descale)
+    return _of_8_bits(quantized, q, k_cache, v_cache, cache, options, descale)
 
 
 def forward_widened(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache: Cache, options: Options,
     descale: Descale,
 ) -> Result:
-    """The same of q of 16 bits and a cache of 8, to which nothing is appended."""
+    """The same of q of 16 bits and a cache of 8."""
     (q,) = request.as_autocast_has_it(q)
-    _refuse_new_keys("a cache", cache)
+    _refuse_rotation("a cache", cache)
     kv_cache.check(q, k_cache, v_cache, cache, dtypes_kv=quantized.DTYPES)
-    call = _halves(q, k_cache, v_cache, cache, options)
-    _check_numbers(q, k_cache, v_cache, cache, call)
-    return widened.forward(q, k_cache, v_cache, call.packing, call.options, descale)
+    return _of_8_bits(widened, q, k_cache, v_cache, cache, options, descale)
 
 
-def _refuse_new_keys(beside: str, cache: Cache) -> None:
-    """What is to be appended, and how. beside: what is of 8 bits."""
-    if refused := [name for name in OF_NEW_KEYS if getattr(cache, name) is not None]:
+def _refuse_rotation(beside: str, cache: Cache) -> None:
+    """beside: what is of 8 bits."""
+    if refused := [name for name in ROTARY if getattr(cache, name) is not None]:
         raise NotImplementedError(
-            f"{', '.join(refused)} are given beside {beside} of 8 bits; allowed: None. What is appended "
-            "would need scales of its own"
+            f"{', '.join(refused)} are given beside {beside} of 8 bits; allowed: None. What is rotated would "
+            "have to be quantized again: `quantize` does both"
         )
+
+
+def _of_8_bits(
+    kind: ModuleType, q, k_cache, v_cache, cache: Cache, options: Options, descale: Descale
+) -> Result:
+    """Append and attend; what is refused has not written. kind: `quantized` or `widened`."""
+    call = _halves(q, k_cache, v_cache, cache, options)
+    asked, scaling = kind.checked(call.q, k_cache, v_cache, call.packing, call.options, descale)
+    _check_numbers(q, k_cache, v_cache, cache, call)
+    if call.append is not None:
+        if not torch.compiler.is_compiling() and _plain(q, k_cache, v_cache, cache):
+            kind.check_scales(scaling)
+            kind.planned(asked, scaling)
+        seqlens, _ = torch.ops.cute_flash.append.default(*_in_pairs(call.append))
+        asked = asked._replace(seqused_k=seqlens)
+    return kind.attend(asked, scaling, call.options)
+
+
+def _in_pairs(append: Append) -> Append:
+    """Two numbers of 8 bits as one of 16, which appending copies, whatever they are."""
+    given = {"k_cache": append.k_cache, "v_cache": append.v_cache, "k": append.k_new, "v": append.v_new}
+    for name, tensor in given.items():
+        if not torch.compiler.is_compiling():
+            contents.check_alignment(name, tensor)
+    pairs = (x.view(torch.float16) for x in given.values())
+    return append._replace(**dict(zip(Append._fields[:4], pairs, strict=True)))
 
 
 def _check_numbers(q: Any, k_cache: Any, v_cache: Any, cache: Cache, call: _Call) -> None:

@@ -90,7 +90,7 @@ def check(
         given, other = ("k", "v") if cache.v is None else ("v", "k")
         raise ValueError(f"{given} is given without {other}; allowed: both, or neither")
     if cache.k is not None:
-        _check_new(q, k_cache, v_cache, cache, batch)
+        _check_new(q, k_cache, v_cache, cache, batch, dtypes_kv or dtypes)
     _check_rotary(q, k_cache, cache, batch)
     if cache.scheduler_metadata is not None:
         scheduling.check(cache.scheduler_metadata, q, batch)
@@ -159,13 +159,15 @@ def _check_places(q: torch.Tensor, k_cache: torch.Tensor, cache: Cache, batch: A
 
 
 def _check_new(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache: Cache, batch: Any
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, cache: Cache, batch: Any,
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """The new keys and values."""
+    """The new keys and values, of the cache's dtype, one of `dtypes`."""
+    like = ("q", q) if q.dtype == k_cache.dtype else ("k_cache", k_cache)
     new = cache.k.shape[1] if isinstance(cache.k, torch.Tensor) and cache.k.ndim == 4 else "seqlen_new"
     for name, tensor, of in (("k", cache.k, k_cache), ("v", cache.v, v_cache)):
         dims = (batch, new, *of.shape[2:])
-        _check_floats(name, tensor, q, tuple(map(str, dims)))
+        _check_floats(name, tensor, q, tuple(map(str, dims)), dtypes, like)
         if tuple(tensor.shape) != dims:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; allowed: {dims}, by q, k and the cache"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import block_scaled, cached, contents, launch, ops, request, scalars, scheduling, schema
+from .arch.kernel import Steps
 from .arch.quantized import DTYPES as NAMES
 from .dispatch import place_of, plan
 from .launch import Bound
@@ -161,7 +162,11 @@ def _check_out_dtype(out_dtype: Any) -> None:
 
 def forward(q: Any, k: Any, v: Any, packing: Packing | None, options: Options, descale: Descale) -> Result:
     """Attention on tensors of 8 bits, from the user's arguments."""
-    call, scaling = checked(q, k, v, packing, options, descale)
+    return attend(*checked(q, k, v, packing, options, descale), options)
+
+
+def attend(call: Call, scaling: Scaling, options: Options) -> Result:
+    """A checked call, by the operators."""
     if options.out is None:
         out, lse = torch.ops.cute_flash.forward_quantized.default(*call, *scaling)
     else:
@@ -235,9 +240,23 @@ def _parted(arguments: tuple) -> tuple[Call, Scaling]:
     return Call(*arguments[:count]), Scaling(*arguments[count:])
 
 
+def check_scales(scaling: Scaling) -> None:
+    """The numbers."""
+    contents.check_scales(dict(zip(NAMED, scaling[:3], strict=False)))
+
+
+def planned(call: Call, scaling: Scaling) -> Steps:
+    """What a call launches."""
+    out_dtype = str(scaling.out_dtype).removeprefix("torch.")
+    asked = problem_of(call, out_dtype=out_dtype, block=scaling.block or None)
+    found = plan(asked, place_of(call.q.device).device, sizes_of(call), call.num_splits)
+    scheduling.check_plan(call, found)
+    return found
+
+
 def _answer(out: torch.Tensor | None, arguments: tuple) -> ops.Answer:
     call, scaling = _parted(arguments)
-    contents.check_scales(dict(zip(NAMED, scaling[:3], strict=False)))
+    check_scales(scaling)
     return ops.answer(call, out, functools.partial(_launch, scaling), scaling.out_dtype)
 
 
@@ -261,15 +280,11 @@ def _forward_out_fake(out, *arguments):
 
 
 def _launch(scaling: Scaling, call: Call, out: torch.Tensor, lse: torch.Tensor) -> Bound:
-    out_dtype = str(out.dtype).removeprefix("torch.")
-    asked = problem_of(call, out_dtype=out_dtype, block=scaling.block or None)
-    place = place_of(call.q.device)
-    planned = plan(asked, place.device, sizes_of(call), call.num_splits)
-    scheduling.check_plan(call, planned)
+    steps = planned(call, scaling)
     contents.check(call, out)
     values = ops.values_of(call, out, lse) | scaling._asdict()
     values |= {name: values[name].view(torch.uint8) for name in "qkv"}
-    bound = launch.bind(planned, place, values)
+    bound = launch.bind(steps, place_of(call.q.device), values)
     launch.run(bound, values)
     return bound
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cached, contents, launch, ops, quantized, request, scheduling, schema
+from .arch.kernel import Steps
 from .dispatch import place_of, plan
 from .launch import Bound
 from .problems import problem_of, sizes_of
@@ -33,7 +34,11 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, options: Options, descale: Descale
 ) -> Result:
     """Attention to a cache of 8 bits, from the user's arguments; raises what is wrong with them."""
-    call, scaling = checked(q, k, v, packing, options, descale)
+    return attend(*checked(q, k, v, packing, options, descale), options)
+
+
+def attend(call: Call, scaling: Scaling, options: Options) -> Result:
+    """A checked call, by the operators."""
     if options.out is None:
         return Result(*torch.ops.cute_flash.forward_widened.default(*call, *scaling))
     lse = torch.ops.cute_flash.forward_widened_out.default(options.out, *call, *scaling)
@@ -63,9 +68,22 @@ def _parted(arguments: tuple) -> tuple[Call, Scaling]:
     return Call(*arguments[:count]), Scaling(*arguments[count:])
 
 
+def check_scales(scaling: Scaling) -> None:
+    """The numbers."""
+    contents.check_scales({"k_descale": scaling.k_scale, "v_descale": scaling.v_scale})
+
+
+def planned(call: Call, scaling: Scaling) -> Steps:
+    """What a call launches."""
+    asked = problem_of(call, kv_dtype=str(call.k.dtype).removeprefix("torch."))
+    found = plan(asked, place_of(call.q.device).device, sizes_of(call), call.num_splits)
+    scheduling.check_plan(call, found)
+    return found
+
+
 def _answer(out: torch.Tensor | None, arguments: tuple) -> ops.Answer:
     call, scaling = _parted(arguments)
-    contents.check_scales({"k_descale": scaling.k_scale, "v_descale": scaling.v_scale})
+    check_scales(scaling)
     return ops.answer(call, out, functools.partial(_launch, scaling))
 
 
@@ -89,14 +107,11 @@ def _forward_out_fake(out, *arguments):
 
 
 def _launch(scaling: Scaling, call: Call, out: torch.Tensor, lse: torch.Tensor) -> Bound:
-    asked = problem_of(call, kv_dtype=str(call.k.dtype).removeprefix("torch."))
-    place = place_of(call.q.device)
-    planned = plan(asked, place.device, sizes_of(call), call.num_splits)
-    scheduling.check_plan(call, planned)
+    steps = planned(call, scaling)
     contents.check(call, out)
     values = ops.values_of(call, out, lse) | scaling._asdict()
     values |= {name: values[name].view(torch.uint8) for name in "kv"}
-    bound = launch.bind(planned, place, values)
+    bound = launch.bind(steps, place_of(call.q.device), values)
     launch.run(bound, values)
     return bound
 

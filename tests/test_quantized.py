@@ -305,19 +305,47 @@ def test_where_the_result_is_written(device):
         assert torch.equal(out, wanted) and torch.equal(place.cpu(), wanted) and torch.equal(lse, top)
 
 
+@pytest.mark.parametrize("kind", ["rows", "pages"])
+@pytest.mark.parametrize("wide", [False, True], ids=["q of 8 bits", "q of 16 bits"])
+def test_new_keys_are_written_as_they_are(wide, kind, device):
+    """Bit for bit, and nothing beside them; then they are seen, as if they had been there before."""
+    _, given = in_cache("heads", kind, 3)
+    del given["quantization_block"]
+    if wide:
+        given["q"], given["q_descale"] = given["q"].float().bfloat16(), None
+    told = given | {"cache_seqlens": given["cache_seqlens"] - 3}
+    new = {}
+    for name in "kv":
+        cache = told[f"{name}_cache"] = given[f"{name}_cache"].clone()
+        places = [at[-3:] for at in placed(kind)[0]]
+        new[name] = torch.stack([cache[at[:, 0].long(), at[:, 1].long()] for at in places])
+        for at in places:
+            cache[at[:, 0].long(), at[:, 1].long()] = torch.full((), 1.5).to(cache.dtype)
+    told, given, new = (on_device(x, device) for x in (told, given, new))
+    with where(device):
+        wanted = flash_attn_with_kvcache(**given, causal=True, num_splits=2)
+        found = flash_attn_with_kvcache(**told, **new, causal=True, num_splits=2)
+    assert torch.equal(found, wanted)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(told[name].view(torch.uint8), given[name].view(torch.uint8))
+
+
 def test_a_cache_under_torch_compile():
-    """The same bits, without a break."""
+    """The same bits, without a break, also of a cache that new keys are written into."""
     _, (q, k, v) = made("heads")
     given = {name: x.scale for name, x in (("q_descale", q), ("k_descale", k), ("v_descale", v))}
-    given["cache_seqlens"] = torch.tensor(USED, dtype=torch.int32)
+    given["cache_seqlens"] = torch.tensor(USED, dtype=torch.int32) - 7
 
-    def attend(q, k, v):
-        return flash_attn_with_kvcache(q, k, v, causal=True, **given)
+    def attend(q, k, v, new):
+        return flash_attn_with_kvcache(q, k, v, **new, causal=True, **given)
 
-    with where("sm90"):
-        wanted = attend(q.data, k.data, v.data)
-        traced = torch.compile(attend, fullgraph=True, backend="aot_eager")(q.data, k.data, v.data)
-    assert torch.equal(traced, wanted)
+    for new in ({}, {"k": k.data[:, :7].clone(), "v": v.data[:, :7].clone()}):
+        caches, others = ((k.data.clone(), v.data.clone()) for _ in range(2))
+        with where("sm90"):
+            wanted = attend(q.data, *caches, new)
+            traced = torch.compile(attend, fullgraph=True, backend="aot_eager")(q.data, *others, new)
+        assert torch.equal(traced, wanted)
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(caches, others, strict=True))
 
 
 def test_packed_queries_find_keys_in_pages(device):
@@ -428,11 +456,22 @@ def test_tensors_that_are_refused(changed, error, words):
 
 
 def test_packed_tensors_that_are_refused():
-    """Scales of other blocks than sequences have, and new keys, whose scales nobody knows."""
+    """Scales of other blocks than sequences have, and new keys that are to be rotated; nothing is written."""
     q, k, v = (x.data.flatten(0, 1) for x in (Q, K, V))
-    appended = {"k": K.data[:, :1], "v": V.data[:, :1], "cache_seqlens": 3}
-    with cute_flash.emulated("sm90"), pytest.raises(NotImplementedError, match="k, v are given beside q of"):
+    appended = {"k": V.data[:, :1], "v": K.data[:, :1], "cache_seqlens": 3}
+    rotary = dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(20, 32))
+    words = "rotary_cos, rotary_sin are given beside q of 8 bits; allowed: None. What is rotated"
+    with cute_flash.emulated("sm90"), pytest.raises(NotImplementedError, match=words):
+        flash_attn_with_kvcache(Q.data, K.data, V.data, **appended, **rotary)
+    before = K.data.clone()
+    for wrong in ({"k_descale": -K.scale}, {"score": lambda s, *_: s, "q": X.to(torch.float8_e5m2)},
+                  {"k": K.data[:, :1].view(torch.float8_e5m2)}, {"cache_seqlens": 20}):
+        given = {"q": Q.data, "k_cache": K.data, "v_cache": V.data} | appended | wrong
+        with cute_flash.emulated("sm90"), pytest.raises((ValueError, TypeError)):
+            flash_attn_with_kvcache(**given)
+    with cute_flash.emulated("sm80"), pytest.raises(NotImplementedError, match="few bits"):
         flash_attn_with_kvcache(Q.data, K.data, V.data, **appended)
+    assert torch.equal(K.data.view(torch.uint8), before.view(torch.uint8))
     with cute_flash.emulated("sm90"), pytest.raises(TypeError, match="q_descale is given, q is of torch.f"):
         flash_attn_with_kvcache(X.half(), X.half(), X.half(), q_descale=Q.scale)
     words = r"k_descale has shape \(1, 2\); allowed: \(1, 2, 2\)"

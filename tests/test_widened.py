@@ -154,7 +154,8 @@ def call(**changed):
 @pytest.mark.parametrize(
     "changed, error, words",
     [
-        ({"k": NEW, "v": NEW}, NotImplementedError, "k, v are given beside a cache of 8 bits; allowed"),
+        ({"k": NEW.half(), "v": NEW, "cache_seqlens": 3}, TypeError, "k has dtype torch.float16; allowed: "),
+        ({"k": NEW, "v": NEW}, ValueError, "k is given without cache_seqlens; allowed: with it"),
         (
             {"rotary_cos": Q[0, :, 0], "rotary_sin": Q[0, :, 0]}, NotImplementedError,
             "rotary_cos, rotary_sin are given beside a cache",
