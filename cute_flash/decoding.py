@@ -126,6 +126,10 @@ def _of_8_bits(
     _check_numbers(q, k_cache, v_cache, cache, call)
     if call.append is not None:
         if not torch.compiler.is_compiling() and _plain(q, k_cache, v_cache, cache):
+            contents.check_alignment("q", asked.q)
+            if call.options.out is not None:
+                contents.check_out(asked, call.options.out)
+                contents.check_alignment("out", call.options.out)
             kind.check_scales(scaling)
             kind.planned(asked, scaling)
         seqlens, _ = torch.ops.cute_flash.append.default(*_in_pairs(call.append))

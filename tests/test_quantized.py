@@ -458,7 +458,7 @@ def test_tensors_that_are_refused(changed, error, words):
 def test_packed_tensors_that_are_refused():
     """Scales of other blocks than sequences have, and new keys that are to be rotated; nothing is written."""
     q, k, v = (x.data.flatten(0, 1) for x in (Q, K, V))
-    appended = {"k": V.data[:, :1], "v": K.data[:, :1], "cache_seqlens": 3}
+    appended = {"k": V.data[:, :1].clone(), "v": K.data[:, :1].clone(), "cache_seqlens": 3}
     rotary = dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(20, 32))
     words = "rotary_cos, rotary_sin are given beside q of 8 bits; allowed: None. What is rotated"
     with cute_flash.emulated("sm90"), pytest.raises(NotImplementedError, match=words):
@@ -471,6 +471,17 @@ def test_packed_tensors_that_are_refused():
             flash_attn_with_kvcache(**given)
     with cute_flash.emulated("sm80"), pytest.raises(NotImplementedError, match="few bits"):
         flash_attn_with_kvcache(Q.data, K.data, V.data, **appended)
+    memory = torch.zeros(2 * Q.data.numel() + 1, dtype=torch.uint8)
+    overlapping = memory[: 2 * Q.data.numel()].view(torch.bfloat16).view(Q.data.shape)
+    unaligned = memory[1 : 1 + Q.data.numel()].view(torch.float8_e4m3fn).view(Q.data.shape)
+    for words, wrong in (
+        ("out overlaps q in memory", {"q": memory[: Q.data.numel()].view(Q.data.dtype).view(Q.data.shape),
+                                      "out": overlapping}),
+        ("q begins at address", {"q": unaligned}),
+    ):  # fmt: skip
+        given = {"q": Q.data, "k_cache": K.data, "v_cache": V.data} | appended | wrong
+        with cute_flash.emulated("sm90"), pytest.raises(ValueError, match=words):
+            flash_attn_with_kvcache(**given)
     assert torch.equal(K.data.view(torch.uint8), before.view(torch.uint8))
     with cute_flash.emulated("sm90"), pytest.raises(TypeError, match="q_descale is given, q is of torch.f"):
         flash_attn_with_kvcache(X.half(), X.half(), X.half(), q_descale=Q.scale)
