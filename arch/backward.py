@@ -79,6 +79,21 @@ class BackwardProblem:
         """Of the block mask."""
         return self.forward.block_size
 
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Whose gradients leave the main kernel as sums: dK and dV do where query heads share them."""
+        return ("q", "k", "v") if self.forward.gqa else ("q",)
+
+    def before(self) -> PreprocessProblem:
+        """What comes before the main kernel."""
+        return PreprocessProblem.of(self)
+
+    def after(self, of: str) -> PostprocessProblem:
+        """What comes after it, of one of those that are summed."""
+        asked = self.forward
+        dim = asked.head_dim_v if of == "v" else asked.head_dim
+        return PostprocessProblem(dtype=asked.dtype, of=of, head_dim=dim, varlen=asked.varlen)
+
     def main(self) -> BackwardProblem:
         """What is left of it for the main kernel: the sink is in the log-sum-exp, whose gradient is in D."""
         return replace(self, forward=replace(self.forward, sink=False, lse=True), grad_lse=False)
@@ -92,7 +107,7 @@ class BackwardProblem:
                 dims = ("batch_or_1", "num_heads_q_or_1", "k_blocks", last)
                 values = "count listed_rows" if name == "block_counts" else "numbered -1"
                 inherited[name] = inherited[name]._replace(dims=dims, values=values)
-        shared_heads, turns = self.forward.gqa, None
+        shared_heads, turns = "k" in self.summed, None
         if self.deterministic and inherited["block_indices"] is not None:
             meaning = "key blocks done before each listed one, from the first on"
             turns = inherited["block_indices"]._replace(meaning=meaning, values="numbered -2")
@@ -321,18 +336,18 @@ PREPROCESS = Kernel(
 )
 
 
-def steps_around(own: Step, device: Device, postprocess: Kernel, configured: Callable[..., Any]) -> Steps:
+def steps_around(
+    own: Step, device: Device, postprocess: Kernel, configured: Callable[..., Any],
+    preprocess: Kernel = PREPROCESS,
+) -> Steps:
     """The launches of a call's gradients, of which `own` is a tree's main kernel for a BackwardProblem.
 
     postprocess: the tree's. configured(problem, config): its config after a main kernel with `config`.
     """
-    problem, main = own.problem, own.problem.main()
-    asked, before = problem.forward, PreprocessProblem.of(problem)
-    summed = ("q", "k", "v") if asked.gqa else ("q",)
+    problem, main, before = own.problem, own.problem.main(), own.problem.before()
     after = []
-    for of in summed:
-        dim = asked.head_dim_v if of == "v" else asked.head_dim
-        job = PostprocessProblem(dtype=asked.dtype, of=of, head_dim=dim, varlen=asked.varlen)
+    for of in problem.summed:
+        job = problem.after(of)
         renamed = {
             "sums": f"grad_{of}_sum",
             "grad": f"grad_{of}",
@@ -342,11 +357,11 @@ def steps_around(own: Step, device: Device, postprocess: Kernel, configured: Cal
         }
         after.append(Step(postprocess, job, configured(job, own.config), tuple(renamed.items())))
     scratch = {"lse_log2": None, "delta": None, "grad_q_sum": None}
-    if asked.gqa:
+    if "k" in problem.summed:
         scratch |= {"grad_k_sum": 0.0, "grad_v_sum": 0.0}
     if problem.deterministic:
-        scratch |= {"turns_q": None, "turns_k": 0} if asked.gqa else {"turns_q": None}
-    first = Step(PREPROCESS, before, PREPROCESS.config(before, device))
+        scratch |= {"turns_q": None, "turns_k": 0} if "k" in problem.summed else {"turns_q": None}
+    first = Step(preprocess, before, preprocess.config(before, device))
     sizes = {f"scratch_rows_{side}": _scratch_rows_of(side) for side in "qk"}
     return Steps((first, own._replace(problem=main), *after), scratch, sizes)
 

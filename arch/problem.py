@@ -53,6 +53,7 @@ OPERATIONS = {
     "append": "KV cache append and rotary",
     "quantize": "quantizing",
     "backward": "backward",
+    "quantized_backward": "backward in few bits",
     "preprocess": "what comes before a backward kernel",
     "postprocess": "what comes after a backward kernel",
 }

@@ -56,7 +56,13 @@ def asked(call: Call, grad_lse: torch.Tensor | None) -> BackwardProblem:
 
 def gradients(given: Given, call: Call) -> Gradients:
     """What the operator does."""
-    found = _new(call)
+    return computed(given, call, asked(call, given.grad_lse), new(call), {})
+
+
+def computed(
+    given: Given, call: Call, problem: BackwardProblem, found: Gradients, others: dict[str, Any]
+) -> Gradients:
+    """`found`, filled. others: values of the call that only such a problem's kernels take."""
     if not (given.out.numel() and call.k.numel() and call.max_seqlen_k) or ops.has_no_sequence(call):
         for gradient in found:
             gradient.zero_()
@@ -65,7 +71,7 @@ def gradients(given: Given, call: Call) -> Gradients:
             found.sink.copy_(_by_head(given.grad_lse.masked_fill(given.softmax_lse.isneginf(), 0.0)))
         return found
     place = place_of(call.q.device)
-    planned = plan(asked(call, given.grad_lse), place.device, sizes_of(call))
+    planned = plan(problem, place.device, sizes_of(call))
     values = ops.values_of(call, given.out, given.softmax_lse)
     places = found._asdict() | parts_of(None if call.joint is None else found.joint)
     keep_scale = values["keep_scale"]
@@ -81,6 +87,7 @@ def gradients(given: Given, call: Call) -> Gradients:
         "grad_sink_rows": None if call.sink is None else torch.zeros_like(given.softmax_lse),
         "value_scale": 1.0 if keep_scale is None else keep_scale,
         "max_seqlen_k": call.max_seqlen_k,
+        **others,
     }
     launch.run(launch.bind(planned, place, values), values)
     if call.sink is not None:
@@ -93,13 +100,16 @@ def _by_head(rows: torch.Tensor) -> torch.Tensor:
     return rows.sum(dim=(0, 2) if rows.ndim == 3 else 1)
 
 
-def _new(call: Call) -> Gradients:
-    """Where gradients are written. Rows of packed tensors that belong to no sequence have gradient 0."""
+def new(call: Call, dtype: torch.dtype | None = None) -> Gradients:
+    """Where gradients are written. Rows of packed tensors that belong to no sequence have gradient 0.
+
+    dtype: that of the tensors if None.
+    """
     packed = call.cu_seqlens_q is not None
     make = torch.zeros_like if packed else torch.empty_like
     parts = parts_of(call.joint)
     owners = {name: None if name in parts else getattr(call, name) for name in ("q", "k", "v", "joint")}
-    found = {name: call.q.new_empty(0) if x is None else make(x) for name, x in owners.items()}
+    found = {name: call.q.new_empty(0) if x is None else make(x, dtype=dtype) for name, x in owners.items()}
     sink = call.q.new_empty((0,) if call.sink is None else call.sink.shape, dtype=torch.float32)
     return Gradients(**found, sink=sink)
 
@@ -114,7 +124,7 @@ def _backward(*arguments):
 
 
 def _backward_fake(*arguments):
-    return tuple(_new(_split(arguments)[1]))
+    return tuple(new(_split(arguments)[1]))
 
 
 def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:

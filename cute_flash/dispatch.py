@@ -23,6 +23,8 @@ from .arch.backward import BackwardProblem
 from .arch.combine import CombineProblem, part_of, split
 from .arch.kernel import Kernel, Step, Steps
 from .arch.problem import FEATURES, OPERATIONS, Asked, Device, Sizes
+from .arch.quantized import QuantizedProblem
+from .arch.quantized_backward import QuantizedBackwardProblem
 from .masks import Mask
 from .problems import problem
 from .scores import Score
@@ -253,6 +255,10 @@ def select(problem: Asked, device: Device, wanted: str | None = None) -> Answer:
     return Answer(problem, device, refusals=tuple(refusals))
 
 
+# What kernels of few bits are called where others of theirs have rows of their own.
+IN_TABLE = {"quantized": "FP8", "quantized_backward": "FP8 backward"}
+
+
 def supports(
     dtype: torch.dtype | str,
     head_dim: int,
@@ -285,7 +291,8 @@ def supports(
         **{"lse": False, **features},
     )
     if backward:
-        asked = BackwardProblem(asked, deterministic=deterministic)
+        kind = QuantizedBackwardProblem if isinstance(asked, QuantizedProblem) else BackwardProblem
+        asked = kind(asked, deterministic=deterministic)
     if device is None:
         if emulation() is None and not torch.cuda.is_available():
             names = ", ".join(EMULATED)
@@ -320,10 +327,9 @@ def features() -> str:
     for feature, words in FEATURES.items():
         has = (any(feature in kernel.support.features for kernel in served) for served in attention)
         rows.append([words, *marked(has)])
-    for operation in ("append", "widened", "backward"):
+    for operation in ("append", "widened", "backward", "quantized", "quantized_backward"):
         served = (_serving(device, operation) for device in EMULATED.values())
-        rows.append([OPERATIONS[operation], *marked(served)])
-    rows.append(["FP8", *marked(quantized)])
+        rows.append([IN_TABLE.get(operation, OPERATIONS[operation]), *marked(served)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

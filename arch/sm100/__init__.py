@@ -5,22 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .. import sm80
-from ..backward import FORWARD_ONLY, PostprocessProblem, steps_around
+from ..backward import FORWARD_ONLY, steps_around
 from ..kernel import Kernel
-from ..sm80.backward.config import PostprocessConfig
 from .backward import tuning as backward
 from .forward import FORWARD
 from .fp8 import QUANTIZED
+from .fp8_backward import QUANTIZED_BACKWARD
 from .latent import LATENT
 from .scaled import BLOCK_SCALED
+from .sums import sums_of
 from .widened import WIDENED
-
-
-def sums_of(problem: PostprocessProblem, main: backward.Config) -> PostprocessConfig:
-    """Sums lie as the accumulators of eight or four warps, with 16 rows each."""
-    rows = main.cta_rows if problem.side == "q" else main.cta_keys
-    return PostprocessConfig(rows=rows, grid=(rows // 16, 1))
-
 
 # After FlashAttention-4's backward pass (Zadouri et al. 2026).
 BACKWARD = Kernel(
@@ -32,4 +26,6 @@ BACKWARD = Kernel(
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, sums_of),
 )
 
-KERNELS = (FORWARD, LATENT, QUANTIZED, BLOCK_SCALED, WIDENED, BACKWARD, *sm80.KERNELS)
+KERNELS = (
+    FORWARD, LATENT, QUANTIZED, BLOCK_SCALED, WIDENED, BACKWARD, QUANTIZED_BACKWARD, *sm80.KERNELS,
+)  # fmt: skip

@@ -43,6 +43,11 @@ POSTPROCESS = Kernel(
     tuning=Tuning(config=lambda problem, device, sizes: None, blocks=backward.postprocess_blocks),
     launches=".sm80.backward.postprocess:PostprocessKernel",
 )
+QUANTIZED_POSTPROCESS = replace(
+    POSTPROCESS,
+    name="sm80.quantized_postprocess",
+    launches=".sm80.backward.quantized:QuantizedPostprocessKernel",
+)
 # FlashAttention-2's backward pass (Dao 2023, algorithm 2).
 BACKWARD = Kernel(
     name="sm80.backward",

@@ -53,7 +53,9 @@ class Compute:
 
     def __init__(self, problem: Problem, config: Config, plan: Plan, result: Result, group: Group):
         self.problem, self.config, self.plan, self.result, self.group = problem, config, plan, result, group
-        self.dtype, self.threads = element_type(problem.precision), threads_of(plan.keys, group)
+        self.p_dtype = element_type(problem.p_precision)
+        self.ds_dtype = element_type(config.ds_precision(problem))
+        self.threads = threads_of(plan.keys, group)
         self.rows = plan.half_rows // plan.sharers  # of a thread
         self.chunk = min(CHUNK, self.rows)
 
@@ -118,9 +120,11 @@ class Compute:
         self.threads.load(memory.tensor, place, self.plan.half_rows, row, key.thread)
 
     def store(self, key: Key, memory: Memory, name: str, first: int, rounded: cute.Tensor) -> None:
-        """Write P or dS, two rows to a column, likewise."""
-        place = self.plan.half(name, key.warpgroup) + first // 2
-        self.threads.store(words(rounded), memory.tensor, place, self.plan.half_rows // 2, key.thread)
+        """Write P or dS, several rows to a column, likewise."""
+        per_column = self.plan.per_column
+        place = self.plan.half(name, key.warpgroup) + first // per_column
+        span = self.plan.half_rows // per_column
+        self.threads.store(words(rounded), memory.tensor, place, span, key.thread)
 
     def written(self, name: str) -> None:
         """Products may read what this thread has written of P, or dS, when an arrival tells."""
@@ -142,7 +146,7 @@ class Compute:
             if key.dropout is not None:
                 drawn, lane = key.dropout.after(s[0]), key.thread % 32
                 kept.append(drawn.keeps_of_key(row, number, lane, self.chunk, self.threads.neighbours))
-            rounded = registers(self.chunk, self.dtype)
+            rounded = registers(self.chunk, self.p_dtype)
             for r in range(0, self.chunk, PIECE):
                 p, target = some_columns(s, r, PIECE), some_columns(rounded, r, PIECE)
                 slopes = self.scored(key, p, row + r, number, masked)
@@ -185,7 +189,7 @@ class Compute:
         """dS = weights * (dP - D), where dP was, and in shared memory."""
         delta = memory.tiles.delta[None, slot]
         for c in range(0, self.rows, self.chunk):
-            dp, ds = registers(self.chunk), registers(self.chunk, self.dtype)
+            dp, ds = registers(self.chunk), registers(self.chunk, self.ds_dtype)
             self.load(key, memory, "dp", c, dp)
             place = depend_on_load(dp[0], key.place)
             for r in range(0, self.chunk, PIECE):
@@ -225,9 +229,13 @@ class Compute:
         for r, shifts in self.by_four(key, delta, first, cute.size(dp)):
             for i in (0, 2):
                 pair, weight = ((x[r + i], x[r + i + 1]) for x in (dp, weights))
-                difference = packed().fma((shifts[i], shifts[i + 1]), both(-1.0), pair)
+                difference = self.difference(pair, (shifts[i], shifts[i + 1]))
                 ds = cute.arch.mul_packed_f32x2(difference, weight, rnd="rn", ftz=False)
                 dp[r + i], dp[r + i + 1] = ds
+
+    def difference(self, dp: tuple[Float32, Float32], delta: tuple[Float32, Float32]) -> tuple:
+        """dP - D of two rows."""
+        return packed().fma(delta, both(-1.0), dp)
 
     def by_four(
         self, key: Key, numbers: cute.Tensor, first: int, count: int
@@ -240,17 +248,17 @@ class Compute:
             yield r, four
 
     def round(self, numbers: cute.Tensor, target: cute.Tensor, kept: Int32 | None = None) -> None:
-        """Numbers into 16 bits, two in a register from here on; 0 where the row's bit is not set."""
+        """Numbers into few bits, several in a register from here on; 0 where the row's bit is not set."""
         if kept is not None:
             all_of_them, numbers = numbers, registers(cute.size(numbers))
             for r in range(cute.size(numbers)):
                 numbers[r] = where(is_set(kept, r), all_of_them[r], 0.0)
-        target.store(numbers.load().to(self.dtype))
+        target.store(numbers.load().to(target.element_type))
         pin(target)
 
 
 def words(rounded: cute.Tensor) -> cute.Tensor:
-    """As 32-bit words of two elements."""
+    """As 32-bit words of several elements."""
     return cute.recast_tensor(rounded, Float32)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...backward import BackwardProblem, scratch_columns
 from ...common.regions import Region, Regions
+from ...precision import Precision
 from ...problem import Problem
 
 ROWS = 128  # lanes of tensor memory, and so rows of an accumulator; or half as many
@@ -61,6 +62,10 @@ class Config:
     @property
     def paired(self) -> bool:
         return self.ctas > 1
+
+    def ds_precision(self, problem: Problem) -> Precision:
+        """Of dS where it is multiplied."""
+        return problem.precision
 
     @property
     def moved(self) -> tuple[str, ...]:

@@ -100,10 +100,11 @@ class Tiles(NamedTuple):
         """Places for all of it."""
         k, v, q, grad_out = (allocate(smem, getattr(operands, name)) for name in ("k", "v", "q", "grad_out"))
         grad_k, grad_v = in_place(k, operands.grad_k), in_place(v, operands.grad_v)
-        ds = allocate(smem, Operand.of(problem.precision, config.ds_keys, config.cta_rows, 1, False))
+        precision = config.ds_precision(problem)
+        ds = allocate(smem, Operand.of(precision, config.ds_keys, config.cta_rows, 1, False))
         weights, halves = None, dict.fromkeys(OF_PAIRS)
         if config.shared_weights:
-            weights = allocate(smem, Operand.of(problem.precision, config.cta_keys, config.tile_m, 2, False))
+            weights = allocate(smem, Operand.of(precision, config.cta_keys, config.tile_m, 2, False))
         if config.paired:
             # The columns of Q and dO have places of their own, or those of their rows.
             rows = {"q": q, "grad_out": grad_out}

@@ -69,13 +69,26 @@ class BackwardKernel:
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = BackwardOperands(*operands)
+        call = self.named(operands)
         launch = Launch(call, self.maps(call), KeyTiles.of(call, self.config.tile_n))
         tiles, *_ = launch.schedule.grid()
         grid, block = (tiles * self.config.ctas, 1, 1), (self.config.threads, 1, 1)
         self.kernel(launch).launch(
             grid=grid, block=block, cluster=self.group.cluster, stream=stream, min_blocks_per_mp=1
         )
+
+    def named(self, operands: list) -> BackwardOperands:
+        """The operands of a launch, in their order, by their names."""
+        return BackwardOperands(*operands)
+
+    def kinds(self) -> Kinds:
+        """Of the roles."""
+        return roles_of(self.config)
+
+    def products(self) -> Products:
+        """What tensor cores multiply."""
+        precisions = self.problem.precision, self.problem.p_precision, self.config.ds_precision(self.problem)
+        return Products(*map(element_type, precisions), self.plan, self.group)
 
     def maps(self, call: BackwardOperands) -> GradientOperands:
         """The tensors as TMA sees them."""
@@ -107,12 +120,12 @@ class BackwardKernel:
         if warp == 0:
             group.allocate(plan.allocated, address)
         group.ready()
-        memory, products = Memory(tiles, address), Products(element_type(problem.precision), plan, group)
+        memory, products = Memory(tiles, address), self.products()
         producers = {name: made.producer for name, made in channels.items()}
         producers = LoadEnds(**producers, numbers=numbers.producer)
         consumers = MmaEnds(**{name: made.consumer for name, made in channels.items()})
         result = Result(problem, config, plan, self.operands, self.turns, group)
-        kinds = roles_of(config)
+        kinds = self.kinds()
         compute = kinds.compute(problem, config, plan, result, group)
         mma, load = kinds.mma(problem, config, products), kinds.load(problem, config, self.operands)
         store = kinds.store(problem, config, plan, self.turns, group)

@@ -123,7 +123,7 @@ class Mma:
         """Begin dV += P^T dO or dK += dS^T Q with the tile that is held, and release it."""
         make, (into, weights) = self.products, names
         columns = cute.size(tiles, mode=[1]) * make.group.ctas
-        mma = make.grad_kv(columns, make.group)
+        mma = make.grad_kv(weights, columns, make.group)
         acc = make.result(mma, memory.tensor, make.plan.at(into), (make.plan.keys, columns))
         b = tile_of(make.columns(tiles), held.current_handle().index, turn)
         begin(mma, acc, self.weights(memory, weights, columns), b, Boolean(turn > 0))

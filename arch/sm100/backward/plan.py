@@ -52,7 +52,8 @@ class Plan:
     """Of a CTA alone.
 
     columns, columns_v: of dK and dQ, and of dV. p_apart: P has columns of its own. rows, keys: of a tile, 64
-    or 128. shared_weights: P and dS are multiplied out of shared memory, not from here.
+    or 128. per_column: rows of P and dS that a column holds. shared_weights: P and dS are multiplied out of
+    shared memory, not from here.
 
     ValueError where they do not fit.
     """
@@ -62,6 +63,7 @@ class Plan:
     p_apart: bool = False
     rows: int = ROWS
     keys: int = ROWS
+    per_column: int = 2
     shared_weights = False
 
     def __post_init__(self) -> None:
@@ -103,10 +105,10 @@ class Plan:
     def stacks(self) -> tuple[Regions, ...]:
         """What lies in all lanes; or in either half of them.
 
-        Columns. Of P and dS two rows take one; over S and dP the second warpgroup's begin at its half.
+        Columns. Of P and dS several rows take one; over S and dP the second warpgroup's begin at its half.
         """
-        halves = self.half_rows * (WARPGROUPS - 1) + self.half_rows // 2
-        p_size, p_over = (self.rows // 2, None) if self.p_apart else (halves, "s")
+        halves = self.half_rows * (WARPGROUPS - 1) + self.half_rows // self.per_column
+        p_size, p_over = (self.rows // self.per_column, None) if self.p_apart else (halves, "s")
         widest = max(self.columns, self.columns_v)
         wide, wide_v = (self.columns, self.columns_v) if self.keys == ROWS else (widest, widest)
         values = (
@@ -168,7 +170,8 @@ class Plan:
 
     def step(self, name: str) -> int:
         """Columns from one warpgroup's part to the next."""
-        return self.half_rows // 2 if name == "p" and self.p_apart else self.half_rows
+        apart = name == "p" and self.p_apart
+        return self.half_rows // self.per_column if apart else self.half_rows
 
 
 PAIR_STEPS = ("s", "dp", "p", "dq", "store", "dv", "ds", "dk", "end")
@@ -327,4 +330,5 @@ def plan_of(problem: Problem, config: Config) -> Plan:
         return SerialPlan(*columns_of(problem))
     if config.paired:
         return PairPlan(*columns_of(problem))
-    return Plan(*columns_of(problem), config.p_apart, config.tile_m, config.tile_n)
+    per_column = 32 // problem.precision.bits
+    return Plan(*columns_of(problem), config.p_apart, config.tile_m, config.tile_n, per_column)

@@ -26,9 +26,13 @@ from .plan import Plan
 
 @dataclass(frozen=True)
 class Products:
-    """plan: where results are. group: of CTAs."""
+    """dtype: of q, k, v and dO. p_dtype, ds_dtype: of P and dS, of as many bits. plan: where results are.
+    group: of CTAs.
+    """
 
     dtype: type
+    p_dtype: type
+    ds_dtype: type
     plan: Plan
     group: Group
 
@@ -36,15 +40,22 @@ class Products:
         """Of S^T and dP^T. group: all of it, or ALONE: what is a CTA's own."""
         return tiled_mma(self.dtype, self.share(self.plan.rows, group), SMEM, K, group, rows=self.plan.keys)
 
-    def grad_kv(self, columns: int, group: Group) -> cute.TiledMma:
-        """Of dK and dV, likewise."""
+    def grad_kv(self, weights: str, columns: int, group: Group) -> cute.TiledMma:
+        """Of dV or dK, whose weights are "p" or "ds", likewise."""
         source = SMEM if self.plan.shared_weights else TMEM
-        return tiled_mma(self.dtype, self.share(columns, group), source, MN, group, rows=self.plan.keys)
+        return tiled_mma(
+            self.dtype, self.share(columns, group), source, MN, group, rows=self.plan.keys,
+            a_dtype=self.of_weights(weights),
+        )
+
+    def of_weights(self, name: str) -> type:
+        """What P or dS is rounded to."""
+        return self.p_dtype if name == "p" else self.ds_dtype
 
     def grad_q(self, filling: int, group: Group) -> cute.TiledMma:
         """Of a filling of dQ's columns, likewise."""
         rows, columns = self.plan.grad_q_shape(filling)
-        return tiled_mma(self.dtype, self.share(columns, group), SMEM, MN, group, MN, rows)
+        return tiled_mma(self.dtype, self.share(columns, group), SMEM, MN, group, MN, rows, self.ds_dtype)
 
     def share(self, columns: int, group: Group) -> int:
         """Of all columns those that `group` has."""
@@ -61,7 +72,7 @@ class Products:
     def columns(self, tiles: cute.Tensor) -> cute.Tensor:
         """Descriptors (mma, columns, k, tiles) of Q or dO, as B of dK or dV."""
         columns = cute.size(tiles, mode=[1]) * self.group.ctas
-        return as_b(partial(self.grad_kv, columns), self.group, transposed(tiles))
+        return as_b(partial(self.grad_kv, "p", columns), self.group, transposed(tiles))
 
     def ds(self, tiles: cute.Tensor) -> cute.Tensor:
         """Descriptors (mma, rows, k, tiles) of dS^T (keys, rows, tiles), as A of dQ."""
@@ -81,17 +92,17 @@ class Products:
         return cute.make_tensor(base + at, layout)
 
     def weights(self, base: cute.Pointer, name: str, columns: int) -> cute.Tensor:
-        """P^T or dS^T in tensor memory as A of dV or dK: (mma, keys, k), two elements to a column.
+        """P^T or dS^T in tensor memory as A of dV or dK: (mma, keys, k), several elements to a column.
 
         Each warpgroup's rows of Q are neighbours.
         """
-        pointer = cute.recast_ptr(base + self.plan.at(name), dtype=self.dtype)
+        pointer = cute.recast_ptr(base + self.plan.at(name), dtype=self.of_weights(name))
         rows = self.plan.half_rows
         part = cute.make_tensor(pointer, cute.make_layout((self.plan.keys, rows), stride=(rows, 1)))
-        layout = as_a(partial(self.grad_kv, columns), self.group, part).layout
+        layout = as_a(partial(self.grad_kv, name, columns), self.group, part).layout
         (within, keys, k), (within_step, keys_step, k_step) = layout.shape, layout.stride
         # A fragment in tensor memory has a layout, but always begins at column 0.
-        steps = k_step, 2 * self.plan.step(name)
+        steps = k_step, self.plan.per_column * self.plan.step(name)
         halves = cute.make_layout((within, keys, (k, WARPGROUPS)), stride=(within_step, keys_step, steps))
         return cute.make_tensor(pointer, halves)
 

@@ -286,7 +286,8 @@ def to_tile(values: cute.Tensor, factor: Float32 | None, row: cute.Tensor, first
 
 
 def to_row(rounded: cute.Tensor, row: cute.Tensor, first: Int32 | int) -> None:
-    """Registers of 16 bits to a row of a swizzled tile in shared memory, from column `first` on."""
-    for i in range(0, cute.size(rounded), 8):
-        source = cute.make_tensor(rounded.iterator + i, cute.make_layout(8))
-        cute.autovec_copy(source, cute.local_tile(row, (8,), ((first + i) // 8,)))
+    """Registers to a row of a swizzled tile in shared memory, from column `first` on, 16 bytes at a time."""
+    width = 128 // rounded.element_type.width
+    for i in range(0, cute.size(rounded), width):
+        source = cute.make_tensor(rounded.iterator + i, cute.make_layout(width))
+        cute.autovec_copy(source, cute.local_tile(row, (width,), ((first + i) // width,)))

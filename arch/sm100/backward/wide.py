@@ -51,7 +51,7 @@ class WideMma(PairMma):
 
     def weights(self, memory: Memory, name: str, columns: int) -> cute.Tensor:
         make, place = self.products, P if name == "p" else DS
-        tiles = as_a(partial(make.grad_kv, columns), make.group, memory.tiles.weights)
+        tiles = as_a(partial(make.grad_kv, name, columns), make.group, memory.tiles.weights)
         return tiles[None, None, None, place]
 
 

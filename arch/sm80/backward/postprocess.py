@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -31,15 +33,23 @@ class PostprocessKernel:
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call = PostprocessOperands(*operands)
+        call = self.named(operands)
         rows, batches = extent(call.grad, call.cu_seqlens, call.max_seqlen)
         schedule = OneTile(cute.ceil_div(rows, self.config.rows), call.grad.shape[-2], batches)
         self.kernel(call, schedule).launch(
             grid=schedule.grid(), block=(self.config.threads, 1, 1), stream=stream
         )
 
+    def named(self, operands: list) -> PostprocessOperands:
+        """The operands of a launch, in their order, by their names."""
+        return PostprocessOperands(*operands)
+
+    def factor(self, call: PostprocessOperands, rows: Rows, head: Int32) -> Float32:
+        """What sums are multiplied by."""
+        return Float32(call.factor)
+
     @cute.kernel
-    def kernel(self, call: PostprocessOperands, schedule: OneTile):
+    def kernel(self, call: Any, schedule: OneTile):
         block, head, batch, _ = schedule.tile(cute.arch.block_idx()[0])
         rows = rows_of(call.cu_seqlens, call.grad.shape[1], batch)
         first_row = block * self.config.rows
@@ -47,13 +57,13 @@ class PostprocessKernel:
             self.tile(call, rows, head, first_row)
 
     @cute.jit
-    def tile(self, call: PostprocessOperands, rows: Rows, head: Int32, first_row: Int32):
+    def tile(self, call: Any, rows: Rows, head: Int32, first_row: Int32):
         """A tile by way of shared memory, so that whole lines leave."""
         thread = cute.arch.thread_idx()[0]
         grid = Grid(*self.config.grid, self.config.rows, self.columns, thread)
         acc = grid.accumulator()
         SummedTile.of(call.sums, head, rows.scratch + first_row, thread, self.config.threads).read(acc)
-        factor = Float32(call.factor)
+        factor = self.factor(call, rows, head)
         for i in cutlass.range_constexpr(cute.size(acc)):
             acc[i] = acc[i] * factor
         layout = tile_layout(self.config.rows, self.columns, 1)
