@@ -109,7 +109,7 @@ class Compute:
     def key_block(
         self, block: KeyBlock, launch: Launch, tiles: Tiles, ends: ComputeEnds, edges: Edges, warpgroup: Int32
     ):
-        rules = Rules.of(self.problem, block.call, block.sequence, block.head)
+        rules = self.rules(block)
         visits = block.visits(self.problem, self.config, rules)
         sums = self.sums()
         for acc in sums:
@@ -123,7 +123,7 @@ class Compute:
             for i in cutlass.range(phases[p].visits, unroll=1):
                 visit = self.visit(block, rules, tiles, visits, visits.nth(phases[p], i), warpgroup)
                 s, dp = self.score_accumulator(), self.score_accumulator()
-                p_operand, ds_operand = self.operand(s), self.operand(dp)
+                p_operand, ds_operand = self.weights(s)
                 q = ends.q.wait_and_advance()
                 self.begin_s(s, visit, q)
                 out = ends.grad_out.wait_and_advance()
@@ -188,8 +188,16 @@ class Compute:
             first_row=Int32(visits.block(place)) * self.config.tile_m,
             first_key=block.first_key + warpgroup * self.config.keys,
             operands=self.descriptors(tiles, warpgroup),
-            weighing=Weighing.of(self.problem, block, rules),
+            weighing=self.weighing(block, rules),
         )
+
+    def rules(self, block: KeyBlock) -> Rules:
+        """Of the block's head."""
+        return Rules.of(self.problem, block.call, block.sequence, block.head)
+
+    def weighing(self, block: KeyBlock, rules: Rules) -> Weighing:
+        """How its scores become probabilities."""
+        return Weighing.of(self.problem, block, rules)
 
     def descriptors(self, tiles: Tiles, warpgroup: Int32) -> Descriptors:
         config, moved = self.config, tiles.moved
@@ -264,9 +272,10 @@ class Compute:
         precision = self.problem.precision
         return precision.padded(dim) // precision.k_step
 
-    def operand(self, acc: cute.Tensor) -> cute.Tensor:
-        """Registers for an accumulator as the next product takes it: half as many."""
-        return cute.make_rmem_tensor(acc.layout, self.dtype)
+    def weights(self, acc: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
+        """Registers for P and dS as the next products take them: half as many each as an accumulator."""
+        p, ds = (cute.make_rmem_tensor(acc.layout, self.dtype) for _ in range(2))
+        return p, ds
 
     def share(self, visit: Visit, ds: cute.Tensor, tiles: cute.Tensor) -> None:
         """dS^T of this warpgroup's keys to shared memory; behind it is that of all warpgroups."""

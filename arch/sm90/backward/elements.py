@@ -140,8 +140,12 @@ class Elements:
                 self.round(weight, p_operand, i)
             for r in range(2):
                 for c in range(2):
-                    ds[r, c] = weight[r, c] * (ds[r, c] - shifts[r])
+                    ds[r, c] = weight[r, c] * self.difference(ds[r, c], shifts[r])
             self.round(ds, ds_operand, i)
+
+    def difference(self, dp: Float32, delta: Float32) -> Float32:
+        """dP - D."""
+        return dp - delta
 
     def round(self, numbers: cute.Tensor, operand: cute.Tensor, i: int) -> None:
         """An octet's numbers into an operand, two in a register from here on."""

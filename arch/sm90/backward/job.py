@@ -27,7 +27,8 @@ class GradientOperands(NamedTuple):
     """What TMA moves, one head's at a time; maps of it; or tiles of it in shared memory.
 
     k, v: a tile for each warpgroup, or one for all of them. grad_k, grad_v: a tile for each; no maps where
-    heads share keys. peer_k: as k, half of the columns of the other CTA of a pair, or None.
+    heads share keys. peer_k: as k, half of the columns of the other CTA of a pair, or None. *_columns: of 8
+    bits, as products want them that sum over rows: (columns, rows), or None.
     """
 
     q: Any
@@ -37,6 +38,9 @@ class GradientOperands(NamedTuple):
     grad_k: Any
     grad_v: Any
     peer_k: Any = None
+    q_columns: Any = None
+    k_columns: Any = None
+    grad_out_columns: Any = None
 
     @staticmethod
     def of(problem: Problem, config: Tiling) -> GradientOperands:

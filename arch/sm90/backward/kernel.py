@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -48,6 +49,13 @@ COMPUTE = {
 }
 
 
+class Kinds(NamedTuple):
+    """Of roles that kernels have of their own."""
+
+    compute: type[Compute]
+    load: type[Load]
+
+
 class BackwardKernel:
     """The kernel for one problem and config: compiled with `BackwardOperands` and a stream."""
 
@@ -64,7 +72,7 @@ class BackwardKernel:
     @cute.jit
     def __call__(self, *operands_and_stream):
         *operands, stream = operands_and_stream
-        call, ctas = BackwardOperands(*operands), self.config.ctas
+        call, ctas = self.named(operands), self.config.ctas
         launch = Launch(call, self.maps(call), KeyTiles.of(call, self.config.tile_n))
         self.kernel(launch).launch(
             grid=(launch.schedule.tiles.count * ctas, 1, 1),
@@ -73,6 +81,25 @@ class BackwardKernel:
             stream=stream,
             min_blocks_per_mp=1,
         )
+
+    def named(self, operands: list) -> BackwardOperands:
+        """The operands of a launch, in their order, by their names."""
+        return BackwardOperands(*operands)
+
+    def kinds(self) -> Kinds:
+        """Of the roles."""
+        return Kinds(COMPUTE[type(self.config)], Load)
+
+    def nbytes(self) -> dict[str, int]:
+        """What comes at once through each channel."""
+        numbers = 4 * self.config.tile_m
+        k, v, peer_k = self.operands.k, self.operands.v, self.operands.peer_k
+        return {
+            "k": k.stages * k.bytes + (peer_k.stages * peer_k.bytes if peer_k else 0),
+            "v": v.stages * v.bytes,
+            "q": self.operands.q.bytes + numbers,
+            "grad_out": self.operands.grad_out.bytes + numbers,
+        }
 
     def maps(self, call: BackwardOperands) -> GradientOperands:
         """The tensors as TMA sees them."""
@@ -90,17 +117,9 @@ class BackwardKernel:
     def kernel(self, launch: Launch):
         problem, config, links = self.problem, self.config, self.topology
         tiles, barriers = self.shared_memory()
-        numbers = 4 * config.tile_m
-        k, v, peer_k = self.operands.k, self.operands.v, self.operands.peer_k
-        nbytes = {
-            "k": k.stages * k.bytes + (peer_k.stages * peer_k.bytes if peer_k else 0),
-            "v": v.stages * v.bytes,
-            "q": self.operands.q.bytes + numbers,
-            "grad_out": self.operands.grad_out.bytes + numbers,
-        }
         shared = {"q": config.ctas, "grad_out": config.ctas}
         channels = [
-            channel(barriers, links[name], size, shared.get(name, 1)) for name, size in nbytes.items()
+            channel(barriers, links[name], size, shared.get(name, 1)) for name, size in self.nbytes().items()
         ]
         names = ("grad_q", "peer_ds") if config.ctas > 1 else ("grad_q",)
         edges = Edges(*(Edge.at(barriers, links[name]) for name in names))
@@ -112,8 +131,9 @@ class BackwardKernel:
         channels_ready()
         if cutlass.const_expr(config.ctas > 1):
             pair_meets()
-        compute = COMPUTE[type(config)](problem, config, self.operands, self.turns)
-        load, store = Load(problem, config, self.operands), Store(problem, config, self.turns)
+        kinds, store = self.kinds(), Store(problem, config, self.turns)
+        compute = kinds.compute(problem, config, self.operands, self.turns)
+        load = kinds.load(problem, config, self.operands)
         consumers = ComputeEnds(*(made.consumer for made in channels))
         producers = LoadEnds(*(made.producer for made in channels))
         roles = (

@@ -37,6 +37,9 @@ class Load:
 
     def __init__(self, problem: Problem, config: Tiling, operands: GradientOperands):
         self.problem, self.config, self.operands = problem, config, operands
+        self.brought = GradientOperands(
+            *(brought(operand, name, config) for name, operand in operands._asdict().items())
+        )
 
     @cute.jit
     def run(self, launch: Launch, tiles: Tiles, ends: LoadEnds, warp: Int32):
@@ -48,11 +51,8 @@ class Load:
 
     @cute.jit
     def key_block(self, block: KeyBlock, tiles: Tiles, ends: LoadEnds):
-        moved, maps, call = tiles.moved, block.maps, block.call
-        operands = GradientOperands(
-            *(brought(operand, name, self.config) for name, operand in self.operands._asdict().items())
-        )
-        rules = Rules.of(self.problem, call, block.sequence, block.head)
+        operands, maps = self.brought, block.maps
+        rules = Rules.of(self.problem, block.call, block.sequence, block.head)
         visits = block.visits(self.problem, self.config, rules)
         if visits.any():
             q, grad_out = (
@@ -61,29 +61,35 @@ class Load:
             )
             # In the order of the products: S of K and Q, then dP of V and dO.
             slot = ends.k.acquire_and_advance()
-            self.keys(block, operands.k, maps.k, moved.k, slot)
-            if cutlass.const_expr(operands.peer_k is not None):
-                self.keys_of_peer(block, tiles, slot)
+            self.bring_k(block, tiles, slot)
             slot = ends.q.acquire_and_advance()
-            row = self.first_row(visits, visits.start)
-            self.rows(operands.q, q, row, moved.q, slot)
-            self.numbers(block, call.lse_log2, row, tiles.lse, slot)
+            self.bring_q(block, q, self.first_row(visits, visits.start), tiles, slot)
             slot = ends.v.acquire_and_advance()
-            self.keys(block, operands.v, maps.v, moved.v, slot)
+            self.keys(block, operands.v, maps.v, tiles.moved.v, slot)
             for i in cutlass.range(visits.total - 1, unroll=1):
                 place = visits.after(visits.start, i)
                 slot = ends.grad_out.acquire_and_advance()
-                row = self.first_row(visits, place)
-                self.rows(operands.grad_out, grad_out, row, moved.grad_out, slot)
-                self.numbers(block, call.delta, row, tiles.delta, slot)
+                self.bring_grad_out(block, grad_out, self.first_row(visits, place), tiles, slot)
                 slot = ends.q.acquire_and_advance()
-                row = self.first_row(visits, visits.after(place, 1))
-                self.rows(operands.q, q, row, moved.q, slot)
-                self.numbers(block, call.lse_log2, row, tiles.lse, slot)
+                self.bring_q(block, q, self.first_row(visits, visits.after(place, 1)), tiles, slot)
             slot = ends.grad_out.acquire_and_advance()
-            row = self.first_row(visits, visits.end)
-            self.rows(operands.grad_out, grad_out, row, moved.grad_out, slot)
-            self.numbers(block, call.delta, row, tiles.delta, slot)
+            self.bring_grad_out(block, grad_out, self.first_row(visits, visits.end), tiles, slot)
+
+    def bring_k(self, block: KeyBlock, tiles: Tiles, slot) -> None:
+        """Begin copying what comes with K."""
+        self.keys(block, self.brought.k, block.maps.k, tiles.moved.k, slot)
+        if self.brought.peer_k is not None:
+            self.keys_of_peer(block, tiles, slot)
+
+    def bring_q(self, block: KeyBlock, q: HeadRows, row: Int32, tiles: Tiles, slot) -> None:
+        """Begin copying what comes with a tile of Q."""
+        self.rows(self.brought.q, q, row, tiles.moved.q, slot)
+        self.numbers(block, block.call.lse_log2, row, tiles.lse, slot)
+
+    def bring_grad_out(self, block: KeyBlock, grad_out: HeadRows, row: Int32, tiles: Tiles, slot) -> None:
+        """Begin copying what comes with a tile of dO."""
+        self.rows(self.brought.grad_out, grad_out, row, tiles.moved.grad_out, slot)
+        self.numbers(block, block.call.delta, row, tiles.delta, slot)
 
     def first_row(self, visits: Range | Listed, place: Int32) -> Int32:
         return Int32(visits.block(place)) * self.config.tile_m
