@@ -7,16 +7,14 @@ from dataclasses import replace
 from .. import sm80
 from ..backward import FORWARD_ONLY, steps_around
 from ..kernel import Kernel
-from ..sm80.backward.config import PostprocessConfig
 from .backward import tuning as backward
-from .backward.config import ROWS
 from .forward import FORWARD
 from .fp8 import QUANTIZED
+from .fp8_backward import QUANTIZED_BACKWARD
 from .latent import LATENT
+from .sums import SUMS
 from .widened import WIDENED
 
-# Sums lie as the accumulators of one warpgroup, whose four warps have 64 rows below each other.
-SUMS = PostprocessConfig(rows=ROWS, grid=(4, 1))
 # After FlashAttention-3's backward pass (Shah et al. 2024, section 3).
 BACKWARD = Kernel(
     name="sm90.backward",
@@ -27,4 +25,4 @@ BACKWARD = Kernel(
     around=lambda own, device: steps_around(own, device, sm80.POSTPROCESS, lambda problem, config: SUMS),
 )
 
-KERNELS = (FORWARD, LATENT, QUANTIZED, WIDENED, BACKWARD, *sm80.KERNELS)
+KERNELS = (FORWARD, LATENT, QUANTIZED, WIDENED, BACKWARD, QUANTIZED_BACKWARD, *sm80.KERNELS)

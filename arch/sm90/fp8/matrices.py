@@ -28,9 +28,9 @@ def read(rows: Int32, words: cute.Tensor, transposed: bool) -> None:
     _copy(warp.LdMatrix8x8x16bOp(transposed, 4), _pointer(rows), words.iterator)
 
 
-def write(words: cute.Tensor, rows: Int32) -> None:
+def write(words: cute.Tensor, rows: Int32, transposed: bool = False) -> None:
     """stmatrix.x4: four words of all lanes to a row of each."""
-    _copy(warp.StMatrix8x8x16bOp(False, 4), words.iterator, _pointer(rows))
+    _copy(warp.StMatrix8x8x16bOp(transposed, 4), words.iterator, _pointer(rows))
 
 
 def _pointer(address: Int32) -> cute.Pointer:

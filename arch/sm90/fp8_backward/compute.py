@@ -1,0 +1,149 @@
+"""The compute role in FP8: as for 16 bits, with sums in two levels.
+
+    S^T = K Q^T and dP^T = V dO^T begun    wait S     P = 2**P_LIFT exp(S - LSE)
+    wait dP    dS = P (dP 2**(DS_LIFT - P_LIFT) - D)     both in 8 bits
+    a piece of P^T dO begun     dS to shared, for all     dQ = dS K begun
+    then in turn: wait for the first of two products, which joins its sum, or leaves; begin the next
+
+Hopper's FP8 products are summed with some 14 bits, so that no sum of several tiles is left to them (as in the
+forward pass, `..fp8.accumulation`): pieces of P^T dO and dS^T Q, by columns, have accumulators of their own
+and are added to dV and dK in fp32. All but dS in shared memory are operands in registers or by columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Float8E4M3FN, Float8E5M2, Float32, Int32
+
+from ...common.key_block import KeyBlock
+from ...common.rules import Rules
+from ...common.softmax import LOG2_E
+from ..backward.compute import Compute, Descriptors, Scores, as_a, as_b
+from ..backward.config import ROWS
+from ..backward.elements import Visit, Weighing
+from ..backward.job import Edges, Sums, Tiles
+from ..fp8.mma import KEYS, step, tiled_mma
+from ..mma import accumulator, begin_sum, visible, wait
+from .elements import Rounded, to_operand, to_shared
+from .job import ds_operand
+
+
+class Product(NamedTuple):
+    """One of `columns` columns. begin, finish: with its accumulator, the latter when it is complete."""
+
+    columns: int
+    begin: Callable[[cute.Tensor], None]
+    finish: Callable[[cute.Tensor], None]
+
+
+class QuantizedCompute(Compute):
+    """The same waits, other products."""
+
+    def rules(self, block: KeyBlock) -> Rules:
+        """With scores in units of their scales."""
+        place, rules = (block.sequence.batch, block.kv_head), super().rules(block)
+        return rules._replace(scale=rules.scale * (block.call.q_scale[place] * block.call.k_scale[place]))
+
+    def weighing(self, block: KeyBlock, rules: Rules) -> Weighing:
+        found = super().weighing(block, rules)
+        return found if self.problem.score else found._replace(scale_log2=rules.scale * LOG2_E)
+
+    def weights(self, acc: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
+        p, ds = (cute.make_rmem_tensor(cute.size(acc), dtype) for dtype in (Float8E4M3FN, Float8E5M2))
+        return p, ds
+
+    def elements(self) -> Rounded:
+        overlaps = self.config.overlap
+        return Rounded(self.problem, self.scores(), self.config.tile_m, self.weights_are_p, not overlaps)
+
+    def scores(self) -> cute.TiledMma:
+        return tiled_mma(self.config.tile_m, False, self.dtype, self.dtype)
+
+    def grad_kv(self, weights: type) -> cute.TiledMma:
+        """Of a piece of dV or dK. weights: the type of P or dS."""
+        return tiled_mma(self.config.piece_columns, True, weights, self.dtype)
+
+    def grad_q(self) -> cute.TiledMma:
+        """Of a warpgroup's columns of dQ."""
+        return tiled_mma(self.config.part_columns, False, Float8E5M2, self.dtype)
+
+    def descriptors(self, tiles: Tiles, warpgroup: Int32) -> Descriptors:
+        config, moved, scores, grad_q = self.config, tiles.moved, self.scores(), self.grad_q()
+        k_columns = cute.local_tile(
+            moved.k_columns, (config.part_columns, config.cta_keys, 1), (warpgroup, 0, 0)
+        )
+        return Descriptors(
+            k=as_a(scores, moved.k[None, None, warpgroup]),
+            q=as_b(scores, moved.q),
+            v=as_a(scores, moved.v[None, None, warpgroup]),
+            grad_out=as_b(scores, moved.grad_out),
+            grad_out_as_b=as_b(self.grad_kv(Float8E4M3FN), moved.grad_out_columns),
+            q_as_b=as_b(self.grad_kv(Float8E5M2), moved.q_columns),
+            ds=as_a(grad_q, tiles.ds),
+            k_as_b=as_b(grad_q, k_columns),
+        )
+
+    def gradients(self, visit: Visit, scores: Scores, sums: Sums, tiles: Tiles, edges: Edges) -> None:
+        wait(0, scores.dp)
+        self.differentiate(visit, scores)
+        operands = visit.operands
+        first, *others = self.pieces(sums.v, scores.p, operands.grad_out_as_b, scores.out)
+        grad_q = Product(
+            self.config.part_columns,
+            partial(self.share_and_begin_q, visit, scores.ds, tiles.ds),
+            lambda acc: self.hand_over(visit, acc, tiles.grad_q, edges.grad_q, visit.turn),
+        )
+        of_k = self.pieces(sums.k, scores.ds, operands.q_as_b, scores.q)
+        two_at_a_time([first, grad_q, *others, *of_k])
+
+    def pieces(self, total: cute.Tensor, a: cute.Tensor, b: cute.Tensor, slot: Any) -> Iterator[Product]:
+        """Products that join dV or dK, the last of which releases the tile in `slot`."""
+        columns = self.config.piece_columns
+        count = 2 * cute.size(total) // columns
+        for i in range(count):
+            begin = partial(self.begin_piece, a, b[None, i, None, slot.index])
+            part = cute.make_tensor(total.iterator + i * columns // 2, cute.make_layout(columns // 2))
+            yield Product(columns, begin, partial(join, part, slot if i == count - 1 else None))
+
+    def begin_piece(self, a: cute.Tensor, b: cute.Tensor, acc: cute.Tensor) -> None:
+        """A piece of P^T dO or dS^T Q. b: (mma, k)."""
+        steps = [step(a, b, k) for k in range(self.config.tile_m // KEYS)]
+        begin_sum(self.grad_kv(a.element_type), acc, steps, 1)
+
+    def share_and_begin_q(
+        self, visit: Visit, ds: cute.Tensor, tiles: cute.Tensor, acc: cute.Tensor
+    ) -> None:
+        """dS to all, and the warpgroup's columns of dQ = dS K; then dS is an operand of dK."""
+        operand, stage, first_key = ds_operand(self.config), visit.turn % self.config.ds_stages, visit.thread // 32 * 16
+        to_shared(ds, tiles[None, None, stage], operand, first_key + visit.warpgroup * ROWS, visit.thread % 32)
+        visible()
+        self.all_meet()
+        pair = visit.operands.ds[None, None, None, stage], visit.operands.k_as_b[None, None, None, 0]
+        begin_sum(self.grad_q(), acc, [pair], self.config.cta_keys // KEYS)
+        to_operand(ds)
+
+
+def join(total: cute.Tensor, slot: Any, acc: cute.Tensor) -> None:
+    """A product joins a sum. slot: of a tile that is read no more, or None."""
+    for e in range(cute.size(acc)):
+        total[e] = total[e] + acc[e]
+    if slot is not None:
+        slot.release()
+
+
+def two_at_a_time(products: list[Product]) -> None:
+    """Each but the first is begun before the one before it is finished."""
+    before = None
+    for product in products:
+        acc = accumulator(product.columns)
+        product.begin(acc)
+        if before is not None:
+            wait(1, before[1])
+            before[0].finish(before[1])
+        before = product, acc
+    wait(0, before[1])
+    before[0].finish(before[1])

@@ -1,0 +1,41 @@
+"""The load role in FP8: as for 16 bits; with Q, K and dO come their columns, on the same barriers."""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+from ...common.key_block import KeyBlock
+from ...common.operand import HeadRows
+from ..backward.job import Tiles
+from ..backward.load import Load
+from ..forward.load import EVICT_FIRST, EVICT_LAST
+
+
+class QuantizedLoad(Load):
+    """The same order."""
+
+    def bring_k(self, block: KeyBlock, tiles: Tiles, slot) -> None:
+        super().bring_k(block, tiles, slot)
+        place = block.scratch_k(self.problem)
+        self.columns(block, "k_columns", block.kv_head, place, tiles, slot, EVICT_FIRST)
+
+    def bring_q(self, block: KeyBlock, q: HeadRows, row: Int32, tiles: Tiles, slot) -> None:
+        super().bring_q(block, q, row, tiles, slot)
+        place = block.scratch_q(self.problem) + row
+        self.columns(block, "q_columns", block.head, place, tiles, slot, EVICT_LAST)
+
+    def bring_grad_out(self, block: KeyBlock, grad_out: HeadRows, row: Int32, tiles: Tiles, slot) -> None:
+        super().bring_grad_out(block, grad_out, row, tiles, slot)
+        place = block.scratch_q(self.problem) + row
+        self.columns(block, "grad_out_columns", block.head, place, tiles, slot, EVICT_LAST)
+
+    def columns(
+        self, block: KeyBlock, name: str, head: Int32, place: Int32, tiles: Tiles, slot, policy: int
+    ) -> None:
+        """Begin copying a tile by columns, of a head's scratch rows from `place` on."""
+        operand, mapped, into = (getattr(of, name) for of in (self.brought, block.maps, tiles.moved))
+        rows = operand.head_rows(mapped, block.sequence.batch, head, Int32(0), Int32(0))
+        rows = rows._replace(coordinates=cute.domain_offset((0, place), rows.coordinates))
+        index = slot.index if operand.stages > 1 else 0
+        self.copy(operand, rows, Int32(0), into[None, None, index], slot, policy)
