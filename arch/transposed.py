@@ -1,7 +1,7 @@
 """Copies by columns of what gradients in 8 bits sum over rows, for tensor cores that take neighbours alone.
 
-Hopper's products of 8 bits want what is summed over contiguous in both operands (PTX ISA, wgmma). S and dP sum
-over columns of a head, and take Q, K, V and dO as they lie. dV, dK and dQ sum over rows, of dO, Q and K:
+Hopper's products of 8 bits want what they sum over contiguous in both operands (PTX ISA, wgmma). S and dP
+sum over columns of a head, and take Q, K, V and dO as they lie. dV, dK and dQ sum over rows, of dO, Q and K:
 
     q, grad_out, k   (rows, columns)  ->  q_columns, grad_out_columns, k_columns   (columns, scratch rows)
 

@@ -17,15 +17,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float8E4M3FN, Float8E5M2, Float32, Int32
+from cutlass import Float8E4M3FN, Float8E5M2, Int32
 
 from ...common.key_block import KeyBlock
 from ...common.rules import Rules
 from ...common.softmax import LOG2_E
+from ...transposed import GROUP
 from ..backward.compute import Compute, Descriptors, Scores, as_a, as_b
 from ..backward.config import ROWS
 from ..backward.elements import Visit, Weighing
 from ..backward.job import Edges, Sums, Tiles
+from ..edge import Edge
 from ..fp8.mma import KEYS, step, tiled_mma
 from ..mma import accumulator, begin_sum, visible, wait
 from .elements import Rounded, to_operand, to_shared
@@ -68,8 +70,8 @@ class QuantizedCompute(Compute):
         return tiled_mma(self.config.piece_columns, True, weights, self.dtype)
 
     def grad_q(self) -> cute.TiledMma:
-        """Of a warpgroup's columns of dQ."""
-        return tiled_mma(self.config.part_columns, False, Float8E5M2, self.dtype)
+        """Of a piece of a warpgroup's columns of dQ."""
+        return tiled_mma(self.config.handed_columns, False, Float8E5M2, self.dtype)
 
     def descriptors(self, tiles: Tiles, warpgroup: Int32) -> Descriptors:
         config, moved, scores, grad_q = self.config, tiles.moved, self.scores(), self.grad_q()
@@ -91,16 +93,14 @@ class QuantizedCompute(Compute):
         wait(0, scores.dp)
         self.differentiate(visit, scores)
         operands = visit.operands
-        first, *others = self.pieces(sums.v, scores.p, operands.grad_out_as_b, scores.out)
-        grad_q = Product(
-            self.config.part_columns,
-            partial(self.share_and_begin_q, visit, scores.ds, tiles.ds),
-            lambda acc: self.hand_over(visit, acc, tiles.grad_q, edges.grad_q, visit.turn),
-        )
-        of_k = self.pieces(sums.k, scores.ds, operands.q_as_b, scores.q)
-        two_at_a_time([first, grad_q, *others, *of_k])
+        first, *others = self.pieces_of_sum(sums.v, scores.p, operands.grad_out_as_b, scores.out)
+        of_q = self.pieces_of_q(visit, scores.ds, tiles, edges)
+        of_k = self.pieces_of_sum(sums.k, scores.ds, operands.q_as_b, scores.q)
+        two_at_a_time([first, *of_q, *others, *of_k])
 
-    def pieces(self, total: cute.Tensor, a: cute.Tensor, b: cute.Tensor, slot: Any) -> Iterator[Product]:
+    def pieces_of_sum(
+        self, total: cute.Tensor, a: cute.Tensor, b: cute.Tensor, slot: Any
+    ) -> Iterator[Product]:
         """Products that join dV or dK, the last of which releases the tile in `slot`."""
         columns = self.config.piece_columns
         count = 2 * cute.size(total) // columns
@@ -109,22 +109,46 @@ class QuantizedCompute(Compute):
             part = cute.make_tensor(total.iterator + i * columns // 2, cute.make_layout(columns // 2))
             yield Product(columns, begin, partial(join, part, slot if i == count - 1 else None))
 
+    def pieces_of_q(self, visit: Visit, ds: cute.Tensor, tiles: Tiles, edges: Edges) -> Iterator[Product]:
+        """Products that are the warpgroup's columns of dQ, before the first of which dS is shared."""
+        columns = self.config.handed_columns
+        count = self.config.part_columns // columns
+        for i in range(count):
+            begin = partial(self.begin_q_piece, visit, i)
+            if i == 0:
+                begin = partial(self.share_and_begin_q, visit, ds, tiles.ds)
+            leave = partial(self.leave, visit, tiles.grad_q, edges.grad_q, visit.turn * count + i)
+            yield Product(columns, begin, leave)
+
     def begin_piece(self, a: cute.Tensor, b: cute.Tensor, acc: cute.Tensor) -> None:
         """A piece of P^T dO or dS^T Q. b: (mma, k)."""
         steps = [step(a, b, k) for k in range(self.config.tile_m // KEYS)]
         begin_sum(self.grad_kv(a.element_type), acc, steps, 1)
 
-    def share_and_begin_q(
-        self, visit: Visit, ds: cute.Tensor, tiles: cute.Tensor, acc: cute.Tensor
-    ) -> None:
-        """dS to all, and the warpgroup's columns of dQ = dS K; then dS is an operand of dK."""
-        operand, stage, first_key = ds_operand(self.config), visit.turn % self.config.ds_stages, visit.thread // 32 * 16
-        to_shared(ds, tiles[None, None, stage], operand, first_key + visit.warpgroup * ROWS, visit.thread % 32)
+    def share_and_begin_q(self, visit: Visit, ds: cute.Tensor, tiles: cute.Tensor, acc: cute.Tensor) -> None:
+        """dS to all, and the first piece of dQ; from here on dS is an operand of dK."""
+        tile, lane = tiles[None, None, visit.turn % self.config.ds_stages], visit.thread % 32
+        first_key = visit.warpgroup * ROWS + visit.thread // 32 * GROUP
+        to_shared(ds, tile, ds_operand(self.config), first_key, lane)
         visible()
         self.all_meet()
-        pair = visit.operands.ds[None, None, None, stage], visit.operands.k_as_b[None, None, None, 0]
-        begin_sum(self.grad_q(), acc, [pair], self.config.cta_keys // KEYS)
+        self.begin_q_piece(visit, 0, acc)
         to_operand(ds)
+
+    def begin_q_piece(self, visit: Visit, i: int, acc: cute.Tensor) -> None:
+        """A piece of dQ = dS K, over the keys of all warpgroups."""
+        ds, k = visit.operands.ds[None, None, None, visit.turn % self.config.ds_stages], visit.operands.k_as_b
+        columns = k[None, i, None, 0]
+        (mma, steps), (mma_step, steps_step) = columns.layout.shape, columns.layout.stride
+        layout = cute.make_layout((mma, 1, steps), stride=(mma_step, 0, steps_step))
+        pair = ds, cute.make_tensor(columns.iterator, layout)
+        begin_sum(self.grad_q(), acc, [pair], self.config.cta_keys // KEYS)
+
+    def leave(
+        self, visit: Visit, numbers: cute.Tensor, edge: Edge, nth: Int32, acc: cute.Tensor
+    ) -> None:
+        """A piece of dQ, the nth of as many, goes to the store role."""
+        self.hand_over(visit, acc, numbers, edge, nth)
 
 
 def join(total: cute.Tensor, slot: Any, acc: cute.Tensor) -> None:
@@ -136,10 +160,15 @@ def join(total: cute.Tensor, slot: Any, acc: cute.Tensor) -> None:
 
 
 def two_at_a_time(products: list[Product]) -> None:
-    """Each but the first is begun before the one before it is finished."""
-    before = None
-    for product in products:
-        acc = accumulator(product.columns)
+    """Each but the first is begun before the one before it is finished.
+
+    They take turns in two accumulators, so that one is begun where another has been. With accumulators of
+    their own ptxas would begin all of them before it adds any.
+    """
+    widest = (max(product.columns for product in products[i::2]) for i in range(2))
+    places, before = [accumulator(columns) for columns in widest], None
+    for i, product in enumerate(products):
+        acc = cute.make_tensor(places[i % 2].iterator, accumulator(product.columns).layout)
         product.begin(acc)
         if before is not None:
             wait(1, before[1])

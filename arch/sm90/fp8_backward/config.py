@@ -33,6 +33,11 @@ class Config(config.Config):
         """e5m2: dS needs range, as it has no scales."""
         return FLOAT8_E5M2
 
+    @property
+    def handed_columns(self) -> int:
+        """Of a piece at a time."""
+        return min(self.piece_columns, self.part_columns)
+
     def regions(self, precision: Precision) -> Regions:
         """As for 16 bits, with tiles by columns besides; dK and dV leave from registers."""
         found = super().regions(precision)

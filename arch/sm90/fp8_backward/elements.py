@@ -47,9 +47,8 @@ class Rounded(Transposed):
 def packed(kind: str, four: list[Float32]) -> Int32:
     """Four numbers in 8 bits, the first in the lowest byte."""
     convert = f"cvt.rn.satfinite.{kind}x2.f32"
-    code = (
-        f"{{ .reg .b16 low, high; {convert} low, $2, $1; {convert} high, $4, $3; mov.b32 $0, {{low, high}}; }}"
-    )
+    halves = f"{convert} low, $2, $1; {convert} high, $4, $3;"
+    code = f"{{ .reg .b16 low, high; {halves} mov.b32 $0, {{low, high}}; }}"
     values = [x.ir_value() for x in four]
     return Int32(llvm.inline_asm(Int32.mlir_type, values, code, "=r,f,f,f,f", has_side_effects=False))
 

@@ -1,4 +1,4 @@
-"""Where the FP8 gradients' tiles lie: those for 16 bits, and copies by columns of what is summed over rows."""
+"""Where the FP8 gradients' tiles lie: those for 16 bits, and copies by columns."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class QuantizedBackwardKernel(BackwardKernel):
         return Kinds(QuantizedCompute, QuantizedLoad)
 
     def named(self, operands: list) -> ColumnsBackwardOperands:
-        """With elements for the bytes that tensors of 8 bits are passed as; copies as (columns, heads, rows)."""
+        """With elements for the bytes that 8 bits are passed as; copies as (columns, heads, rows)."""
         call, dtype = ColumnsBackwardOperands(*operands), element_type(self.problem.precision)
         of_bytes = {name: elements(getattr(call, name), dtype) for name in ("q", "k", "v", "grad_out")}
         for name in COPIED:

@@ -33,7 +33,7 @@ ROWS = (
     ),
     Row(
         head_dim=128, head_dim_v=128, pressure=HEAVIEST,
-        config=Config(columns=128, columns_v=128, piece_columns=64),
+        config=Config(columns=128, columns_v=128, piece_columns=32),
         why="dK and dV take 128 registers, S and dP 64",
     ),
 )  # fmt: skip
