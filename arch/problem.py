@@ -469,7 +469,7 @@ def _rule_specs(rule: Expression | None, name: str) -> tuple[Spec, ...] | None:
 class Support:
     """What a kernel declares: capabilities (lowest, highest), dtypes, head dims, features.
 
-    page_sizes: multiples of it.
+    page_sizes: multiples of it. one_of: features of which a problem must have one; none: it need not.
     """
 
     capabilities: tuple[tuple[int, int], tuple[int, int]]
@@ -477,6 +477,7 @@ class Support:
     head_dims: Iterable[int]
     features: frozenset[str]
     page_sizes: int = 1
+    one_of: tuple[str, ...] = ()
 
     def serves(self, device: Device) -> bool:
         """Whether its capability is among those that are declared."""
@@ -500,6 +501,8 @@ class Support:
         for feature in problem.features():
             if feature not in self.features:
                 found.append(f"no {FEATURES[feature]}")
+        if self.one_of and not set(self.one_of).intersection(problem.features()):
+            found.append(f"only with {' or '.join(FEATURES[feature] for feature in self.one_of)}")
         return (*found, *problem.conflicts())
 
 

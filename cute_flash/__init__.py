@@ -14,7 +14,7 @@ if find_spec("torch") is not None:
     )
     from .block_mask import BlockMask, create_block_mask
     from .dispatch import emulated, features, supports
-    from .fp8 import flash_attn_fp8_func
+    from .fp8 import flash_attn_fp8_func, flash_attn_varlen_fp8_func
     from .masks import Causal, Document, Mask, PrefixLM, SlidingWindow
     from .merging import flash_attn_combine, merge_states
     from .quantization import Quantized, quantize
@@ -46,6 +46,7 @@ __all__ = [
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_quantized_func",
+    "flash_attn_varlen_fp8_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",

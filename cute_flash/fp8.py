@@ -1,5 +1,5 @@
-"""Training in FP8: `flash_attn_fp8_func`, which brings 16 bits to FP8 on its way, and the operator
-`backward_quantized`, its gradients.
+"""Training in FP8: `flash_attn_fp8_func` and `flash_attn_varlen_fp8_func`, which bring 16 bits to FP8 on
+their way, and the operators `forward_fp8` and `backward_fp8`.
 
 Saved between the two are q, k and v in 8 bits, their scales, out and the log-sum-exp.
 """
@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
-from . import backward, ops, request, schema
+from . import backward, flops, ops, request, schema
 from .arch.quantized_backward import QuantizedBackwardProblem
 from .backward import Given, Gradients
-from .dispatch import place_of, plan
+from .dispatch import dispatch, place_of
 from .problems import problem_of, sizes_of
-from .quantization import Quantized, quantize
+from .quantization import check_rotation, quantize
 from .quantized import Scaling
-from .request import Call, Options
+from .request import Call, Options, Packing
 from .rotation import Rotation
 
 
@@ -65,110 +66,209 @@ def flash_attn_fp8_func(
         0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
         return_lse, None, block_mask, None, deterministic,
     )  # fmt: skip
-    call = request.dense(q, k, v, options)
-    rotation = Rotation(call.q.shape[-1], seed) if hadamard else None
-    out, lse = _Attention.apply(call.q, call.k, call.v, call.sink, call, rotation)
+    return _answer(request.dense(q, k, v, options), hadamard, seed, return_lse)
+
+
+def flash_attn_varlen_fp8_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    mask: Any = None,
+    score: Any = None,
+    learnable_sink: torch.Tensor | None = None,
+    deterministic: bool = False,
+    hadamard: bool = True,
+    seed: int = 0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The same on packed sequences, all of which share the scale of a KV head.
+
+    q: (total_q, heads, head_dim), k: (total_k, heads_kv, head_dim), v: (total_k, heads_kv, head_dim_v).
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k: as in
+        `flash_attn_varlen_func`.
+    All others, and what is raised: as in `flash_attn_fp8_func`.
+
+    Returns as `flash_attn_varlen_func`.
+    """
+    options = Options(
+        0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,
+        return_lse, None, deterministic=deterministic,
+    )  # fmt: skip
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k)
+    return _answer(request.varlen(q, k, v, packing, options), hadamard, seed, return_lse)
+
+
+def _answer(
+    call: Call, hadamard: bool, seed: int, return_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Of a checked call of 16 bits."""
+    rotation = check_rotation(call.q.shape[-1], hadamard, seed)
+    call = call._replace(lse=True)
+    seed = NOT_ROTATED if rotation is None else rotation.seed
+    out, lse, *_ = torch.ops.cute_flash.forward_fp8.default(*call, seed)
     return (out, lse) if return_lse else out
 
 
-class _Attention(torch.autograd.Function):
-    """Of a checked call of 16 bits; its tensors with gradients come by themselves, too."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, sink, call: Call, rotation: Rotation | None):
-        call, scaling = quantized(call._replace(q=q, k=k, v=v, sink=sink), rotation)
-        if any(ctx.needs_input_grad):
-            check(call, scaling)
-        out, lse = torch.ops.cute_flash.forward_quantized.default(*call, *scaling)
-        ctx.set_materialize_grads(False)
-        tensors = {
-            name: x
-            for given in (call, scaling)
-            for name, x in given._asdict().items()
-            if isinstance(x, torch.Tensor)
-        }
-        ctx.names, ctx.rotation = list(tensors), rotation
-        ctx.call = call._replace(**{name: None for name in tensors if name in Call._fields}, rule_tensors=[])
-        ctx.scaling = scaling._replace(**{name: None for name in tensors if name in Scaling._fields})
-        ctx.save_for_backward(out, lse, *tensors.values(), *call.rule_tensors)
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        out, lse, *rest = ctx.saved_tensors
-        count = len(ctx.names)
-        named = dict(zip(ctx.names, rest[:count], strict=True))
-        call, scaling = (
-            given._replace(**{name: x for name, x in named.items() if name in given._fields})
-            for given in (ctx.call, ctx.scaling)
-        )
-        call = call._replace(rule_tensors=rest[count:])
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grad_out = quantize(grad_out.contiguous(), heads_kv=call.k.shape[-2], hadamard=False)
-        given = Incoming(grad_out.data, grad_lse, out, lse, grad_out.scale)
-        found = Gradients(*torch.ops.cute_flash.backward_quantized.default(*given, *call, *scaling))
-        q, k = found.q, found.k
-        if ctx.rotation is not None:
-            q, k = map(ctx.rotation.undo_by_product, (q, k))
-        return q, k, found.v, None if call.sink is None else found.sink, None, None
+NOT_ROTATED = -1  # as a seed
 
 
-class Incoming(NamedTuple):
-    """What the operator takes besides a call and its scales: as `backward.Given`, dO in 8 bits."""
+class Stored(NamedTuple):
+    """What the operator `forward_fp8` gives the other besides out and the log-sum-exp: elements of e4m3 as
+    bytes, and scales, float32 (batch, KV heads).
+    """
 
-    grad_out: torch.Tensor
-    grad_lse: torch.Tensor | None
-    out: torch.Tensor
-    softmax_lse: torch.Tensor
-    grad_out_scale: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_scale: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
 
-
-def quantized(call: Call, rotation: Rotation | None) -> tuple[Call, Scaling]:
-    """A call of 16 bits in 8, and its scales."""
-    told: dict[str, Any] = {"heads_kv": call.k.shape[-2]}
-    turned = {"hadamard": False} if rotation is None else {"seed": rotation.seed}
-    q, k = (quantize(x, **told, **turned) for x in (call.q, call.k))
-    v: Quantized = quantize(call.v, **told, hadamard=False)
-    scaling = Scaling(q.scale, k.scale, v.scale, 0, call.q.dtype is torch.float16)
-    return call._replace(q=q.data, k=k.data, v=v.data, lse=True), scaling
+    def scaling(self, half: bool) -> Scaling:
+        """As operators of 8 bits have it. half: the result is float16."""
+        return Scaling(self.q_scale, self.k_scale, self.v_scale, 0, half)
 
 
-def check(call: Call, scaling: Scaling) -> None:
-    """NotImplementedError with every kernel's every reason where a call has no gradients."""
-    if not call.q.is_meta:
-        plan(asked(call, scaling, None), place_of(call.q.device).device, sizes_of(call))
+def in_8_bits(x: torch.Tensor, call: Call, seed: int = NOT_ROTATED) -> tuple[torch.Tensor, torch.Tensor]:
+    """Elements of e4m3, shaped as x, and scales, (batch, KV heads); packed sequences have the same."""
+    heads_kv, batch = call.k.shape[-2], sizes_of(call).batch
+    if not x.numel():
+        return x.to(torch.float8_e4m3fn), x.new_ones((batch, heads_kv), dtype=torch.float32)
+    turned = {"hadamard": False} if seed == NOT_ROTATED else {"seed": seed}
+    packed = call.cu_seqlens_q is not None
+    found = quantize(x[None] if packed else x, heads_kv=heads_kv, **turned)
+    if not packed:
+        return found.data, found.scale
+    return found.data[0], found.scale.expand(batch, -1).contiguous()
 
 
-def asked(call: Call, scaling: Scaling, grad_lse: torch.Tensor | None) -> QuantizedBackwardProblem:
-    """What the gradients of a checked call depend on."""
-    out_dtype = str(scaling.out_dtype).removeprefix("torch.")
-    forward = problem_of(call, out_dtype=out_dtype, block=None)
+def of_bytes(call: Call, stored: Stored) -> Call:
+    """The call on what is stored."""
+    q, k, v = (x.view(torch.float8_e4m3fn) for x in stored[:3])
+    return call._replace(q=q, k=k, v=v)
+
+
+def asked(call: Call, half: bool, grad_lse: torch.Tensor | None) -> QuantizedBackwardProblem:
+    """What the gradients of a call on 8 bits depend on."""
+    forward = problem_of(
+        call, dtype=torch.float8_e4m3fn, head_dim=int(call.q.shape[-1]), block=None,
+        out_dtype="float16" if half else "bfloat16",
+    )  # fmt: skip
     return QuantizedBackwardProblem(forward, grad_lse is not None, call.deterministic)
 
 
-def _split(arguments: tuple) -> tuple[Incoming, Call, Scaling]:
-    given, call = len(Incoming._fields), len(Incoming._fields) + len(Call._fields)
-    return Incoming(*arguments[:given]), Call(*arguments[given:call]), Scaling(*arguments[call:])
+def _forward(*arguments):
+    call, seed = Call(*arguments[:-1]), arguments[-1]
+    (q, q_scale), (k, k_scale) = (in_8_bits(x, call, seed) for x in (call.q, call.k))
+    v, v_scale = in_8_bits(call.v, call)
+    stored = Stored(*(x.view(torch.uint8) for x in (q, k, v)), q_scale, k_scale, v_scale)
+    scaling = stored.scaling(call.q.dtype is torch.float16)
+    out, lse = torch.ops.cute_flash.forward_quantized.default(*of_bytes(call, stored), *scaling)
+    return out, lse, *stored
+
+
+def _forward_fake(*arguments):
+    call = Call(*arguments[:-1])
+    elements = (x.new_empty(x.shape, dtype=torch.uint8) for x in (call.q, call.k, call.v))
+    shape = sizes_of(call).batch, call.k.shape[-2]
+    scales = (call.q.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    return ops.new_out(call), ops.new_lse(call.q, ops.lse_shape(call)), *elements, *scales
+
+
+def _split(arguments: tuple) -> tuple[Given, Stored, bool, int, Call]:
+    given, stored = len(Given._fields), len(Given._fields) + len(Stored._fields)
+    half, seed, *call = arguments[stored:]
+    return Given(*arguments[:given]), Stored(*arguments[given:stored]), half, seed, Call(*call)
 
 
 def _backward(*arguments):
-    incoming, call, scaling = _split(arguments)
-    given = Given(*incoming[:4])
-    in_bytes = {"q": call.q, "k": call.k, "v": call.v, "grad_out": given.grad_out}
-    others = {name: x.view(torch.uint8) for name, x in in_bytes.items()}
-    others |= scaling._asdict() | {"grad_out_scale": incoming.grad_out_scale}
-    found = backward.new(call, scaling.out_dtype)
-    return tuple(backward.computed(given, call, asked(call, scaling, given.grad_lse), found, others))
+    given, stored, half, seed, call = _split(arguments)
+    call = of_bytes(call, stored)
+    grad_out, scale = in_8_bits(given.grad_out.contiguous(), call)
+    given = given._replace(grad_out=grad_out)
+    others = stored._asdict() | {"grad_out": grad_out.view(torch.uint8), "grad_out_scale": scale}
+    found = backward.new(call, torch.float16 if half else torch.bfloat16)
+    found = backward.computed(given, call, asked(call, half, given.grad_lse), found, others)
+    if seed != NOT_ROTATED:
+        rotation = Rotation(call.q.shape[-1], seed)
+        found = found._replace(q=rotation.undo_by_product(found.q), k=rotation.undo_by_product(found.k))
+    return tuple(found)
 
 
 def _backward_fake(*arguments):
-    _, call, scaling = _split(arguments)
-    return tuple(backward.new(call, scaling.out_dtype))
+    _, stored, half, _, call = _split(arguments)
+    return tuple(backward.new(of_bytes(call, stored), torch.float16 if half else torch.bfloat16))
 
 
-_ARGUMENTS = f"{schema.arguments(Incoming)}, {schema.arguments(Call)}, {schema.arguments(Scaling)}"
-_RESULTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
+def _set_up(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keep what the gradients are computed from, where any is asked for."""
+    call, ctx.seed = Call(*inputs[:-1]), inputs[-1]
+    ctx.half = call.q.dtype is torch.float16
+    # Nobody checked a call that is traced.
+    if not call.q.is_meta:
+        dispatch(asked(call, ctx.half, None), place_of(call.q.device).device)
+    ctx.set_materialize_grads(False)
+    tensors = {name: value for name, value in call._asdict().items() if isinstance(value, torch.Tensor)}
+    ctx.call = call._replace(**dict.fromkeys(tensors), rule_tensors=[])
+    ctx.tensors = [name for name in tensors if name not in ("q", "k", "v")]
+    ctx.save_for_backward(*output, *(tensors[name] for name in ctx.tensors), *call.rule_tensors)
+
+
+def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, *_: Any) -> tuple:
+    """Gradients of the operator's arguments, None for all but q, k, v and the sink."""
+    out, lse, *tensors = ctx.saved_tensors
+    count = len(Stored._fields)
+    stored, tensors = Stored(*tensors[:count]), tensors[count:]
+    named = dict(zip(ctx.tensors, tensors, strict=False)) | dict(zip("qkv", stored, strict=False))
+    call = ctx.call._replace(**named, rule_tensors=tensors[len(ctx.tensors) :])
+    given = Given(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, out, lse)
+    told = (*given, *stored, ctx.half, ctx.seed, *call)
+    found = Gradients(*torch.ops.cute_flash.backward_fp8.default(*told))
+    # Of a list of tensors, and of an empty one, torch wants a list.
+    none = {name: [] if value == [] else None for name, value in call._asdict().items()}
+    none["rule_tensors"] = [None] * len(call.rule_tensors)
+    own = {name: x for name, x in found._asdict().items() if getattr(call, name) is not None}
+    return (*(none | own).values(), None)
+
+
+def _flops(*arguments: Any, out_val: Any = None) -> int:
+    return flops.of_forward(*arguments[:-1])
+
+
+def _flops_of_backward(*arguments: Any, out_val: Any = None) -> int:
+    given, _, _, _, call = _split(arguments)
+    return flops.of_backward(*given, *call)
+
+
+def _no_second(context: Any, *_: Any) -> None:
+    raise NotImplementedError("attention has no second derivative here; allowed: create_graph=False")
+
+
+_STORED = ", ".join(f"Tensor {name}_stored" for name in Stored._fields)
 ops.register(
-    "backward_quantized", f"backward_quantized({_ARGUMENTS}) -> ({_RESULTS})", _backward, _backward_fake
+    "forward_fp8",
+    f"forward_fp8({schema.arguments(Call)}, int seed) -> (Tensor out, Tensor lse, {_STORED})",
+    _forward,
+    _forward_fake,
 )
+_GIVEN = f"{schema.arguments(Given)}, {_STORED}, bool half, int seed, {schema.arguments(Call)}"
+_RESULTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
+ops.register("backward_fp8", f"backward_fp8({_GIVEN}) -> ({_RESULTS})", _backward, _backward_fake)
+torch.library.register_autograd(
+    "cute_flash::forward_fp8", _differentiate, setup_context=_set_up, lib=ops.LIBRARY
+)
+torch.library.register_autograd("cute_flash::backward_fp8", _no_second, lib=ops.LIBRARY)
+register_flop_formula(torch.ops.cute_flash.forward_fp8, get_raw=True)(_flops)
+register_flop_formula(torch.ops.cute_flash.backward_fp8, get_raw=True)(_flops_of_backward)

@@ -150,7 +150,7 @@ def quantize(
     """
     form = _check(x, format, block, axis)
     heads_kv = _check_heads(heads_kv, x.shape[2], form, block)
-    rotation = _check_rotation(x.shape[3], hadamard, seed)
+    rotation = check_rotation(x.shape[3], hadamard, seed)
     turning = rotary.check(x, rotary_cos, rotary_sin, rotary_interleaved, seqlen_offsets)
     if quantizing.serves(x):
         signs = None if rotation is None else rotation.signs(x.device)
@@ -310,7 +310,7 @@ def _check_heads(heads_kv: int | None, heads: int, form: Quantization, block: in
     return heads_kv
 
 
-def _check_rotation(head_dim: int, hadamard: bool, seed: int) -> Rotation | None:
+def check_rotation(head_dim: int, hadamard: bool, seed: int) -> Rotation | None:
     if type(hadamard) is not bool:
         raise TypeError(f"hadamard is {hadamard!r}; allowed: True, False")
     if type(seed) is not int or not 0 <= seed < 2**63:

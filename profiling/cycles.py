@@ -44,11 +44,13 @@ from .static import CASES, Case, in_words
 from .watch import KINDS, PARTS, Totals, Watch, by_kind
 
 FORWARD = tuple(f"{dims}{rules}" for rules in ("", "_causal") for dims in ("d64", "d128", "d192_128", "d256"))
-BACKWARD = tuple(name for name, case in CASES.items() if case.backward and case.rules == "plain")
+PLAIN = {name: case for name, case in CASES.items() if case.rules == "plain" and not case.forms}
+BACKWARD = tuple(name for name, case in PLAIN.items() if case.backward and not case.is_quantized)
 CAUSAL_BACKWARD = ("d64_causal_backward", "d128_causal_backward")
-FP8 = tuple(name for name, case in CASES.items() if case.is_quantized and not case.forms)
+FP8 = tuple(name for name, case in PLAIN.items() if case.is_quantized and not case.backward)
+FP8_BACKWARD = tuple(name for name, case in PLAIN.items() if case.is_quantized and case.backward)
 SCALED = tuple(name for name, case in CASES.items() if case.forms)
-DEFAULT = (*FORWARD, *FP8, *SCALED, *BACKWARD, *CAUSAL_BACKWARD)
+DEFAULT = (*FORWARD, *FP8, *SCALED, *BACKWARD, *CAUSAL_BACKWARD, *FP8_BACKWARD)
 # Gradients are counted on one GPU of each tree, under a mask only on Blackwell's.
 GRADIENTS_ON = ("A100", "H200", "B200")
 ALONE = ", no pairs"  # what a peer's name ends in where its CTAs might work in pairs, and do not
@@ -157,9 +159,7 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
     """A tile of a kernel that serves a case. Raises NotImplementedError, or an EmulatorError."""
     if not answer:
         raise NotImplementedError(str(answer))
-    config, make = answer.config, gradients.operands if case.backward else _operands
-    if case.is_quantized:
-        make = _scaled_operands if case.forms else _quantized_operands
+    config, make = answer.config, _maker(case)
     run = executable.executable(answer.kernel, answer.problem, config, answer.device, "emulator")
 
     def watched(rows: int, keys: int) -> Watch:
@@ -177,6 +177,15 @@ def ours(case: Case, answer: Answer, arch: str) -> Tile:
         loops += sass.transposing(sass.disassembly(cubin))
     shape, steady = steady_of(case, (config.tile_m, config.tile_n), watched)
     return tile(answer.kernel.name, shape, case, steady, loops)
+
+
+def _maker(case: Case) -> Callable[..., tuple]:
+    """What makes the operands of our kernel."""
+    if case.backward:
+        return gradients.quantized_operands if case.is_quantized else gradients.operands
+    if case.is_quantized:
+        return _scaled_operands if case.forms else _quantized_operands
+    return _operands
 
 
 def steady_of(
@@ -285,9 +294,9 @@ def peer_name(alone: bool = False) -> str:
 
 def peers_of(case: Case, arch: str) -> tuple[bool, ...]:
     """The peer's kernels for a case: whether CTAs work alone where it has pairs of them, too. None of scaled
-    ones, which it does not have.
+    ones and of gradients in FP8, which it does not have.
     """
-    if case.forms:
+    if case.forms or case.backward and case.is_quantized:
         return ()
     paired = case.backward and arch == "sm100" and case.dims == (128, 128)  # below none, beyond always
     return (False, True) if paired else (False,)

@@ -13,7 +13,19 @@ from typing import Any
 
 from . import arguments, cycles, flash_attn_4, fp8, gradients, record, sass
 from .arguments import added_per_kflop, head, of, pairs, per_work
-from .cycles import ALONE, BACKWARD, CAUSAL_BACKWARD, FP8, PARTS, SCALED, Cost, NotYet, Row, flops_of
+from .cycles import (
+    ALONE,
+    BACKWARD,
+    CAUSAL_BACKWARD,
+    FP8,
+    FP8_BACKWARD,
+    PARTS,
+    SCALED,
+    Cost,
+    NotYet,
+    Row,
+    flops_of,
+)
 from .gradients import WORK, Asked
 from .rates import GPUS
 from .record import write_whole
@@ -166,7 +178,7 @@ def _in_fp8(rows: list[Row | NotYet]) -> Iterator[str]:
     )  # fmt: skip
     yield from head(["GPU", *TITLES[:-1]])
     more = []
-    for gpu, name in product(FP8_GPUS, (*FP8, *SCALED)):
+    for gpu, name in product(FP8_GPUS, (*FP8, *SCALED, *FP8_BACKWARD)):
         here = [row for row in of(rows, name, gpu) if isinstance(row, Row)]
         yield from (_fp8_line(gpu, row.case, row.kernel, row.tile, row.cost) for row in here)
         more += [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cute_flash.arch.backward import BackwardOperands, scratch_columns, scratch_rows
+from cute_flash.arch.quantized_backward import QuantizedBackwardOperands
 from cute_flash.dispatch import Answer
 
 WORK = 128 * 128  # scores; what kernels with other tiles are compared by
@@ -130,3 +131,19 @@ def operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> tup
         "grad_k": torch.empty_like(k), "grad_v": torch.empty_like(v),
         "softmax_scale": d**-0.5,
     })  # fmt: skip
+
+
+def quantized_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> tuple:
+    """The same of our kernel in FP8: scales of 1, sums of all gradients."""
+    of_16, scratch = operands(answer, dims, rows, keys), scratch_rows(keys, 1)
+    bytes_of = {
+        name: getattr(of_16, name).to(torch.float8_e4m3fn).view(torch.uint8)
+        for name in ("q", "k", "v", "grad_out")
+    }
+    sums = {
+        f"grad_{name}_sum": torch.zeros(1, scratch, scratch_columns(dim))
+        for name, dim in zip("kv", dims, strict=True)
+    }
+    scales = dict.fromkeys(("q_scale", "k_scale"), torch.ones(1, 1))
+    given = of_16._asdict() | bytes_of | sums | scales | {"grad_k": None, "grad_v": None}
+    return QuantizedBackwardOperands(**given)

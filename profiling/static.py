@@ -31,6 +31,7 @@ from cute_flash.arch import quantized
 from cute_flash.arch.backward import BackwardProblem
 from cute_flash.arch.precision import QUANTIZATIONS
 from cute_flash.arch.problem import Device
+from cute_flash.arch.quantized_backward import QuantizedBackwardProblem
 from cute_flash.dispatch import EMULATED, Answer, select
 
 from . import cudnn_frontend, flash_attn_4, flash_attn_4_backward, flash_attn_4_fp8, rates, sass
@@ -76,7 +77,7 @@ class Case:
         if self.forms:
             return arch in SCALED_ON
         if self.is_quantized:
-            return arch in FP8_ON
+            return arch in (FP8_GRADIENTS_ON if self.backward else FP8_ON)
         return not self.backward or arch in GRADIENTS_ON
 
     def answers(self, device: Device) -> tuple[Answer, ...]:
@@ -92,7 +93,8 @@ class Case:
             given["block"] = self.block
         problem = cute_flash.supports(self.dtype, *self.dims, device=any_arch, **given).problem
         if self.backward:
-            return _launches(select(BackwardProblem(problem), device))
+            kind = QuantizedBackwardProblem if self.is_quantized else BackwardProblem
+            return _launches(select(kind(problem), device))
         serving = [kernel for kernel in trees.load(device) if not kernel.reasons(problem, device)]
         found = (Answer(problem, device, kernel, kernel.config(problem, device)) for kernel in serving)
         return tuple(found) or (select(problem, device),)
@@ -111,8 +113,9 @@ class Case:
 
     @property
     def of_peers(self) -> bool:
-        """Whether the peer is asked for it. It has no factors that tensor cores apply."""
-        return self.rules != "everything" and max(self.dims) <= 256 and not self.forms
+        """Whether the peer is asked for it. It has neither factors of tensor cores nor gradients in FP8."""
+        lacking = self.forms or self.backward and self.is_quantized
+        return self.rules != "everything" and max(self.dims) <= 256 and not lacking
 
     def peer(self) -> flash_attn_4.Case | flash_attn_4_backward.Case | flash_attn_4_fp8.Case:
         """The same problem in the peer's words. Raises Missing where it is not asked for it."""
@@ -179,6 +182,8 @@ def _cases() -> Iterator[Case]:
         yield Case(_name_of(dims, "fp8"), dims, dtype=FP8)
     yield Case(_name_of(dims, "fp8", "blocks"), dims, dtype=FP8, block=128)
     for dims in ((64, 64), (128, 128)):
+        yield Case(_name_of(dims, "fp8", "backward"), dims, dtype=FP8, backward=True)
+    for dims in ((64, 64), (128, 128)):
         yield Case(_name_of(dims, "mxfp8"), dims, dtype=FP8, forms=("mxfp8", "mxfp8"))
         yield Case(_name_of(dims, "nvfp4"), dims, dtype=FP4, forms=("nvfp4", "e4m3"))
 
@@ -191,7 +196,7 @@ def _name_of(dims: tuple[int, int], *words: str) -> str:
 # Gradients are looked at where each tree's own kernels have the most shared memory. On other devices of the
 # trees the same ones serve.
 GRADIENTS_ON = ("sm80", "sm90", "sm100")
-FP8, FP8_ON = "float8_e4m3fn", ("sm90", "sm100")
+FP8, FP8_ON, FP8_GRADIENTS_ON = "float8_e4m3fn", ("sm90", "sm100"), ("sm100",)
 FP4, SCALED_ON = "float4_e2m1fn_x2", ("sm100",)
 COMMON = ((64, 64), (128, 128), (192, 128), (256, 256))
 CASES = {case.name: case for case in _cases()}

@@ -96,11 +96,14 @@ def test_the_table_of_gradients_is_the_models(scheme):
 
 
 def test_what_decides_about_gradients():
-    """That dP and delta have the same dO; not dS's format: a scale for each tile does as well as MXFP8."""
-    wide, given, mxfp8, tiles = list(gradient_accuracy.SCHEMES)[1:]
+    """That dP and delta have the same dO, and O of a row that a key dominates; not dS's format: e5m2 without
+    a scale costs a third more than 16 bits do, a scale for each tile of e4m3 a tenth, as MXFP8 does.
+    """
+    kernels, _, unrounded, given, wide, mxfp8, tiles = list(gradient_accuracy.SCHEMES)[1:]
     for inputs in gradient_accuracy.INPUTS:
         least = gradients(inputs, wide)
-        for scheme in (mxfp8, tiles):
-            assert all(error < 1.15 * least[name] for name, error in gradients(inputs, scheme).items())
+        for scheme, most in ((mxfp8, 1.15), (tiles, 1.15), (kernels, 1.4)):
+            assert all(error < most * least[name] for name, error in gradients(inputs, scheme).items())
     for name in ("dq", "dk"):
-        assert gradients("dominated", given)[name] > 5 * gradients("dominated", wide)[name]
+        assert gradients("dominated", given)[name] > 5 * gradients("dominated", kernels)[name]
+        assert gradients("sink", kernels)[name] > 1.6 * gradients("sink", unrounded)[name]

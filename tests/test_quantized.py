@@ -513,6 +513,8 @@ def test_every_reason():
     softcap = cute_flash.Softcap(5.0)
     answer = cute_flash.supports(torch.float8_e4m3fn, 128, device="sm100", block=64, score=softcap)
     assert answer and "sm100.fp8 serves" in str(answer)
+    small = cute_flash.supports(torch.float8_e4m3fn, 256, device="sm100", block_size=(64, 64), score=softcap)
+    assert not small and "only with MXFP8 or NVFP4" in str(small) and "multiple of no tile" in str(small)
     gradients = {"dtype": torch.float8_e4m3fn, "head_dim": 128, "backward": True}
     assert "sm100.fp8_backward serves" in str(cute_flash.supports(**gradients, device="sm100"))
     assert "sums have one" in str(cute_flash.supports(**gradients, device="sm100", block=64))

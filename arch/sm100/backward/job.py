@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, pipeline
 
@@ -102,6 +103,9 @@ class Tiles(NamedTuple):
         grad_k, grad_v = in_place(k, operands.grad_k), in_place(v, operands.grad_v)
         precision = config.ds_precision(problem)
         ds = allocate(smem, Operand.of(precision, config.ds_keys, config.cta_rows, 1, False))
+        beyond = WARPGROUPS * (config.regions(problem).size("ds") - config.regions(problem)["ds"].size)
+        if beyond:  # sums of dK and dV, in the place of dS, take more than dS does
+            smem.allocate_array(cutlass.Int8, beyond)
         weights, halves = None, dict.fromkeys(OF_PAIRS)
         if config.shared_weights:
             weights = allocate(smem, Operand.of(precision, config.cta_keys, config.tile_m, 2, False))

@@ -16,7 +16,7 @@ QUANTIZED_BACKWARD = Kernel(
     support=Support(
         capabilities=((10, 0), (11, 0)),
         dtypes=("float8_e4m3fn",),
-        head_dims=range(16, 129, 16),
+        head_dims=range(16, 257, 16),
         features=frozenset((
             "dense", "varlen", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "sink", "lse",
         )),

@@ -17,6 +17,7 @@ BLOCK_SCALED = Kernel(
             "dense", "seqused", "gqa", "split_dims", "mask", "block_mask", "score", "sink", "lse", "split_kv",
             "mxfp8", "nvfp4",
         )),
+        one_of=("mxfp8", "nvfp4"),
     ),
     tuning=tuning.TABLE.tuning,
     launches=".sm100.scaled.kernel:BlockScaledKernel",
