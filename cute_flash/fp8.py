@@ -59,8 +59,7 @@ def flash_attn_fp8_func(
     Returns as `flash_attn_func`.
 
     Raises TypeError and ValueError with the argument, what was given and what is allowed; NotImplementedError
-    with every reason where no kernel serves: there are some for compute capabilities 9.0 and 10.0 to 11.0,
-    for gradients from 10.0 on.
+    with every reason where no kernel serves: there are some for compute capabilities 9.0 and 10.0 to 11.0.
     """
     options = Options(
         0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, learnable_sink,

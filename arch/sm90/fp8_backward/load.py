@@ -17,25 +17,27 @@ class QuantizedLoad(Load):
 
     def bring_k(self, block: KeyBlock, tiles: Tiles, slot) -> None:
         super().bring_k(block, tiles, slot)
-        place = block.scratch_k(self.problem)
-        self.columns(block, "k_columns", block.kv_head, place, tiles, slot, EVICT_FIRST)
+        place = block.kv_head, block.scratch_k(self.problem)
+        self.columns(block, "k_columns", place, tiles, slot)
 
     def bring_q(self, block: KeyBlock, q: HeadRows, row: Int32, tiles: Tiles, slot) -> None:
         super().bring_q(block, q, row, tiles, slot)
-        place = block.scratch_q(self.problem) + row
-        self.columns(block, "q_columns", block.head, place, tiles, slot, EVICT_LAST)
+        place = block.head, block.scratch_q(self.problem) + row
+        self.columns(block, "q_columns", place, tiles, slot)
 
     def bring_grad_out(self, block: KeyBlock, grad_out: HeadRows, row: Int32, tiles: Tiles, slot) -> None:
         super().bring_grad_out(block, grad_out, row, tiles, slot)
-        place = block.scratch_q(self.problem) + row
-        self.columns(block, "grad_out_columns", block.head, place, tiles, slot, EVICT_LAST)
+        place = block.head, block.scratch_q(self.problem) + row
+        self.columns(block, "grad_out_columns", place, tiles, slot)
 
     def columns(
-        self, block: KeyBlock, name: str, head: Int32, place: Int32, tiles: Tiles, slot, policy: int
+        self, block: KeyBlock, name: str, place: tuple[Int32, Int32], tiles: Tiles, slot
     ) -> None:
-        """Begin copying a tile by columns, of a head's scratch rows from `place` on."""
+        """Begin copying a tile by columns. place: the head and its first scratch row."""
+        head, row = place
         operand, mapped, into = (getattr(of, name) for of in (self.brought, block.maps, tiles.moved))
         rows = operand.head_rows(mapped, block.sequence.batch, head, Int32(0), Int32(0))
-        rows = rows._replace(coordinates=cute.domain_offset((0, place), rows.coordinates))
-        index = slot.index if operand.stages > 1 else 0
+        rows = rows._replace(coordinates=cute.domain_offset((0, row), rows.coordinates))
+        once = name == "k_columns"
+        index, policy = (0, EVICT_FIRST) if once else (slot.index, EVICT_LAST)
         self.copy(operand, rows, Int32(0), into[None, None, index], slot, policy)
