@@ -45,7 +45,7 @@ def flash_attn_fp8_func(
 
     q: (batch, seqlen_q, heads, head_dim), k: (batch, seqlen_k, heads_kv, head_dim),
     v: (batch, seqlen_k, heads_kv, head_dim_v), float16 or bfloat16; head dims: 16 to 256 by 16, with a
-        gradient to 128.
+        gradient to 128 on compute capability 9.0.
     softmax_scale, causal, window_size, softcap, alibi_slopes, mask, score, block_mask, learnable_sink,
         deterministic, return_lse: as in `flash_attn_func`.
     hadamard, seed: q and k are rotated by random signs and the Walsh–Hadamard transform before they are

@@ -15,6 +15,7 @@ import torch
 
 from cute_flash.arch.backward import BackwardOperands, scratch_columns, scratch_rows
 from cute_flash.arch.quantized_backward import QuantizedBackwardOperands
+from cute_flash.arch.transposed import COPIED, ColumnsBackwardOperands, ColumnsBackwardProblem
 from cute_flash.dispatch import Answer
 
 WORK = 128 * 128  # scores; what kernels with other tiles are compared by
@@ -134,7 +135,7 @@ def operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> tup
 
 
 def quantized_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: int) -> tuple:
-    """The same of our kernel in FP8: scales of 1, sums of all gradients."""
+    """The same of our kernel in FP8: scales of 1, sums of all gradients, copies where it takes them."""
     of_16, scratch = operands(answer, dims, rows, keys), scratch_rows(keys, 1)
     bytes_of = {
         name: getattr(of_16, name).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -146,4 +147,16 @@ def quantized_operands(answer: Answer, dims: tuple[int, int], rows: int, keys: i
     }
     scales = dict.fromkeys(("q_scale", "k_scale"), torch.ones(1, 1))
     given = of_16._asdict() | bytes_of | sums | scales | {"grad_k": None, "grad_v": None}
-    return QuantizedBackwardOperands(**given)
+    made = QuantizedBackwardOperands(**given)
+    if not isinstance(answer.problem, ColumnsBackwardProblem):
+        return made
+    copies = {f"{name}_columns": _by_columns(getattr(made, name)) for name in COPIED}
+    return ColumnsBackwardOperands(*made, **copies)
+
+
+def _by_columns(x: torch.Tensor) -> torch.Tensor:
+    """(1, columns of scratch, rows of scratch), in the order of x, which is as good as any here."""
+    _, rows, _, dim = x.shape
+    found = x.new_zeros(1, scratch_columns(dim), scratch_rows(rows, 1))
+    found[0, :dim, :rows] = x[0, :, 0].T
+    return found

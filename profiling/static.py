@@ -77,7 +77,7 @@ class Case:
         if self.forms:
             return arch in SCALED_ON
         if self.is_quantized:
-            return arch in (FP8_GRADIENTS_ON if self.backward else FP8_ON)
+            return arch in FP8_ON
         return not self.backward or arch in GRADIENTS_ON
 
     def answers(self, device: Device) -> tuple[Answer, ...]:
@@ -196,7 +196,7 @@ def _name_of(dims: tuple[int, int], *words: str) -> str:
 # Gradients are looked at where each tree's own kernels have the most shared memory. On other devices of the
 # trees the same ones serve.
 GRADIENTS_ON = ("sm80", "sm90", "sm100")
-FP8, FP8_ON, FP8_GRADIENTS_ON = "float8_e4m3fn", ("sm90", "sm100"), ("sm100",)
+FP8, FP8_ON = "float8_e4m3fn", ("sm90", "sm100")
 FP4, SCALED_ON = "float4_e2m1fn_x2", ("sm100",)
 COMMON = ((64, 64), (128, 128), (192, 128), (256, 256))
 CASES = {case.name: case for case in _cases()}

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import cute_flash
-from cute_flash.arch import sm100
-from cute_flash.arch.sm100.fp8_backward import tuning
+from cute_flash.arch import sm90, sm100
+from cute_flash.arch.sm90.fp8_backward import tuning as hopper
+from cute_flash.arch.sm100.fp8_backward import tuning as blackwell
 from cute_flash.dispatch import EMULATED
 from cute_flash.fp8 import flash_attn_fp8_func, flash_attn_varlen_fp8_func
+from cute_flash.problems import problem
 from profiling import gradient_accuracy
 from profiling.accuracy import Scheme
 from profiling.gradient_accuracy import Rounding
@@ -21,9 +23,12 @@ from tests.fp8_gradients import PAIRS, Fp8, Fp8Call, fullest, main_step
 from tests.harness import moved, where
 from tests.test_resources import assert_in_registers
 
-KERNELS = {"sm100": sm100.QUANTIZED_BACKWARD}
-TABLES = {"sm100": tuning.TABLE}
+KERNELS = {"sm90": sm90.QUANTIZED_BACKWARD, "sm100": sm100.QUANTIZED_BACKWARD}
+TABLES = {"sm90": hopper.TABLE, "sm100": blackwell.TABLE}
+HEAD_DIMS = {"sm90": 128, "sm100": 256}  # at most
 FULLEST = (
+    *(("sm90", fullest("heavy", dims)) for dims in ((32, 32), (64, 64), (96, 96), (128, 64), (128, 128))),
+    ("sm90", fullest("blocks_heavy", (128, 128))),
     ("sm100", fullest("heavy", (64, 64))),
     ("sm100", fullest("light", (128, 128))),
     *(("sm100", fullest("heavy", dims)) for dims in ((128, 128), (192, 128), (192, 192), (256, 256))),
@@ -45,14 +50,25 @@ ORDERS = {
 @pytest.fixture(scope="module")
 def device(machine) -> str:
     """Where there is a kernel: an emulated GPU, or the one at hand."""
-    if machine == "cuda" and torch.cuda.get_device_capability()[0] in (10, 11) or machine in KERNELS:
+    if machine == "cuda" and torch.cuda.get_device_capability()[0] in (9, 10, 11) or machine in KERNELS:
         return machine
-    pytest.skip("there are kernels for compute capabilities 10.0 to 11.0")
+    pytest.skip("there are kernels for compute capabilities 9.0 to 11.0")
+
+
+def is_hopper(device: str) -> bool:
+    return device == "sm90" or (device == "cuda" and torch.cuda.get_device_capability()[0] == 9)
+
+
+def case_of(cases: dict[str, Fp8], name: str, device: str) -> Fp8:
+    """One that there is a kernel for."""
+    if max(cases[name].dims) > HEAD_DIMS["sm90" if is_hopper(device) else "sm100"]:
+        pytest.skip("there is a kernel for head dims up to 128")
+    return cases[name]
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_pair(name, device):
-    Fp8Call.make(PAIRS[name]).check_gradients(device)
+    Fp8Call.make(case_of(PAIRS, name, device)).check_gradients(device)
 
 
 @pytest.mark.parametrize("name", STRICT)
@@ -60,7 +76,8 @@ def test_pair(name, device):
 def test_any_order_of_events(name, order, device):
     if device == "cuda":
         pytest.skip("a GPU has its own order")
-    Fp8Call.make(STRICT[name]).check_gradients(device, races=True, by_the_book=True, **ORDERS[order])
+    case = case_of(STRICT, name, device)
+    Fp8Call.make(case).check_gradients(device, races=True, by_the_book=True, **ORDERS[order])
 
 
 @pytest.mark.parametrize("name", ["causal", "shared", "keys"])
@@ -68,7 +85,7 @@ def test_in_turns(name, device):
     """Right with one place for a CTA, each sum in one order."""
     if device == "cuda":
         pytest.skip("a GPU has its own order")
-    case = replace(STRICT[name], heads=(2, 1), deterministic=True)
+    case = replace(case_of(STRICT, name, device), heads=(2, 1), deterministic=True)
     Fp8Call.make(case).check_gradients(device, ctas_per_wave=1, races=True, ordered_reductions=True)
 
 
@@ -88,6 +105,14 @@ def test_every_row_of_the_table_has_a_case(tree):
         assert any(case.dims == largest and step.config == row.config for case, step in steps), row
 
 
+def forward_scheme(device: str, dims: tuple[int, int]) -> Scheme:
+    """How the forward pass computes O there, plain or causal."""
+    if not is_hopper(device):
+        return Scheme(blackwell=True)
+    asked = problem(dtype=torch.float8_e4m3fn, head_dim=dims[0], head_dim_v=dims[1], lse=True)
+    return Scheme(tile=sm90.QUANTIZED.config(asked, EMULATED["sm90"]).tile_n)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 96)], ids=str)
 def test_gradients_are_those_of_the_arithmetic(dims, causal, device):
@@ -100,9 +125,9 @@ def test_gradients_are_those_of_the_arithmetic(dims, causal, device):
         out = flash_attn_fp8_func(*leaves, causal=causal)
         found = torch.autograd.grad(out, leaves, moved(dout[None, :, None].clone(), device))
     visible = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows if causal else keys)
-    scheme = Rounding(forward=Scheme(blackwell=True))
     given = (x.float() for x in (q, k, v, dout))
-    wanted = gradient_accuracy.of_8_bits(*given, dims[0] ** -0.5, scheme, visible)
+    rounding = Rounding(forward=forward_scheme(device, dims))
+    wanted = gradient_accuracy.of_8_bits(*given, dims[0] ** -0.5, rounding, visible)
     exact = gradient_accuracy.exact(q, k, v, dout, dims[0] ** -0.5, visible)
     for one, model, right in zip(found, wanted, exact, strict=True):
         one = one.cpu()[0, :, 0].double()

@@ -17,8 +17,10 @@ import torch
 
 import cute_flash
 from cute_flash import executable
-from cute_flash.arch.kernel import Kernel
-from cute_flash.arch.quantized_backward import QuantizedBackwardOperands, QuantizedBackwardProblem
+from cute_flash.arch.kernel import Kernel, Step
+from cute_flash.arch.quantized_backward import QuantizedBackwardProblem
+from cute_flash.arch.sm90.fp8_backward import QUANTIZED_BACKWARD as HOPPERS
+from cute_flash.arch.sm90.fp8_backward import tuning as hopper
 from cute_flash.arch.sm100.fp8_backward import QUANTIZED_BACKWARD as BLACKWELLS
 from cute_flash.arch.sm100.fp8_backward import tuning as blackwell
 from cute_flash.cache import Artifact
@@ -30,7 +32,7 @@ from cute_flash.launch import executable as shipped
 from cute_flash.problems import problem
 from tests import proofs
 
-from .mutations import TCGEN05, TMA, Mutation
+from .mutations import TCGEN05, TMA, WGMMA, Mutation
 from .subjects import HANDED_OVER, IN_LANES
 from .trial import ATTEMPTS, Launch
 
@@ -54,7 +56,18 @@ class Subject:
 
 # Three query tiles and two key tiles, of which one is not whole: every ring is filled again.
 LENGTHS = (260, 140)
+# Five query tiles of 64 rows, and as many key tiles.
+OF_64 = (300, 228)
 SUBJECTS = {
+    # Products of dK and dV have all columns, or pieces of them.
+    "sm90": Subject(
+        "sm90", HOPPERS, hopper.Config(columns=64, columns_v=64, piece_columns=64), TMA | WGMMA, OF_64,
+        (48, 48),
+    ),
+    "sm90 pieces": Subject(
+        "sm90", HOPPERS, hopper.Config(columns=128, columns_v=128, piece_columns=32), TMA | WGMMA, OF_64,
+        (128, 112),
+    ),
     # P and dQ have columns of their own.
     "sm100": Subject(
         "sm100", BLACKWELLS, blackwell.Config(p_apart=True, **blackwell.PIECEWISE), TMA | TCGEN05, LENGTHS,
@@ -67,26 +80,30 @@ SUBJECTS = {
     # 64 rows of Q, whose dQ has its last columns beside its first ones, over dP.
     "sm100 64 rows": Subject(
         "sm100", BLACKWELLS, blackwell.Config(tile_m=64, chunk=16, sums=4, **blackwell.AT_ONCE), IN_LANES,
-        (170, 128), (48, 16),
+        (200, 140), (48, 16),
     ),
     # Two threads share a key, and K's columns come to dQ in two halves, of which the next S begins between.
     "sm100 64 keys": Subject(
-        "sm100", BLACKWELLS, blackwell.Config(tile_n=64, chunk=16, **blackwell.AT_ONCE), IN_LANES, (260, 64),
+        "sm100", BLACKWELLS, blackwell.Config(tile_n=64, chunk=16, **blackwell.AT_ONCE), IN_LANES, (260, 100),
         (256, 16),
     ),
 }  # fmt: skip
+
+
+def step_of(subject: Subject) -> Step:
+    """The launch of the kernel that is changed."""
+    dim, dim_v = subject.dims
+    code = cute_flash.rules.encode([], []).code
+    forward = problem(dtype=torch.float8_e4m3fn, head_dim=dim, head_dim_v=dim_v, code=code)
+    given = QuantizedBackwardProblem(forward), EMULATED[subject.device], subject.config
+    return next(step for step in subject.kernel.steps(*given).steps if step.kernel is subject.kernel)
 
 
 @cache
 def compiled(name: str) -> Artifact:
     """The kernel that is changed."""
     subject = SUBJECTS[name]
-    dim, dim_v = subject.dims
-    forward = problem(
-        dtype=torch.float8_e4m3fn, head_dim=dim, head_dim_v=dim_v, code=cute_flash.rules.encode([], []).code
-    )
-    asked = QuantizedBackwardProblem(forward).main()
-    return executable.artifact(subject.kernel, asked, subject.config, EMULATED[subject.device])
+    return executable.artifact(*step_of(subject).compiled, EMULATED[subject.device])
 
 
 @cache
@@ -122,8 +139,8 @@ def run(name: str, ptx: str, **options: Any) -> torch.Tensor:
     given = copied(operands(name))
     with cute_flash.emulated(subject.device, contract="ptxas", **options):
         changed(*given)
-    call = QuantizedBackwardOperands(*given)
-    return torch.cat([getattr(call, each).flatten() for each in SUMS])
+    call = dict(zip(step_of(subject).operands(), given, strict=True))
+    return torch.cat([call[each].flatten() for each in SUMS])
 
 
 @cache
