@@ -1,8 +1,8 @@
 """The compute role in FP8: as for 16 bits, with sums in two levels.
 
     S^T = K Q^T and dP^T = V dO^T begun    wait S     P = 2**P_LIFT exp(S - LSE)
-    wait dP    dS = P (dP 2**(DS_LIFT - P_LIFT) - D)     both in 8 bits
-    a piece of P^T dO begun     dS to shared, for all     dQ = dS K begun
+    wait dP    dS = P (dP 2**(DS_LIFT - P_LIFT) - D)     both in 8 bits, dS to shared, for all
+    a piece of P^T dO begun     all meet     a piece of dQ = dS K begun
     then in turn: wait for the first of two products, which joins its sum, or leaves; begin the next
 
 Hopper's FP8 products are summed with some 14 bits, so that no sum of several tiles is left to them (as in the
@@ -70,14 +70,16 @@ class QuantizedCompute(Compute):
         return tiled_mma(self.config.piece_columns, True, weights, self.dtype)
 
     def grad_q(self) -> cute.TiledMma:
-        """Of a piece of a warpgroup's columns of dQ."""
+        """Of a piece of a warpgroup's part of dQ."""
         return tiled_mma(self.config.handed_columns, False, Float8E5M2, self.dtype)
 
     def descriptors(self, tiles: Tiles, warpgroup: Int32) -> Descriptors:
         config, moved, scores, grad_q = self.config, tiles.moved, self.scores(), self.grad_q()
-        k_columns = cute.local_tile(
-            moved.k_columns, (config.part_columns, config.cta_keys, 1), (warpgroup, 0, 0)
-        )
+        # 64 rows of dQ: the warpgroup's of its rows and all columns, or the other way round.
+        rows, columns = (warpgroup, 0) if config.rows_apart else (0, warpgroup)
+        ds = cute.local_tile(tiles.ds, (ROWS, config.cta_keys, config.ds_stages), (rows, 0, 0))
+        k_shape = config.part_columns, config.cta_keys, 1
+        k_columns = cute.local_tile(moved.k_columns, k_shape, (columns, 0, 0))
         return Descriptors(
             k=as_a(scores, moved.k[None, None, warpgroup]),
             q=as_b(scores, moved.q),
@@ -85,16 +87,17 @@ class QuantizedCompute(Compute):
             grad_out=as_b(scores, moved.grad_out),
             grad_out_as_b=as_b(self.grad_kv(Float8E4M3FN), moved.grad_out_columns),
             q_as_b=as_b(self.grad_kv(Float8E5M2), moved.q_columns),
-            ds=as_a(grad_q, tiles.ds),
+            ds=as_a(grad_q, ds),
             k_as_b=as_b(grad_q, k_columns),
         )
 
     def gradients(self, visit: Visit, scores: Scores, sums: Sums, tiles: Tiles, edges: Edges) -> None:
         wait(0, scores.dp)
         self.differentiate(visit, scores)
+        self.write(visit, scores.ds, tiles.ds)
         operands = visit.operands
         first, *others = self.pieces_of_sum(sums.v, scores.p, operands.grad_out_as_b, scores.out)
-        of_q = self.pieces_of_q(visit, scores.ds, tiles, edges)
+        of_q = self.pieces_of_q(visit, tiles, edges)
         of_k = self.pieces_of_sum(sums.k, scores.ds, operands.q_as_b, scores.q)
         two_at_a_time([first, *of_q, *others, *of_k])
 
@@ -109,14 +112,12 @@ class QuantizedCompute(Compute):
             part = cute.make_tensor(total.iterator + i * columns // 2, cute.make_layout(columns // 2))
             yield Product(columns, begin, partial(join, part, slot if i == count - 1 else None))
 
-    def pieces_of_q(self, visit: Visit, ds: cute.Tensor, tiles: Tiles, edges: Edges) -> Iterator[Product]:
-        """Products that are the warpgroup's columns of dQ, before the first of which dS is shared."""
+    def pieces_of_q(self, visit: Visit, tiles: Tiles, edges: Edges) -> Iterator[Product]:
+        """Products that are the warpgroup's part of dQ."""
         columns = self.config.handed_columns
         count = self.config.part_columns // columns
         for i in range(count):
             begin = partial(self.begin_q_piece, visit, i)
-            if i == 0:
-                begin = partial(self.share_and_begin_q, visit, ds, tiles.ds)
             leave = partial(self.leave, visit, tiles.grad_q, edges.grad_q, visit.turn * count + i)
             yield Product(columns, begin, leave)
 
@@ -125,18 +126,21 @@ class QuantizedCompute(Compute):
         steps = [step(a, b, k) for k in range(self.config.tile_m // KEYS)]
         begin_sum(self.grad_kv(a.element_type), acc, steps, 1)
 
-    def share_and_begin_q(self, visit: Visit, ds: cute.Tensor, tiles: cute.Tensor, acc: cute.Tensor) -> None:
-        """dS to all, and the first piece of dQ; from here on dS is an operand of dK."""
+    def write(self, visit: Visit, ds: cute.Tensor, tiles: cute.Tensor) -> None:
+        """dS to shared memory, where all may read it when they have met; here it is an operand of dK then.
+
+        Before the first product is begun, whose accumulator else takes registers beside S and dP.
+        """
         tile, lane = tiles[None, None, visit.turn % self.config.ds_stages], visit.thread % 32
         first_key = visit.warpgroup * ROWS + visit.thread // 32 * GROUP
         to_shared(ds, tile, ds_operand(self.config), first_key, lane)
         visible()
-        self.all_meet()
-        self.begin_q_piece(visit, 0, acc)
         to_operand(ds)
 
     def begin_q_piece(self, visit: Visit, i: int, acc: cute.Tensor) -> None:
-        """A piece of dQ = dS K, over the keys of all warpgroups."""
+        """A piece of dQ = dS K, over the keys of all warpgroups, whose dS the first one waits for."""
+        if i == 0:
+            self.all_meet()
         ds, k = visit.operands.ds[None, None, None, visit.turn % self.config.ds_stages], visit.operands.k_as_b
         columns = k[None, i, None, 0]
         (mma, steps), (mma_step, steps_step) = columns.layout.shape, columns.layout.stride
