@@ -35,8 +35,8 @@ ROWS = (
             tile_m=128, columns=32, columns_v=32, piece_columns=32, producer_registers=40,
             consumer_registers=232,
         ),
-        why="the next row's, of whose columns half would be padding. In turns, with 24 registers for the store "
-        "role and 240, 24 bytes are spilled",
+        why="the next row's, of whose columns half would be padding. In turns, with 24 registers for the "
+        "store role and 240, 24 bytes are spilled",
     ),
     Row(
         head_dim=64, head_dim_v=64, pressure=PLAIN,
