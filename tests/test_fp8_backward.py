@@ -28,6 +28,8 @@ TABLES = {"sm90": hopper.TABLE, "sm100": blackwell.TABLE}
 HEAD_DIMS = {"sm90": 128, "sm100": 256}  # at most
 FULLEST = (
     *(("sm90", fullest("heavy", dims)) for dims in ((32, 32), (64, 64), (96, 96), (128, 64), (128, 128))),
+    ("sm90", fullest("light", (32, 32))),
+    ("sm90", fullest("even", (64, 64))),
     ("sm90", fullest("blocks_heavy", (128, 128))),
     ("sm100", fullest("heavy", (64, 64))),
     ("sm100", fullest("light", (128, 128))),
