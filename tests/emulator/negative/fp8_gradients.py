@@ -56,16 +56,15 @@ class Subject:
 
 # Three query tiles and two key tiles, of which one is not whole: every ring is filled again.
 LENGTHS = (260, 140)
-# Five query tiles of 64 rows, and as many key tiles.
-OF_64 = (300, 228)
 SUBJECTS = {
-    # Products of dK and dV have all columns, or pieces of them.
+    # Warpgroups share out the rows of dQ; products of dK and dV have all columns.
     "sm90": Subject(
-        "sm90", HOPPERS, hopper.Config(columns=64, columns_v=64, piece_columns=64), TMA | WGMMA, OF_64,
-        (48, 48),
+        "sm90", HOPPERS, hopper.Config(tile_m=128, columns=64, columns_v=64, piece_columns=64), TMA | WGMMA,
+        LENGTHS, (48, 48),
     ),
+    # Its columns; products have pieces of them. Five query tiles of 64 rows.
     "sm90 pieces": Subject(
-        "sm90", HOPPERS, hopper.Config(columns=128, columns_v=128, piece_columns=32), TMA | WGMMA, OF_64,
+        "sm90", HOPPERS, hopper.Config(columns=128, columns_v=128, piece_columns=32), TMA | WGMMA, (300, 228),
         (128, 112),
     ),
     # P and dQ have columns of their own.
