@@ -54,7 +54,8 @@ def flash_attn_fp8_func(
     q, k, v, and dout in the backward pass, are brought to e4m3 with a scale for each sequence and KV head.
     Gradients are those of the rounded numbers and reach q, k and v as if nothing had been rounded. P is
     rounded to e4m3, dS to e5m2 (Micikevicius et al. 2022); both, and all sums, are computed in float32.
-    profiling/results/accuracy.md has what it costs.
+    profiling/results/accuracy.md has what it costs. Where the gradient of the log-sum-exp is 2**16 times as
+    large as dout and more, dv loses digits, as dout then has a larger scale.
 
     Returns as `flash_attn_func`.
 
@@ -121,6 +122,8 @@ def _answer(
 
 
 NOT_ROTATED = -1  # as a seed
+LSE_ROOM = 23  # of the 2**24.8 units of v's and dO's scales that dS has room for
+NOTHING = 2.0**-108  # the scale of zeros is less
 
 
 class Stored(NamedTuple):
@@ -151,6 +154,33 @@ def in_8_bits(x: torch.Tensor, call: Call, seed: int = NOT_ROTATED) -> tuple[tor
     if not packed:
         return found.data, found.scale
     return found.data[0], found.scale.expand(batch, -1).contiguous()
+
+
+def with_room(given: Given, stored: Stored, call: Call) -> tuple[Stored, torch.Tensor, torch.Tensor]:
+    """What is stored, and elements and scales of dO, such that dS holds a gradient of the log-sum-exp too.
+
+    dS is in units of v's and dO's scales: dO's is so large that P times that gradient does not saturate.
+    Where v is nothing but zeros, whose scale says nothing, it is 1.
+    """
+    packed, heads_kv = call.cu_seqlens_q is not None, call.k.shape[-2]
+    nothing = stored.v_scale < NOTHING
+    v_scale = stored.v_scale.masked_fill(nothing, 1.0)
+    v = stored.v.masked_fill(_by_row(nothing, call.v, packed), 0)
+    _, scale = in_8_bits(given.grad_out.contiguous(), call)
+    largest = given.grad_lse.unflatten(-2, (heads_kv, -1)).abs().nan_to_num(0.0).amax((-2, -1))
+    scale = torch.maximum(scale, largest * 2.0**-LSE_ROOM / v_scale)
+    if packed:
+        scale = scale.amax(0, keepdim=True).expand_as(v_scale).contiguous()
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    grad_out = given.grad_out.float() / _by_row(scale, given.grad_out, packed)
+    grad_out = grad_out.clamp(-limit, limit).to(torch.float8_e4m3fn)
+    return stored._replace(v=v, v_scale=v_scale), grad_out, scale
+
+
+def _by_row(of_heads: torch.Tensor, rows: torch.Tensor, packed: bool) -> torch.Tensor:
+    """(batch, KV heads), of packed sequences all the same, for the heads of (batch, rows, heads, dim)."""
+    found = of_heads.repeat_interleave(rows.shape[-2] // of_heads.shape[1], 1)
+    return found[0][None, :, None] if packed else found[:, None, :, None]
 
 
 def of_bytes(call: Call, stored: Stored) -> Call:
@@ -194,8 +224,11 @@ def _split(arguments: tuple) -> tuple[Given, Stored, bool, int, Call]:
 
 def _backward(*arguments):
     given, stored, half, seed, call = _split(arguments)
+    if given.grad_lse is None or not given.grad_out.numel() or not stored.k.numel():
+        grad_out, scale = in_8_bits(given.grad_out.contiguous(), of_bytes(call, stored))
+    else:
+        stored, grad_out, scale = with_room(given, stored, of_bytes(call, stored))
     call = of_bytes(call, stored)
-    grad_out, scale = in_8_bits(given.grad_out.contiguous(), call)
     given = given._replace(grad_out=grad_out)
     others = stored._asdict() | {"grad_out": grad_out.view(torch.uint8), "grad_out_scale": scale}
     found = backward.new(call, torch.float16 if half else torch.bfloat16)

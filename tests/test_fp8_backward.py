@@ -19,6 +19,7 @@ from cute_flash.problems import problem
 from profiling import gradient_accuracy
 from profiling.accuracy import Scheme
 from profiling.gradient_accuracy import Rounding
+from tests import reference
 from tests.fp8_gradients import PAIRS, Fp8, Fp8Call, fullest, main_step
 from tests.harness import moved, where
 from tests.test_resources import assert_in_registers
@@ -207,6 +208,23 @@ def test_scales_of_few_and_many(device):
             assert torch.equal(one, other * factor)
     for one, other, more in zip(gradients(1.0, 2.0**8), wanted, (2.0**8, 2.0**8, 2.0**8), strict=True):
         assert torch.equal(one, other * more)
+
+
+@pytest.mark.parametrize("dout, dlse, values", [(0, 1, 1), (1, 2**14, 1), (1, 1, 0), (0, 1, 0), (0, 0, 0)])
+def test_gradients_of_the_log_sum_exp(dout, dlse, values, device):
+    """Whatever its size beside dO's, and where nothing else has a part in dS."""
+    given = [x.detach() for x in leaves(device, 2, 70, 2, 64)]
+    given[2] *= values
+    given = [x.requires_grad_() for x in given]
+    dout = moved(dout * torch.randn(2, 70, 2, 64).bfloat16(), device)
+    dlse = moved(dlse * torch.randn(2, 2, 70), device)
+    with where(device):
+        found = torch.autograd.grad(flash_attn_fp8_func(*given, return_lse=True), given, (dout, dlse))
+    tensors = tuple(x.detach().cpu() for x in given)
+    wanted = reference.gradients(tensors, dout.cpu(), dlse.cpu())
+    for one, exact in zip(found, wanted, strict=True):
+        error = (one.cpu() - exact).square().mean().sqrt()
+        assert error <= 0.12 * exact.square().mean().sqrt()
 
 
 def test_every_reason():

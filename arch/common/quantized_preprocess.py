@@ -25,10 +25,10 @@ class QuantizedPreprocessKernel(PreprocessKernel):
 
     def shift(self, call: QuantizedPreprocessOperands, rows: Rows, head: Int32, total: Float32) -> Float32:
         """-D, of a dP that is multiplied by P and its lift."""
-        unit = Float32(1.0)
-        for scales in (call.v_scale, call.grad_out_scale):
-            unit *= of_head(scales, call.out, rows, head)
-        return total * Float32(-(2.0 ** (DS_LIFT - P_LIFT))) / unit
+        total *= Float32(-(2.0 ** (DS_LIFT - P_LIFT)))
+        for scales in (call.v_scale, call.grad_out_scale):  # whose product may be too small a number
+            total = total / of_head(scales, call.out, rows, head)
+        return total
 
     def exponent(self, lse_log2: Float32) -> Float32:
         """Less P's lift."""
