@@ -10,8 +10,8 @@ scale for a sequence's rows of a KV head's heads, so that no sum meets two scale
 
 P is 1 at most, and needs no scale. Nor does dS: P (dP - D) is at most half of what |dP| can be, 2**24.6 with
 256 columns of e4m3 at their largest, which 2**DS_LIFT brings into the range of e5m2; and that range, 2**32,
-has room for rows of a million keys below it. What a score rule's slopes or a gradient of the log-sum-exp take
-beyond it saturates.
+has room for rows of a million keys below it. What a score rule's slopes take beyond it saturates; for a
+gradient of the log-sum-exp, which D has in these units, dO's scale must leave room (`cute_flash/fp8.py`).
 
 D is of the dO that is multiplied: where a key dominates a row, dP - D is a small difference of large numbers.
 The preprocess brings D and the log-sum-exp to the units of the main kernel, whose products then cost no
