@@ -24,7 +24,19 @@ EVERY = [(name, change) for name, subject in SUBJECTS.items() for change in subj
 SEEDS = 20
 # Only kernels that take turns arrive without a wait.
 ABSENT = {(name, "no arrival at a barrier") for name in ("sm90", "sm90 pieces", "sm100")}
+LAST_PIECES = "the additions of the last two pieces stand behind the last wait, which is for both products"
 HARMLESS: dict[tuple[str, str], dict[int, str]] = {
+    ("sm90 pieces", "no wait for an mbarrier"): {
+        **dict.fromkeys((10, 11, 12), harmless.FRESH),
+        **dict.fromkeys((13, 15), harmless.Q_LATER),
+    },
+    ("sm90 pieces", "one arrival more expected"): dict.fromkeys((1, 3), harmless.ONCE),
+    ("sm90 pieces", "half the arrivals expected"): dict.fromkeys((1, 3), harmless.ONCE),
+    ("sm90 pieces", "no barrier of a warp"): dict.fromkeys((4, 5), harmless.LEADER),
+    ("sm90 pieces", "no change of registers"): {0: harmless.BUDGET},
+    ("sm90 pieces", "no fence before a product"): dict.fromkeys((1, 3, 4, 13, 15, 16), harmless.FENCED),
+    ("sm90 pieces", "no wait for a product"): dict.fromkeys((10, 22), LAST_PIECES),
+    ("sm90 pieces", "a wait for one product fewer"): dict.fromkeys((10, 22), LAST_PIECES),
     ("sm90", "no wait for an mbarrier"): {
         **dict.fromkeys((8, 9, 10), harmless.FRESH),
         **dict.fromkeys((11, 13), harmless.Q_LATER),

@@ -60,7 +60,7 @@ SUBJECTS = {
     # Warpgroups share out the rows of dQ; products of dK and dV have all columns.
     "sm90": Subject(
         "sm90", HOPPERS, hopper.Config(tile_m=128, columns=64, columns_v=64, piece_columns=64), TMA | WGMMA,
-        LENGTHS, (48, 48),
+        (400, 140), (48, 48),
     ),
     # Its columns; products have pieces of them. Five query tiles of 64 rows.
     "sm90 pieces": Subject(
