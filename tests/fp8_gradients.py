@@ -90,7 +90,7 @@ class Fp8Call(Call):
         exact = reference.gradients(tensors, dout, dlse, **self.arguments)
         allowed = bounds(tensors, dout, dlse, **self.arguments)
         for name, ours, right, off in zip(GRADIENTS, found, exact, allowed, strict=False):
-            hold(name, ours.double(), right, off)
+            hold(name, ours.double(), right, off, more(device))
 
 
 def in_units(x: torch.Tensor) -> torch.Tensor:
@@ -176,10 +176,21 @@ def of_squares(off: torch.Tensor, by: torch.Tensor, scale: float) -> torch.Tenso
     return off.square() @ by.square() * scale**2
 
 
-def hold(name: str, ours: torch.Tensor, exact: torch.Tensor, off: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Assert that a gradient is what few bits allow: every number, on average, and as a whole."""
+def more(device: str) -> float:
+    """Hopper's log-sum-exp is that of rounded weights: P, in units of it, may be off by as much again."""
+    is_hopper = device == "sm90" or (device == "cuda" and torch.cuda.get_device_capability()[0] == 9)
+    return 2 * MORE if is_hopper else MORE
+
+
+def hold(
+    name: str, ours: torch.Tensor, exact: torch.Tensor, off: tuple[torch.Tensor, torch.Tensor], more: float
+) -> None:
+    """Assert that a gradient is what few bits allow: every number, on average, and as a whole.
+
+    more: of every number's.
+    """
     error, rounding = (ours - exact).abs(), OF_OUT * exact.abs()
-    allowed = off[0] * MORE + rounding + LEAST
+    allowed = off[0] * more + rounding + LEAST
     assert (error <= allowed).all(), f"{name}: off by up to {(error / allowed).max():.2f} of what is allowed"
     if error.numel() > FEW:
         rms, usual = error.square().mean(), (off[1] + rounding.square() + LEAST**2).mean()
