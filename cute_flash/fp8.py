@@ -224,7 +224,8 @@ def _split(arguments: tuple) -> tuple[Given, Stored, bool, int, Call]:
 
 def _backward(*arguments):
     given, stored, half, seed, call = _split(arguments)
-    if given.grad_lse is None or not given.grad_out.numel() or not stored.k.numel():
+    nothing = not (given.grad_out.numel() and stored.k.numel()) or ops.has_no_sequence(call)
+    if given.grad_lse is None or nothing:
         grad_out, scale = in_8_bits(given.grad_out.contiguous(), of_bytes(call, stored))
     else:
         stored, grad_out, scale = with_room(given, stored, of_bytes(call, stored))

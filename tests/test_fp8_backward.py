@@ -171,6 +171,15 @@ def test_without_rows_or_keys(device):
     assert (out == 0).all() and lse.isneginf().all() and (q.grad == 0).all()
 
 
+def test_rows_of_no_sequence(device):
+    """Have gradient 0, from the log-sum-exp, too."""
+    given, starts = leaves(device, 5, 2, 64), moved(torch.zeros(1, dtype=torch.int32), device)
+    with where(device):
+        out, lse = flash_attn_varlen_fp8_func(*given, starts, starts, 0, 0, return_lse=True)
+        found = torch.autograd.grad((out, lse), given, (torch.ones_like(out), torch.ones_like(lse)))
+    assert (out == 0).all() and lse.isneginf().all() and not any(x.any() for x in found)
+
+
 def test_only_what_is_asked_for(device):
     """Where no gradient is, there is no graph; the sink's comes alone."""
     q, k, v = (x.detach() for x in leaves(device, 1, 70, 2, 64))
