@@ -149,14 +149,20 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
     call = ctx.call._replace(**named, **parts, rule_tensors=tensors[count:])
     given = Given(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, out, lse)
     found = Gradients(*torch.ops.cute_flash.backward.default(*given, *call))
-    # Of a list of tensors, and of an empty one, torch wants a list.
+    return tuple((by_argument(call, found) | dict.fromkeys(parts)).values())
+
+
+def by_argument(call: Call, found: Gradients) -> dict[str, Any]:
+    """Gradients of an operator's arguments, in their order, None for all but those that are found.
+
+    Of a list of tensors, and of an empty one, torch wants a list.
+    """
     none = {name: [] if value == [] else None for name, value in call._asdict().items()}
     none["rule_tensors"] = [None] * len(call.rule_tensors)
-    own = {name: x for name, x in found._asdict().items() if getattr(call, name) is not None}
-    return tuple((none | own | dict.fromkeys(parts)).values())
+    return none | {name: x for name, x in found._asdict().items() if getattr(call, name) is not None}
 
 
-def _no_second(context: Any, *_: Any) -> None:
+def no_second(context: Any, *_: Any) -> None:
     raise NotImplementedError("attention has no second derivative here; allowed: create_graph=False")
 
 
@@ -164,5 +170,5 @@ _ARGUMENTS = f"{schema.arguments(Given)}, {schema.arguments(Call)}"
 _RESULTS = ", ".join(f"Tensor grad_{name}" for name in Gradients._fields)
 ops.register("backward", f"backward({_ARGUMENTS}) -> ({_RESULTS})", _backward, _backward_fake)
 torch.library.register_autograd("cute_flash::forward", _differentiate, setup_context=_set_up, lib=ops.LIBRARY)
-torch.library.register_autograd("cute_flash::backward", _no_second, lib=ops.LIBRARY)
+torch.library.register_autograd("cute_flash::backward", no_second, lib=ops.LIBRARY)
 register_flop_formula(torch.ops.cute_flash.backward, get_raw=True)(flops.of_backward)

@@ -269,11 +269,7 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tens
     given = Given(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, out, lse)
     told = (*given, *stored, ctx.half, ctx.seed, *call)
     found = Gradients(*torch.ops.cute_flash.backward_fp8.default(*told))
-    # Of a list of tensors, and of an empty one, torch wants a list.
-    none = {name: [] if value == [] else None for name, value in call._asdict().items()}
-    none["rule_tensors"] = [None] * len(call.rule_tensors)
-    own = {name: x for name, x in found._asdict().items() if getattr(call, name) is not None}
-    return (*(none | own).values(), None)
+    return (*backward.by_argument(call, found).values(), None)
 
 
 def _flops(*arguments: Any, out_val: Any = None) -> int:
@@ -283,10 +279,6 @@ def _flops(*arguments: Any, out_val: Any = None) -> int:
 def _flops_of_backward(*arguments: Any, out_val: Any = None) -> int:
     given, _, _, _, call = _split(arguments)
     return flops.of_backward(*given, *call)
-
-
-def _no_second(context: Any, *_: Any) -> None:
-    raise NotImplementedError("attention has no second derivative here; allowed: create_graph=False")
 
 
 _STORED = ", ".join(f"Tensor {name}_stored" for name in Stored._fields)
@@ -302,6 +294,6 @@ ops.register("backward_fp8", f"backward_fp8({_GIVEN}) -> ({_RESULTS})", _backwar
 torch.library.register_autograd(
     "cute_flash::forward_fp8", _differentiate, setup_context=_set_up, lib=ops.LIBRARY
 )
-torch.library.register_autograd("cute_flash::backward_fp8", _no_second, lib=ops.LIBRARY)
+torch.library.register_autograd("cute_flash::backward_fp8", backward.no_second, lib=ops.LIBRARY)
 register_flop_formula(torch.ops.cute_flash.forward_fp8, get_raw=True)(_flops)
 register_flop_formula(torch.ops.cute_flash.backward_fp8, get_raw=True)(_flops_of_backward)
